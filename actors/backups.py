@@ -1,0 +1,112 @@
+"""The backup actor: one sealed copy of every sent mail.
+
+Dying anywhere leaves the backup leased and due: it is made again, and the second copy finds the first. The message is
+found by its tag, since the id that a draft had need not survive its sending.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+import dramatiq
+from dramatiq.middleware import CurrentMessage
+
+import limiter as limits
+import runtime
+from actors.waiting import after_refusal, after_throttling, backoff
+from graph_client.errors import GraphError, ItemNotFound, PermanentError, Throttled
+from models import ClaimedBackup, DatabaseAway, Sealed
+from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, LIMITER_REFUSALS, Step, mail_context, mail_log
+from vault import bind_to
+
+log = logging.getLogger(__name__)
+
+#: A mail cannot have been sent before Graph was asked; clocks differ by less than this.
+_CLOCKS_DIFFER = timedelta(minutes=10)
+
+
+class NotInMailbox(Exception):
+    """Raised when a sent mail is not to be found, perhaps not yet."""
+
+
+@dramatiq.actor(queue_name="backup", throws=(PermanentError, NotInMailbox))
+def backup_email(incoming_email_id: str, attempt: int) -> None:
+    """Store the mail's MIME, sealed, or record why not and when to try again. Safe to repeat."""
+    backup = ClaimedBackup.claim(incoming_email_id, attempt, lease=runtime.configuration.lease)
+    if backup is None:
+        return
+    with mail_context(incoming_email_id=backup.incoming_email_id, publisher_message_id=backup.publisher_message_id):
+        try:
+            _archive(backup)
+        except limits.Refused as refused:
+            LIMITER_REFUSALS.labels(getattr(refused, "budget", "unavailable")).inc()
+            backup.snooze(after_refusal(refused), str(refused))
+        except Throttled as throttled:
+            wait = after_throttling(throttled)
+            runtime.limiter.pause(backup.mailbox, wait)
+            backup.snooze(wait, str(throttled))
+        except DatabaseAway:
+            raise
+        except Exception as error:
+            _retry_or_fail(backup, error)
+        finally:
+            runtime.wake("schedule_emails")
+
+
+def _archive(backup: ClaimedBackup) -> None:
+    message_id = _find(backup)
+    with (
+        runtime.limiter.slot(backup.mailbox),
+        runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks,
+    ):
+        sealed = runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
+    backup.store(
+        message_id,
+        Sealed(
+            blob=sealed.ciphertext,
+            compression=sealed.compression,
+            size=sealed.size_bytes,
+            compressed_size=sealed.compressed_size_bytes,
+            checksum=sealed.checksum,
+            key_id=sealed.key_id,
+        ),
+        retention=runtime.configuration.backup_retention,
+    )
+    ARCHIVED_BYTES.inc(sealed.size_bytes)
+    mail_log(
+        Step.ARCHIVED, incoming_email_id=backup.incoming_email_id, graph_message_id=message_id, bytes=sealed.size_bytes
+    )
+
+
+def _find(backup: ClaimedBackup) -> str:
+    with runtime.limiter.slot(backup.mailbox):
+        found = runtime.graph.find_by_tag(
+            backup.mailbox, backup.incoming_email_id, since=backup.received_at - _CLOCKS_DIFFER
+        )
+    for message in found:
+        if not message.is_draft:
+            return message.id
+    raise NotInMailbox("the mail is not in the mailbox")
+
+
+def _retry_or_fail(backup: ClaimedBackup, error: Exception) -> None:
+    if not isinstance(error, GraphError | NotInMailbox):
+        log.exception("unforeseen %s", type(error).__name__)
+        error = RuntimeError(type(error).__name__)
+    final = isinstance(error, PermanentError) and not isinstance(error, ItemNotFound)
+    if not final and backup.attempt < runtime.configuration.max_attempts:
+        backup.retry(backoff(backup.attempt), str(error))
+        mail_log(Step.RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error))
+        return
+    message = CurrentMessage.get_current_message()
+    backup.fail(
+        reason="backup_failed",
+        error=str(error),
+        message_id=message.message_id,
+        queue_name=message.queue_name,
+        actor_name=message.actor_name,
+    )
+    DEAD_LETTERS.labels(message.queue_name, "backup_failed").inc()
+    mail_log(Step.FAILED, incoming_email_id=backup.incoming_email_id, reason="backup_failed", attempt=backup.attempt)
+    raise error

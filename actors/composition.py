@@ -1,0 +1,32 @@
+"""From a stored ``SendEmail`` to the message that Graph is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import runtime
+
+#: Recipient fields of a ``SendEmail`` and of Graph's message.
+_RECIPIENTS = {"to": "toRecipients", "cc": "ccRecipients", "bcc": "bccRecipients", "reply_to": "replyTo"}
+
+
+def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """Return the message without its attachments, tagged so that it can be found by the email's id.
+
+    The sender is the mailbox that the request names; ``from`` is left out, so that no send-as right is asked for.
+    """
+    message = {
+        "subject": payload.get("subject", ""),
+        "body": payload["body"],
+        "importance": payload.get("importance", "normal"),
+        **{
+            theirs: [{"emailAddress": {"address": address}} for address in payload[ours]]
+            for ours, theirs in _RECIPIENTS.items()
+            if payload.get(ours)
+        },
+    }
+    if payload.get("headers"):
+        message["internetMessageHeaders"] = [
+            {"name": name, "value": value} for name, value in payload["headers"].items()
+        ]
+    return runtime.graph.tagged(message, incoming_email_id)

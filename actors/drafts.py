@@ -1,0 +1,139 @@
+"""From a claimed email to a draft in the mailbox with every attachment on it.
+
+Recovery points, each committed under the email's lease before the next step: the draft's id; for each attachment its
+upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by the
+email's tag, an attachment by looking at the draft.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+import runtime
+from actors.composition import graph_message
+from attachments import AttachmentStream
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, UploadSession
+from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
+from models import ClaimedEmail, uploads
+from models.uploads import Upload
+from telemetry import Step, mail_log
+
+
+def prepare_draft(email: ClaimedEmail) -> str:
+    """Return the id of a draft that lacks nothing but being sent.
+
+    Raises what Graph, the limiter and the attachments' sources raise; what was done until then is kept.
+    """
+    begun_before = email.attempt > 1 or email.draft_id is not None
+    draft_id = email.draft_id or _create_draft(email, begun_before)
+    planned = uploads.plan(email)
+    if begun_before:
+        _find_unrecorded(email, draft_id, planned)
+    for upload, attachment in zip(planned, email.payload["attachments"], strict=True):
+        if not upload.uploaded:
+            _upload(email, draft_id, upload, attachment)
+    return draft_id
+
+
+def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
+    draft_id = _find_orphan(email) if begun_before else None
+    if draft_id is None:
+        with runtime.limiter.slot(email.mailbox):
+            draft_id = runtime.graph.create_draft(email.mailbox, graph_message(email.id, email.payload)).id
+    email.record_draft(draft_id)
+    mail_log(Step.DRAFTED, incoming_email_id=email.id)
+    return draft_id
+
+
+def _find_orphan(email: ClaimedEmail) -> str | None:
+    """Find the draft that an earlier attempt made without living to record it."""
+    with runtime.limiter.slot(email.mailbox):
+        found = runtime.graph.find_by_tag(email.mailbox, email.id)
+    return next((message.id for message in found if message.is_draft), None)
+
+
+def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
+    """Note attachments that are on the draft already although nobody recorded it, so that none is there twice."""
+    if all(upload.uploaded for upload in planned):
+        return
+    with runtime.limiter.slot(email.mailbox):
+        attached = Counter(attachment.name for attachment in runtime.graph.attachments(email.mailbox, draft_id))
+    attached.subtract(upload.filename for upload in planned if upload.uploaded)
+    for upload in planned:
+        if not upload.uploaded and attached[upload.filename] > 0:
+            attached[upload.filename] -= 1
+            _record_uploaded(email, upload)
+
+
+def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
+    small = upload.size <= SMALL_ATTACHMENT_BYTES
+    try:
+        (_attach if small else _upload_in_ranges)(email, draft_id, upload, attachment)
+    except (AttachmentTooSmall, AttachmentTooLarge):
+        # Where the boundary between the two ways lies is not documented exactly.
+        (_upload_in_ranges if small else _attach)(email, draft_id, upload, attachment)
+    _record_uploaded(email, upload)
+
+
+def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
+    upload.uploaded, upload.uploaded_bytes = True, upload.size
+    uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+    mail_log(Step.UPLOADED, incoming_email_id=email.id, position=upload.position, bytes=upload.size)
+
+
+def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
+    with runtime.source.open(attachment["urlOrId"], declared_size=upload.size) as stream:
+        content = b"".join(stream.chunks(UPLOAD_RANGE_BYTES))
+    with runtime.limiter.slot(email.mailbox, upload_bytes=len(content)):
+        runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
+
+
+def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
+    session = _session(email, draft_id, upload, attachment)
+    url = attachment["urlOrId"]
+    try:
+        with runtime.source.open(url, declared_size=upload.size, offset=upload.uploaded_bytes) as stream:
+            _send_ranges(email, session, upload, stream)
+    except (UploadSessionLost, UploadOutOfOrder):
+        upload.session_url, upload.uploaded_bytes = None, 0
+        uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+        raise  # the next attempt begins this file again, with a new session
+
+
+def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, stream: AttachmentStream) -> None:
+    while content := stream.read(UPLOAD_RANGE_BYTES):
+        with runtime.limiter.slot(email.mailbox, upload_bytes=len(content)):
+            following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
+        if following is None:
+            return
+        if following != upload.uploaded_bytes + len(content):
+            raise UploadOutOfOrder("Graph expects another range than the next")
+        upload.uploaded_bytes = following
+        uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+    raise UploadSessionLost("the file is up and Graph still waits")
+
+
+def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> UploadSession:
+    """Go on with the session of an earlier attempt while it lives, or open one."""
+    if upload.session_url and upload.session_expires_at and upload.session_expires_at > datetime.now(UTC):
+        return UploadSession(
+            email.mailbox, upload.session_url, upload.session_expires_at, next_offset=upload.uploaded_bytes
+        )
+    with runtime.limiter.slot(email.mailbox):
+        session = runtime.graph.create_upload_session(
+            email.mailbox, draft_id, size_bytes=upload.size, **_described(attachment)
+        )
+    upload.session_url, upload.session_expires_at, upload.uploaded_bytes = session.url, session.expires_at, 0
+    uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+    return session
+
+
+def _described(attachment: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": attachment["name"],
+        "content_type": attachment.get("contentType", "application/octet-stream"),
+        "is_inline": attachment.get("is_inline", False),
+        "content_id": attachment.get("content_id"),
+    }

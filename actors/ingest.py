@@ -1,0 +1,173 @@
+"""Ingest: from a delivery to a row and its ``SendEmailReceived``, or to a rejection that says why.
+
+The bridge calls the actor in its own process with what it has consumed; Python producers may send to the queue
+``ingest`` instead. Either way a batch is one transaction, and it is done only when its events and rejections are
+confirmed by RabbitMQ: who calls may acknowledge what it consumed. Running a batch again finds the rows of the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import dramatiq
+import orjson
+import pika
+
+import contracts
+import models
+import runtime
+import telemetry
+from contracts import Event, EventType, Unacceptable
+from models import Arrival, Reception
+from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, event_messages
+from telemetry import Step, mail_log
+
+#: AMQP frames a message's headers once; a long detail would not fit every client's frame.
+_MAX_DETAIL_BYTES = 2000
+_AWAY_PAUSE = timedelta(seconds=2)
+
+
+class Delivery(NamedTuple):
+    """One message as it came: its body and what its properties say about answering it."""
+
+    body: bytes
+    correlation_id: str | None = None
+    reply_to: str | None = None
+    traceparent: str | None = None
+
+
+class _Rejection(NamedTuple):
+    delivery: Delivery
+    reason: str
+    detail: str
+    publisher_message_id: str | None
+    incoming_email_id: str | None = None
+
+
+@dramatiq.actor(queue_name="ingest", found_again=False)
+def ingest_emails(deliveries: list[dict[str, Any]]) -> None:
+    """Ingest emails that a Python producer sent to this queue.
+
+    Args:
+        deliveries: Each ``{"email": {…}}`` as in ``SendEmail``, optionally with ``correlation_id``, ``reply_to`` and
+            ``traceparent``.
+    """
+    read = [_delivery(**delivery) for delivery in deliveries]
+    while True:
+        try:
+            return ingest(read)
+        except (models.DatabaseAway, Unconfirmed):
+            # Only this message knows the emails: wait here until the actor's time limit dead-letters it with its content.
+            time.sleep(_AWAY_PAUSE.total_seconds())
+
+
+def _delivery(
+    email: Any, correlation_id: str | None = None, reply_to: str | None = None, traceparent: str | None = None
+) -> Delivery:
+    return Delivery(orjson.dumps(email), correlation_id, reply_to, traceparent)
+
+
+def ingest(deliveries: Sequence[Delivery]) -> None:
+    """Store a batch, publish its events and rejections, and wake the scheduler.
+
+    Safe to repeat. On return every delivery is either stored and its event published, or rejected and said so.
+
+    Raises:
+        DatabaseAway: Nothing is certain; repeat the batch.
+        Unconfirmed: What is valid is stored; its events are left to the sweep. Repeat the batch for the rejections.
+    """
+    arrivals, rejections = _sort(deliveries)
+    stored = models.store([arrival for _, arrival in arrivals], publish_within=PUBLISH_WITHIN) if arrivals else []
+    for (delivery, arrival), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
+        publisher_message_id = arrival.accepted.publisher_message_id
+        telemetry.DELIVERIES.labels(reception.value).inc()
+        if reception is Reception.STORED:
+            mail_log(Step.RECEIVED, incoming_email_id=incoming_email_id, publisher_message_id=publisher_message_id)
+        elif reception is Reception.CONFLICT:
+            rejections.append(_conflict(delivery, publisher_message_id, incoming_email_id))
+    _announce([event for _, _, event in stored if event], rejections)
+
+
+def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]], list[_Rejection]]:
+    arrivals, rejections = [], []
+    for delivery in deliveries:
+        try:
+            accepted = contracts.accept(delivery.body)
+            _check_sender(accepted)
+        except Unacceptable as error:
+            rejections.append(_Rejection(delivery, error.reason, error.detail, error.publisher_message_id))
+        else:
+            arrivals.append((delivery, Arrival(accepted, *delivery[1:])))
+    return arrivals, rejections
+
+
+def _check_sender(accepted: contracts.AcceptedEmail) -> None:
+    patterns = runtime.configuration.allowed_senders
+    if not any(fnmatchcase(accepted.email.mailbox, pattern.lower()) for pattern in patterns):
+        raise Unacceptable("sender_not_allowed", "from: this mailbox may not be sent from", accepted.publisher_message_id)
+
+
+def _conflict(delivery: Delivery, publisher_message_id: str, incoming_email_id: str) -> _Rejection:
+    detail = "an email with this publisher_message_id and other content was received before"
+    return _Rejection(delivery, "conflict", detail, publisher_message_id, incoming_email_id)
+
+
+def _announce(events: list[Event], rejections: list[_Rejection]) -> None:
+    """Publish everything with one confirmation, then note and log it."""
+    messages = [message for event in events for message in event_messages(event)]
+    for rejection in rejections:
+        messages += _rejection_messages(rejection)
+    if events:
+        runtime.wake("schedule_emails")
+    runtime.publisher.publish(messages)
+    if events:
+        models.mark_published([event.id for event in events])
+    for event in events:
+        telemetry.PUBLISHED.labels(event.type).inc()
+    for rejection in rejections:
+        _note_rejection(rejection)
+
+
+def _note_rejection(rejection: _Rejection) -> None:
+    telemetry.DELIVERIES.labels("rejected").inc()
+    mail_log(
+        Step.REJECTED,
+        incoming_email_id=rejection.incoming_email_id,
+        publisher_message_id=rejection.publisher_message_id,
+        reason=rejection.reason,
+    )
+
+
+def _rejection_messages(rejection: _Rejection) -> list[Outgoing]:
+    """Return the original for ``send_email.rejected``, and the event that tells the publisher."""
+    delivery = rejection.delivery
+    kept = pika.BasicProperties(
+        delivery_mode=pika.DeliveryMode.Persistent,
+        correlation_id=delivery.correlation_id,
+        reply_to=delivery.reply_to,
+        headers={"x-reject-reason": rejection.reason, "x-reject-detail": _cut(rejection.detail)},
+    )
+    event = Event(
+        contracts.event_id(EventType.REJECTED, hashlib.sha256(delivery.body).hexdigest() + rejection.reason),
+        EventType.REJECTED,
+        contracts.event_body(
+            EventType.REJECTED,
+            publisher_message_id=rejection.publisher_message_id,
+            incoming_email_id=rejection.incoming_email_id,
+            at=datetime.now(UTC),
+            reason=rejection.reason,
+            detail=rejection.detail,
+        ),
+        rejection.incoming_email_id,
+        *delivery[1:],
+    )
+    return [Outgoing("", runtime.REJECTED_QUEUE, delivery.body, kept, mandatory=True), *event_messages(event)]
+
+
+def _cut(detail: str) -> str:
+    return detail.encode()[:_MAX_DETAIL_BYTES].decode("utf-8", "ignore")

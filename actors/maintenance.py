@@ -1,0 +1,111 @@
+"""Housekeeping: the copies of dead letters are read into their table, and what has expired is deleted.
+
+Both do a bounded batch at a time and may be stopped anywhere: a copy is acknowledged only when its row is committed,
+and a row that two of them see is made once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import dramatiq
+import orjson
+import pika
+import pika.exceptions
+from periodiq import cron
+
+import models
+import runtime
+from broker import MIRROR_QUEUE
+from models import backups, dead_letters
+from models.dead_letters import Copy
+from models.ids import as_uuid
+from outbox import Unconfirmed
+from telemetry import MIRRORED, Step, mail_log
+
+log = logging.getLogger(__name__)
+
+_BATCH = 100
+_PURGE_BATCH = 1000
+#: A body beyond this is of no use in a table that people read.
+_MAX_BODY_BYTES = 1_000_000
+
+
+@dramatiq.actor(queue_name="maintenance", periodic=cron("* * * * *"))
+def mirror_dead_letters() -> None:
+    """Read RabbitMQ's copies of dead letters into the ``dlq`` table."""
+    runtime.waking("mirror_dead_letters")
+    try:
+        connection = pika.BlockingConnection(runtime.rabbitmq)
+        try:
+            channel = connection.channel()
+            runtime.declare(channel)
+            while _mirror_batch(channel):
+                pass
+        finally:
+            connection.close()
+    except pika.exceptions.AMQPError as error:
+        raise Unconfirmed("RabbitMQ is away") from error
+
+
+def _mirror_batch(channel: Any) -> bool:
+    """Mirror what is there, at most a batch; return whether there may be more."""
+    taken = list(_take(channel))
+    if not taken:
+        return False
+    copies = [_copy(properties, body) for _, properties, body in taken]
+    with models.transaction():
+        missing = [copy for copy in copies if dead_letters.mirror([copy])]
+    channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
+    for copy in missing:
+        MIRRORED.labels(copy.queue_name).inc()
+        mail_log(Step.FAILED, incoming_email_id=copy.incoming_email_id, reason=copy.reason, queue=copy.queue_name)
+    return len(taken) == _BATCH
+
+
+def _take(channel: Any) -> Iterator[tuple[Any, Any, bytes]]:
+    for _ in range(_BATCH):
+        method, properties, body = channel.basic_get(MIRROR_QUEUE)
+        if method is None:
+            return
+        yield method, properties, body
+
+
+def _copy(properties: Any, body: bytes) -> Copy:
+    death = ((properties.headers or {}).get("x-death") or [{}])[0]
+    queue_name = str(death.get("queue", "unknown"))
+    message = _message(body)
+    incoming_email_id = message.get("kwargs", {}).get("incoming_email_id")
+    # A foreign body has no id of its own; what and when it was makes one.
+    own_id = hashlib.sha256(body + repr(death.get("time")).encode()).hexdigest()
+    return Copy(
+        message_id=str(message.get("message_id") or own_id),
+        queue_name=queue_name.removesuffix(".DQ"),
+        actor_name=message.get("actor_name"),
+        incoming_email_id=as_uuid(incoming_email_id) if isinstance(incoming_email_id, str) else None,
+        reason="unreadable" if not message else "actor_failed",
+        error="no actor can read this message" if not message else "the actor gave the message up",
+        body=body[:_MAX_BODY_BYTES],
+    )
+
+
+def _message(body: bytes) -> dict[str, Any]:
+    """Return the message's fields, or nothing if it is not one of Dramatiq's."""
+    try:
+        message = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    known = isinstance(message, dict) and isinstance(message.get("kwargs"), dict)
+    return message if known else {}
+
+
+@dramatiq.actor(queue_name="maintenance", periodic=cron("*/10 * * * *"))
+def purge_expired() -> None:
+    """Delete backups whose retention has ended."""
+    while purged := backups.purge_expired(_PURGE_BATCH):
+        log.info("deleted %d expired backups", purged)
+        if purged < _PURGE_BATCH:
+            return

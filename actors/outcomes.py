@@ -1,0 +1,214 @@
+"""Why a mail was not sent, and what follows from it: one line of policy per kind of error.
+
+===========================  ==============================================================
+limiter says no              snoozed, no attempt spent; a mailbox at its limit is passed over
+Graph throttles              everyone leaves the mailbox alone until then; snoozed
+outcome unknown              in doubt: looked up, not repeated
+mailbox refuses              the mailbox is paused, longer each time; an attempt spent
+configuration refused        everything is paused shortly; an attempt spent
+transient                    tried again with full jitter; an attempt spent
+permanent, attempts used up  dead-lettered, ``SendEmailFailed``
+===========================  ==============================================================
+
+An email that was in doubt stays so whatever the error was, unless it is given up; even then its replay looks first.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from datetime import datetime, timedelta
+from typing import Any
+
+from dramatiq.middleware import CurrentMessage
+
+import limiter as limits
+import runtime
+from actors.waiting import after_refusal, after_throttling, backoff
+from attachments import AttachmentRefused, SourceUnavailable
+from graph_client.errors import (
+    ConfigurationError,
+    GraphError,
+    MailboxUnavailable,
+    OutcomeUnknown,
+    PermanentError,
+    Throttled,
+    TransientError,
+)
+from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes
+from outbox import PUBLISH_WITHIN
+from telemetry import DEAD_LETTERS, LIMITER_REFUSALS, Step, mail_log
+
+log = logging.getLogger(__name__)
+
+#: First pause of a mailbox that refused us; it doubles up to the longest.
+_REFUSAL_PAUSE = timedelta(seconds=30)
+_LONGEST_REFUSAL_PAUSE = timedelta(hours=1)
+#: Without a token nothing works, for any mailbox.
+_CONFIGURATION_PAUSE = timedelta(seconds=30)
+
+
+class AttemptsUsedUp(Exception):
+    """Raised when an email has failed as often as it may."""
+
+
+class InDoubtHeld(Exception):
+    """Raised when a mail in doubt stayed absent and the policy is to leave it to the operator."""
+
+
+class DraftNotFound(Exception):
+    """Raised when Graph does not find a draft of ours, perhaps not yet."""
+
+
+#: What ends an email: recorded as failed, and dead-lettered.
+GIVEN_UP = (PermanentError, AttachmentRefused, AttemptsUsedUp, InDoubtHeld, limits.NeverFits)
+
+
+def record_sent(
+    email: ClaimedEmail,
+    *,
+    evidence: dict[str, Any],
+    graph_message_id: str | None = None,
+    sent_at: datetime | None = None,
+) -> None:
+    """Record that the mail is sent, and have the world told."""
+    event = email.record_sent(
+        backup_delay=runtime.configuration.backup_delay,
+        publish_within=PUBLISH_WITHIN,
+        graph_message_id=graph_message_id,
+        sent_at=sent_at,
+        evidence=evidence,
+    )
+    runtime.events.add([event])
+    mail_log(Step.SENT, incoming_email_id=email.id, graph_message_id=graph_message_id, attempt=email.attempt)
+
+
+def record(email: ClaimedEmail, error: Exception) -> None:
+    """Record why the mail was not sent and when it is tried again; raise what dead-letters the message."""
+    try:
+        _record(email, error)
+    except LeaseLost:
+        mail_log(Step.LEASE_LOST, incoming_email_id=email.id)
+
+
+def _record(email: ClaimedEmail, error: Exception) -> None:
+    match error:
+        case LeaseLost() | DatabaseAway():
+            raise error  # nothing can be recorded: the lease runs out, or has
+        case _ if isinstance(error, GIVEN_UP):
+            _fail(email, error)
+        case limits.Refused():
+            _hold_back(email, error)
+        case Throttled():
+            _leave_alone(email, error)
+        case OutcomeUnknown():
+            _doubt(email, error)
+        case MailboxUnavailable():
+            _retry(email, error, _refused(email.mailbox, error))
+        case ConfigurationError():
+            _pause_everything()
+            _retry(email, error, max(backoff(email.attempt), _CONFIGURATION_PAUSE))
+        case TransientError() | SourceUnavailable():
+            _retry(email, error, error.retry_after or backoff(email.attempt))
+        case DraftNotFound():
+            _retry(email, error, backoff(email.attempt))
+        case _:
+            _retry_unforeseen(email, error)
+
+
+def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:
+    wait = after_refusal(refused)
+    budget = refused.budget if isinstance(refused, limits.Exhausted) else "unavailable"
+    LIMITER_REFUSALS.labels(budget).inc()
+    if refused.mailbox_wide and budget != "concurrency":
+        mailboxes.pause(email.mailbox, refused.retry_after, why=f"limit: {budget}")
+    _snooze(email, wait, str(refused), budget)
+
+
+def _leave_alone(email: ClaimedEmail, throttled: Throttled) -> None:
+    wait = after_throttling(throttled)
+    _pause_fleet(email.mailbox, wait, throttled)
+    _snooze(email, wait, str(throttled), "throttled")
+
+
+def _pause_fleet(mailbox: str, wait: timedelta, error: GraphError) -> None:
+    """Have everyone leave the mailbox alone: at once through Redis, and through the scheduler, which survives Redis."""
+    mailboxes.pause(mailbox, wait, why=f"Graph asked to wait: {error}")
+    try:
+        if isinstance(error, Throttled) and error.scope == "tenant":
+            runtime.limiter.pause_all(wait)
+        else:
+            runtime.limiter.pause(mailbox, wait)
+    except limits.Unavailable:
+        log.warning("a pause could not be told to the fleet: Redis is away")
+
+
+def _pause_everything() -> None:
+    try:
+        runtime.limiter.pause_all(_CONFIGURATION_PAUSE)
+    except limits.Unavailable:
+        log.warning("a pause could not be told to the fleet: Redis is away")
+
+
+def _refused(mailbox: str, error: MailboxUnavailable) -> timedelta:
+    return mailboxes.refuse(
+        mailbox, why=str(error), first_wait=_REFUSAL_PAUSE, longest_wait=_LONGEST_REFUSAL_PAUSE
+    )
+
+
+def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown) -> None:
+    if unknown.retry_after:
+        _pause_fleet(email.mailbox, unknown.retry_after, unknown)
+    evidence = {"asked": "send", "seen": str(unknown), "request_id": unknown.client_request_id}
+    email.mark_in_doubt(look_again_in=runtime.configuration.in_doubt_settle, evidence=evidence)
+    mail_log(Step.IN_DOUBT, incoming_email_id=email.id, why=str(unknown))
+
+
+def _snooze(email: ClaimedEmail, wait: timedelta, why: str, reason: str) -> None:
+    email.snooze(wait, why)
+    mail_log(Step.SNOOZED, incoming_email_id=email.id, why=reason, seconds=round(wait.total_seconds(), 3))
+
+
+def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
+    if email.attempt >= runtime.configuration.max_attempts and not email.in_doubt_since:
+        _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error or type(error).__name__}"))
+    email.retry(wait, str(error) or type(error).__name__)
+    mail_log(
+        Step.RETRIED,
+        incoming_email_id=email.id,
+        attempt=email.attempt,
+        why=type(error).__name__,
+        seconds=round(wait.total_seconds(), 3),
+    )
+
+
+def _retry_unforeseen(email: ClaimedEmail, error: Exception) -> None:
+    """Treat an error of our own as one: where the intent stands it may have come after the send."""
+    log.exception("unforeseen %s", type(error).__name__)
+    if email.intended:
+        email.mark_in_doubt(
+            look_again_in=runtime.configuration.in_doubt_settle, evidence={"seen": type(error).__name__}
+        )
+    else:
+        _retry(email, RuntimeError(type(error).__name__), backoff(email.attempt))
+
+
+def _fail(email: ClaimedEmail, error: Exception) -> None:
+    reason = _snake_case(type(error).__name__)
+    message = CurrentMessage.get_current_message()
+    event = email.fail(
+        reason=reason,
+        error=str(error),
+        message_id=message.message_id,
+        queue_name=message.queue_name,
+        actor_name=message.actor_name,
+        publish_within=PUBLISH_WITHIN,
+    )
+    runtime.events.add([event])
+    DEAD_LETTERS.labels(message.queue_name, reason).inc()
+    mail_log(Step.FAILED, incoming_email_id=email.id, reason=reason, attempt=email.attempt)
+    raise error
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

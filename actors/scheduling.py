@@ -1,0 +1,180 @@
+"""The scheduler: decides which mail goes out now, and hands it to the send actors.
+
+``schedule_emails`` is woken by ingest, by every finished send and by the next due time, and swept each minute in case
+a wake-up was lost. What it claims is committed before it is published; if publishing fails, or the process dies in
+between, the dispatch's lease runs out and the mail is claimed again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dramatiq
+from periodiq import cron
+
+import models
+import runtime
+from contracts import Event
+from models import Route, scheduling
+from models.scheduling import Dispatch, DueBackup
+from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed
+from telemetry import DISPATCHED, Step, mail_log
+
+#: Actors of the routes, by name: the modules of the actors import this one.
+ACTORS = {Route.PLAIN: "send_plain", Route.ATTACHED: "send_attached"}
+#: Without a limit per mailbox one mailbox could still not take more than this of the fleet.
+_UNLIMITED_SHARE = 1_000_000
+#: Due times that are closer together than this are one.
+_SHORTEST_NAP = timedelta(milliseconds=200)
+
+#: The mailbox that each route served last. Only fairness depends on it: a new process starts anywhere.
+_last_served = dict.fromkeys(Route, "")
+
+
+@dramatiq.actor(queue_name="scheduler", periodic=cron("* * * * *"))
+def schedule_emails() -> None:
+    """Dispatch what may go out, and see to it that the next due time is not slept through. Safe to repeat."""
+    runtime.waking("schedule_emails")
+    while _sweep():
+        pass
+    publish_leftover_events()
+    _alarm.ring_at(scheduling.next_due_at())
+
+
+def _sweep() -> bool:
+    """Claim and publish one batch; return whether there may be more to claim at once."""
+    configuration = runtime.configuration
+    with scheduling.sweep():
+        lapsed = scheduling.expire_leases()
+        expired = scheduling.expire_overdue(PUBLISH_WITHIN)
+        woken = scheduling.wake_due()
+        claims = _claim()
+        backups = scheduling.claim_backups(concurrency=configuration.backup_concurrency, lease=configuration.lease)
+    for incoming_email_id, status in lapsed:
+        mail_log(Step.LEASE_LOST, incoming_email_id=incoming_email_id, status=status)
+    _announce_expired(expired)
+    _dispatch(claims, backups)
+    return max(len(lapsed), len(expired), woken, sum(map(len, claims.values()))) >= scheduling.BATCH
+
+
+def _claim() -> dict[Route, list[Dispatch]]:
+    configuration = runtime.configuration
+    limits = {
+        Route.PLAIN: configuration.send_plain_concurrency,
+        Route.ATTACHED: configuration.send_attached_concurrency,
+    }
+    in_flight, busy = scheduling.in_flight()
+    claims = {}
+    for route, limit in limits.items():
+        claims[route] = scheduling.claim(
+            route,
+            capacity=limit - in_flight[route],
+            share=configuration.mailbox_concurrency or _UNLIMITED_SHARE,
+            busy=busy,
+            after=_last_served[route],
+            lease=configuration.lease,
+        )
+        for dispatch in claims[route]:
+            busy[dispatch.mailbox] = busy.get(dispatch.mailbox, 0) + 1
+            _last_served[route] = dispatch.mailbox
+    return claims
+
+
+def _dispatch(claims: dict[Route, list[Dispatch]], backups: Sequence[DueBackup]) -> None:
+    messages = [_message(route, dispatch) for route, dispatches in claims.items() for dispatch in dispatches]
+    messages += [_backup_message(backup) for backup in backups]
+    if not messages:
+        return
+    try:
+        runtime.enqueue(messages).result()
+    except Unconfirmed:
+        # Even if some of it was published: a worker claims nothing that is no longer dispatched.
+        scheduling.take_back([dispatch for dispatches in claims.values() for dispatch in dispatches], backups)
+        raise
+    for route, dispatches in claims.items():
+        DISPATCHED.labels(route.value).inc(len(dispatches))
+        for dispatch in dispatches:
+            mail_log(
+                Step.DISPATCHED,
+                incoming_email_id=dispatch.incoming_email_id,
+                publisher_message_id=dispatch.publisher_message_id,
+                route=route,
+                attempt=dispatch.attempt,
+            )
+
+
+def _message(route: Route, dispatch: Dispatch) -> dramatiq.Message[Any]:
+    options = {"traceparent": dispatch.traceparent} if dispatch.traceparent else {}
+    actor = runtime.fleet_broker.get_actor(ACTORS[route])
+    return actor.message_with_options(
+        kwargs={
+            "incoming_email_id": dispatch.incoming_email_id,
+            "publisher_message_id": dispatch.publisher_message_id,
+            "route": route.value,
+            "attempt": dispatch.attempt,
+        },
+        **options,
+    )
+
+
+def _backup_message(backup: DueBackup) -> dramatiq.Message[Any]:
+    return runtime.fleet_broker.get_actor("backup_email").message(**backup._asdict())
+
+
+def _announce_expired(events: list[Event]) -> None:
+    runtime.events.add(events)
+    for event in events:
+        mail_log(Step.EXPIRED, incoming_email_id=event.incoming_email_id)
+
+
+def publish_leftover_events() -> None:
+    """Publish the events whose writer did not: it died, or RabbitMQ was away."""
+    while leftover := models.claim_unpublished(PUBLISH_WITHIN):
+        runtime.publish_events(leftover)
+
+
+@dramatiq.actor(queue_name="scheduler")
+def acknowledge_receipt(receipts: list[list[Any]]) -> None:
+    """Note which attempts workers have in hand. Safe to repeat.
+
+    Args:
+        receipts: Pairs of an email's id and the attempt.
+    """
+    scheduling.acknowledge_receipts([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt in receipts])
+
+
+def _tell(receipts: list[tuple[str, int]]) -> None:
+    runtime.enqueue([acknowledge_receipt.message([list(receipt) for receipt in receipts])]).result()
+
+
+#: What workers have in hand, on its way to the scheduler. The receipts themselves are rows, written by the claims.
+receipts: Batcher[tuple[str, int]] = Batcher("receipts", _tell)
+
+
+class _Alarm:
+    """Wakes the scheduler at the next due time, from the process that looked last.
+
+    If that process dies, the minute's sweep takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def ring_at(self, at: datetime | None) -> None:
+        """Forget the earlier time and wake the scheduler then; None: nothing is due."""
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = None
+            if at is not None:
+                nap = max(at - datetime.now(UTC), _SHORTEST_NAP)
+                self._timer = threading.Timer(min(nap.total_seconds(), 3600), runtime.wake, ["schedule_emails"])
+                self._timer.daemon = True
+                self._timer.start()
+
+
+_alarm = _Alarm()

@@ -1,0 +1,147 @@
+"""The send actors: one mail each, sent once, whatever dies.
+
+Where the worker may die, and what the next claimant finds:
+
+* before the claim: a dispatched email whose lease runs out; it is dispatched again.
+* between claim and intent (attached mail only): an email in ``processing`` without an intent. It is sent from its last
+  recovery point: the draft's id, the attachments that are up.
+* after the intent, before or during the Graph call, or before the outcome is recorded: the intent stands when the lease
+  runs out, so the email is in doubt. Its tag is looked for in the mailbox; it is sent again only if it stays absent.
+* after the outcome: nothing is left to do; the event is published by the sweep.
+
+A dispatch that arrives twice claims once. ``settle`` is the only way out of doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dramatiq
+
+import runtime
+from actors import outcomes
+from actors.composition import graph_message
+from actors.drafts import prepare_draft
+from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
+from actors.scheduling import receipts
+from graph_client.errors import ItemNotFound
+from models import ClaimedEmail
+from telemetry import Step, mail_context, mail_log
+
+#: A mail cannot have been sent before it was received; clocks differ by less than this.
+_CLOCKS_DIFFER = timedelta(minutes=10)
+#: A draft may stay invisible for a moment after it was made; if it still is after so many attempts, it is gone.
+_DRAFT_ATTEMPTS = 3
+
+
+@dramatiq.actor(queue_name="send_plain", throws=GIVEN_UP)
+def send_plain(incoming_email_id: str, attempt: int, **_dispatch: Any) -> None:
+    """Send one email that has no attachments, or record why not and when to try again.
+
+    Repeating the message is harmless: an email that is sent, held by another worker or cancelled is left alone.
+    """
+    with _claimed(incoming_email_id, attempt, intent=True) as email:
+        if email:
+            _settle_or(_transmit_plain, email)
+
+
+@dramatiq.actor(queue_name="send_attached", throws=GIVEN_UP)
+def send_attached(incoming_email_id: str, attempt: int, **_dispatch: Any) -> None:
+    """Send one email with its attachments: draft, uploads, send; each arrow is a recovery point.
+
+    Repeating the message is harmless, as with `send_plain`.
+    """
+    with _claimed(incoming_email_id, attempt, intent=False) as email:
+        if email:
+            _settle_or(_transmit_attached, email)
+
+
+def _transmit_plain(email: ClaimedEmail) -> None:
+    message = graph_message(email.id, email.payload)
+    with runtime.limiter.slot(email.mailbox, sends=1, recipients=email.recipient_count):
+        answer = runtime.graph.send_mail(email.mailbox, message)
+    outcomes.record_sent(email, evidence={"asked": "sendMail", "seen": "202", "request_id": answer.request_id})
+
+
+def _transmit_attached(email: ClaimedEmail) -> None:
+    try:
+        draft_id = prepare_draft(email)
+        with runtime.limiter.slot(email.mailbox, sends=1, recipients=email.recipient_count):
+            email.record_intent(runtime.configuration.lease)
+            answer = runtime.graph.send_draft(email.mailbox, draft_id)
+    except ItemNotFound as error:
+        _wait_for_draft(email, error)
+    else:
+        evidence = {"asked": "send", "seen": "202", "request_id": answer.request_id}
+        outcomes.record_sent(email, graph_message_id=draft_id, evidence=evidence)
+
+
+def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
+    """Give a draft that Graph does not find the time to appear, then start over with another."""
+    if email.attempt >= _DRAFT_ATTEMPTS:
+        email.forget_draft()
+    raise outcomes.DraftNotFound from error
+
+
+def _settle_or(transmit: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> None:
+    """Look an email in doubt up; transmit any other."""
+    if email.in_doubt_since:
+        settle(email, email.in_doubt_since)
+    elif email.attempt > runtime.configuration.max_attempts:
+        raise AttemptsUsedUp("every attempt ended with the worker")
+    else:
+        transmit(email)
+
+
+def settle(email: ClaimedEmail, since: datetime) -> None:
+    """Find out what became of a send, begun at ``since``, whose answer was lost, and act on that alone.
+
+    Found and not a draft: it was sent. Found as a draft: it is sent now, and may be in doubt again. Absent: looked for
+    again until the grace period has passed, then sent again or held, as the policy says.
+    """
+    configuration = runtime.configuration
+    with runtime.limiter.slot(email.mailbox):
+        found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - _CLOCKS_DIFFER)
+    sent = [message for message in found if not message.is_draft]
+    evidence = {"asked": "messages by tag", "seen": f"{len(sent)} sent, {len(found) - len(sent)} drafts"}
+    if sent:
+        mail_log(Step.SETTLED, incoming_email_id=email.id, found="sent", count=len(sent))
+        outcomes.record_sent(email, graph_message_id=sent[0].id, sent_at=sent[0].sent_at, evidence=evidence)
+    elif found:
+        email.renew(configuration.lease)
+        with runtime.limiter.slot(email.mailbox, sends=1, recipients=email.recipient_count):
+            runtime.graph.send_draft(email.mailbox, found[0].id)
+        mail_log(Step.SETTLED, incoming_email_id=email.id, found="draft")
+        outcomes.record_sent(email, graph_message_id=found[0].id, evidence=evidence)
+    elif datetime.now(UTC) - since < configuration.in_doubt_grace:
+        email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
+    elif configuration.in_doubt_policy == "resend" or email.replayed:
+        email.settle_as_not_sent(evidence)
+        mail_log(Step.SETTLED, incoming_email_id=email.id, found="absent")
+    else:
+        raise InDoubtHeld("its send was begun, and it is not in the mailbox")
+
+
+@contextmanager
+def _claimed(incoming_email_id: str, attempt: int, *, intent: bool) -> Iterator[ClaimedEmail | None]:
+    """Claim the email for the block, and turn whatever the block raises into one recorded outcome."""
+    email = ClaimedEmail.claim(incoming_email_id, attempt, lease=runtime.configuration.lease, intent=intent)
+    if email is None:
+        yield None
+        return
+    with mail_context(
+        incoming_email_id=email.id,
+        publisher_message_id=email.publisher_message_id,
+        correlation_id=email.correlation_id,
+    ):
+        mail_log(Step.CLAIMED, incoming_email_id=email.id, attempt=attempt)
+        receipts.add([(email.id, attempt)])
+        try:
+            yield email
+        except Exception as error:
+            outcomes.record(email, error)
+        finally:
+            runtime.wake("schedule_emails")

@@ -1,0 +1,119 @@
+"""The bridge: consumes ``send_email`` and calls the ingest actor in its own process, a batch at a time.
+
+Crash points: before the commit nothing has happened, and RabbitMQ delivers again; between the commit and the ACK the
+batch is delivered again and finds its rows. A delivery is acknowledged only when it is stored and its event confirmed,
+or when it is kept in ``send_email.rejected`` and the publisher told; so bad input never stops the line, and nothing is
+lost when PostgreSQL or RabbitMQ are away: the deliveries stay with RabbitMQ until both are back.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pika
+import pika.exceptions
+
+import runtime
+import telemetry
+from actors.ingest import Delivery, ingest
+from models import DatabaseAway
+from outbox import Unconfirmed
+
+log = logging.getLogger(__name__)
+
+#: One transaction and one confirmation for so many deliveries; more gain little.
+BATCH = 100
+#: RabbitMQ hands out the next batches while one is being stored.
+PREFETCH = 4 * BATCH
+#: A batch that is not full waits no longer than this.
+LINGER = timedelta(milliseconds=10)
+_IDLE = timedelta(seconds=1)
+_FIRST_PAUSE, _LONGEST_PAUSE = timedelta(milliseconds=500), timedelta(seconds=15)
+
+
+class Bridge:
+    """Consumes until it is stopped; comes back by itself when a server was away."""
+
+    def __init__(self) -> None:
+        self._running = True
+        self._pause = _FIRST_PAUSE
+
+    def stop(self, *_signal: Any) -> None:
+        """End after the batch in hand."""
+        self._running = False
+
+    def run(self) -> None:
+        """Consume, over one connection after another, until stopped."""
+        while self._running:
+            try:
+                self._consume()
+            except (pika.exceptions.AMQPError, OSError) as error:
+                self._wait("RabbitMQ is away", error)
+            except (DatabaseAway, Unconfirmed) as error:
+                # The connection ended with the error: what was in hand goes back to the queue.
+                self._wait("a batch goes back to the queue", error)
+
+    def _wait(self, what: str, error: Exception) -> None:
+        log.warning("%s, trying again in %.1f s: %s", what, self._pause.total_seconds(), type(error).__name__)
+        until = time.monotonic() + self._pause.total_seconds()
+        while self._running and time.monotonic() < until:
+            time.sleep(0.1)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _consume(self) -> None:
+        connection = pika.BlockingConnection(runtime.rabbitmq)
+        try:
+            channel = connection.channel()
+            runtime.declare(channel)
+            channel.basic_qos(prefetch_count=PREFETCH)
+            for batch in self._batches(channel):
+                ingest([_delivery(properties, body) for _, properties, body in batch])
+                channel.basic_ack(batch[-1][0].delivery_tag, multiple=True)
+                self._pause = _FIRST_PAUSE
+        finally:
+            if connection.is_open:
+                connection.close()
+
+    def _batches(self, channel: Any) -> Iterator[list[tuple[Any, Any, bytes]]]:
+        """Yield what has come, at most a batch at a time, waiting a moment for a batch to fill."""
+        batch: list[tuple[Any, Any, bytes]] = []
+        for method, properties, body in channel.consume(
+            runtime.SEND_QUEUE, inactivity_timeout=LINGER.total_seconds()
+        ):
+            if method is not None:
+                batch.append((method, properties, body))
+            if batch and (method is None or len(batch) >= BATCH):
+                yield batch
+                batch = []
+            if not self._running and not batch:
+                return
+
+
+def _delivery(properties: Any, body: bytes) -> Delivery:
+    traceparent = (properties.headers or {}).get("traceparent")
+    return Delivery(
+        body,
+        correlation_id=properties.correlation_id,
+        reply_to=properties.reply_to,
+        traceparent=traceparent if isinstance(traceparent, str) else None,
+    )
+
+
+def main() -> None:
+    """Run the bridge until SIGTERM or SIGINT."""
+    telemetry.serve_own_metrics(runtime.configuration.metrics_port)
+    bridge = Bridge()
+    signal.signal(signal.SIGTERM, bridge.stop)
+    signal.signal(signal.SIGINT, bridge.stop)
+    log.info("the bridge is up")
+    bridge.run()
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()

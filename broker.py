@@ -1,0 +1,102 @@
+"""Dramatiq's broker on RabbitMQ as mailfleet needs it: quorum queues, and a copy of every dead letter.
+
+Dramatiq dead-letters straight into ``<queue>.XQ``, where a message can be neither browsed nor found. Here the way leads
+through a topic exchange: the message still lands in ``<queue>.XQ``, and a copy lands in one queue that is read into the
+``dlq`` table, so that no dead letter is missed whatever its cause: an error, an unknown actor, an unreadable body.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from dramatiq import Middleware
+from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker
+from dramatiq.common import xq_name
+from dramatiq.middleware import Interrupt
+
+log = logging.getLogger(__name__)
+
+DEAD_LETTER_EXCHANGE = "mail.dead_letters"
+MIRROR_QUEUE = "mail.dead_letters.mirror"
+
+
+class FleetBroker(RabbitmqBroker):
+    """A `RabbitmqBroker` with confirmed publishes, queues of one type, and the dead-letter exchange."""
+
+    def __init__(self, *, url: Any, queue_type: str, middleware: list[Any]) -> None:
+        super().__init__(url=None, confirm_delivery=True, middleware=middleware)
+        self.parameters = url
+        self._queue_type = queue_type
+
+    def declare_all(self, channel: Any) -> None:
+        """Declare every queue that an actor has, on the given channel: what a publisher needs to exist."""
+        for queue_name in self.queues:
+            for arguments, name in self._declarations(queue_name):
+                channel.queue_declare(name, durable=True, arguments=arguments)
+        self._declare_dead_letters(channel)
+        for queue_name in self.queues:
+            channel.queue_bind(xq_name(queue_name), DEAD_LETTER_EXCHANGE, xq_name(queue_name))
+
+    def _declarations(self, queue_name: str) -> list[tuple[dict[str, Any], str]]:
+        return [
+            (self._build_queue_arguments(queue_name), queue_name),
+            (self._dead_letter_arguments(), xq_name(queue_name)),
+        ]
+
+    def _declare_dead_letters(self, channel: Any) -> None:
+        channel.exchange_declare(DEAD_LETTER_EXCHANGE, "topic", durable=True)
+        channel.queue_declare(MIRROR_QUEUE, durable=True, arguments={"x-queue-type": self._queue_type})
+        channel.queue_bind(MIRROR_QUEUE, DEAD_LETTER_EXCHANGE, "#")
+
+    def _dead_letter_arguments(self) -> dict[str, Any]:
+        return {"x-queue-type": self._queue_type, "x-message-ttl": DEAD_MESSAGE_TTL}
+
+    def _build_queue_arguments(self, queue_name: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_queue_arguments(queue_name)
+        arguments |= {"x-queue-type": self._queue_type, "x-dead-letter-exchange": DEAD_LETTER_EXCHANGE}
+        if self._queue_type == "quorum":
+            # A dead letter is moved with confirmation, which needs a queue that refuses instead of dropping its head.
+            arguments |= {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+        return arguments
+
+    def _declare_xq_queue(self, queue_name: str) -> Any:
+        self._declare_dead_letters(self.channel)
+        declared = self.channel.queue_declare(
+            xq_name(queue_name), durable=True, arguments=self._dead_letter_arguments()
+        )
+        self.channel.queue_bind(xq_name(queue_name), DEAD_LETTER_EXCHANGE, xq_name(queue_name))
+        return declared
+
+
+class DeadLettering(Middleware):
+    """Dead-letters a message whose actor raised, unless the error is not the message's fault.
+
+    This stands in for Dramatiq's retries, which would wait in a worker's memory and in RabbitMQ: here everything that is
+    to be tried again waits in PostgreSQL. While a server is away a message that only points to a row is dropped, since
+    the row's lease brings it back; one that carries content of its own (``found_again=False``) is dead-lettered with it.
+
+    Args:
+        away: Errors that say that a server cannot be reached.
+    """
+
+    actor_options: ClassVar[set[str]] = {"found_again", "throws"}
+
+    def __init__(self, away: tuple[type[BaseException], ...], on_dead_letter: Callable[[], None]) -> None:
+        self._away = (*away, Interrupt)
+        self._on_dead_letter = on_dead_letter
+
+    def after_process_message(
+        self, broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        if exception is None:
+            return
+        found_again = broker.get_actor(message.actor_name).options.get("found_again", True)
+        if isinstance(exception, self._away) and found_again:
+            log.warning("%s was given up for now: %s", message.actor_name, type(exception).__name__)
+        else:
+            message.fail()
+
+    def after_nack(self, _broker: Any, _message: Any) -> None:
+        self._on_dead_letter()

@@ -1,0 +1,302 @@
+"""Graph's mail API for an application that sends as many mailboxes: one method per call, one error tree for all.
+
+A method makes one call and retries nothing, except that a refused token is replaced once. ``send_mail`` and
+``send_draft`` are the two calls that cannot be taken back; they alone raise ``OutcomeUnknown``. All others may be
+repeated, at the price that is noted with each. What was sent can be found again through a tag, an extended property
+that a message carries.
+
+The client logs nothing; ``on_call`` is told of each request. (urllib3 logs paths, hence addresses, at level DEBUG: keep
+the logger ``urllib3`` at INFO.)
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from graph_client import errors, uploads
+from graph_client.auth import roles_in
+from graph_client.calls import MAX_REQUEST_BYTES, Calls, OnCall, OnUnknownCode, Request, Tokens, encode, understood
+from graph_client.classification import Operation, Reply
+from graph_client.records import Answer, Attachment, Message, UploadSession
+from graph_client.transport import chunks, origin_of, require_secure
+
+#: Attach up to this in one request, and open an upload session for more. Documented is "under 3 MB" for the one and
+#: "3 MB and more" for the other (https://learn.microsoft.com/graph/outlook-large-attachments), without saying which
+#: megabyte; users measured that a session takes 2 MiB already and a request as much as 3,145,611 bytes. Where the
+#: two overlap, neither answers with its error.
+SMALL_ATTACHMENT_BYTES = 3_000_000
+
+#: Bounds the memory that reading a MIME takes.
+MIME_CHUNK_BYTES = 64 * 1024
+
+_PAGE_SIZE = 100
+
+_SEND_MAIL = Operation("send_mail", target="mailbox", repeatable=False)
+_SEND_DRAFT = Operation("send_draft", repeatable=False)
+_CREATE_DRAFT = Operation("create_draft", target="mailbox")
+_GET_MESSAGE = Operation("get_message")
+_DELETE_MESSAGE = Operation("delete_message")
+_ATTACH = Operation("attach")
+_ATTACHMENTS = Operation("attachments")
+_DELETE_ATTACHMENT = Operation("delete_attachment")
+_FIND = Operation("find_by_tag", target="mailbox")
+_FETCH_MIME = Operation("fetch_mime")
+
+#: With it ids survive moves, and, says one page while another excepts it, the send of a draft. It acts on the
+#: request that carries it only, so all do (https://learn.microsoft.com/graph/outlook-immutable-id).
+_IMMUTABLE = {"Prefer": 'IdType="ImmutableId"'}
+_JSON = {**_IMMUTABLE, "Content-Type": "application/json"}
+
+T = TypeVar("T")
+
+
+class GraphClient:
+    """A client for the mailboxes of one tenant. Any number of threads may use it, each with connections of its own.
+
+    A mailbox is named by an address or a user id. Every method raises the leaves of ``graph_client.errors``; those
+    named in a docstring are the ones that need more than their family's treatment.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        tokens: Tokens,
+        timeout: timedelta,
+        tag_id: str,
+        user_agent: str = "graph-client",
+        on_call: OnCall | None = None,
+        on_unknown_code: OnUnknownCode | None = None,
+    ) -> None:
+        """Nothing is contacted yet.
+
+        Args:
+            base_url: With the version, as in ``https://graph.microsoft.com/v1.0``.
+            timeout: For the connect and for each silence of the peer.
+            tag_id: The extended property that ``tagged`` writes, as in ``String {GUID} Name my-id``. One for all
+                messages: named properties are a limited resource of a mailbox.
+            on_call: Told of every request when it is over; what it raises is dropped.
+            on_unknown_code: Told status and code of an answer whose code has no entry in the table.
+
+        Raises:
+            InsecureUrl: The URL is plain http to another machine.
+        """
+        self._base_url = base_url.rstrip("/")
+        self._origin = origin_of(self._base_url)
+        require_secure(self._origin)
+        self._tokens = tokens
+        self._tag_id = tag_id
+        self._calls = Calls(tokens, timeout, user_agent, on_call, on_unknown_code)
+
+    # Sending
+
+    def send_mail(self, mailbox: str, message: Mapping[str, Any]) -> Answer:
+        """Send a message at once; a copy is kept in Sent Items. Graph tells no id: tag the message to find it again.
+
+        Raises:
+            OutcomeUnknown: It may have been sent. Look for the tag before repeating.
+        """
+        body = encode({"message": message, "saveToSentItems": True})
+        return _answer(self._post(_SEND_MAIL, mailbox, f"{self._mailbox(mailbox)}/sendMail", body))
+
+    def create_draft(self, mailbox: str, message: Mapping[str, Any]) -> Message:
+        """Store a message as a draft. Repeating leaves another draft: find it by its tag and delete it."""
+        reply = self._post(_CREATE_DRAFT, mailbox, f"{self._mailbox(mailbox)}/messages", encode(message))
+        return understood(reply, Message.from_graph)
+
+    def send_draft(self, mailbox: str, message_id: str) -> Answer:
+        """Send a draft.
+
+        Raises:
+            OutcomeUnknown: It may have been sent.
+            ItemNotFound: There is no such draft; after an earlier ``send_draft`` it probably was sent.
+        """
+        return _answer(self._post(_SEND_DRAFT, mailbox, f"{self._message(mailbox, message_id)}/send", b""))
+
+    # Messages
+
+    def get_message(self, mailbox: str, message_id: str) -> Message:
+        """Read what a ``Message`` holds, of a draft or of a sent mail."""
+        url = f"{self._message(mailbox, message_id)}?$select={Message.SELECT}"
+        return understood(self._get(_GET_MESSAGE, mailbox, url), Message.from_graph)
+
+    def delete_message(self, mailbox: str, message_id: str) -> None:
+        """Move a message to Deleted Items."""
+        self._delete(_DELETE_MESSAGE, mailbox, self._message(mailbox, message_id))
+
+    def tagged(self, message: Mapping[str, Any], value: str) -> dict[str, Any]:
+        """Return a copy of the message with the tag added, by which ``find_by_tag`` finds it."""
+        properties = [*message.get("singleValueExtendedProperties", ()), {"id": self._tag_id, "value": value}]
+        return {**message, "singleValueExtendedProperties": properties}
+
+    def find_by_tag(self, mailbox: str, value: str, since: datetime | None = None) -> list[Message]:
+        """Return every message of the mailbox, in any folder, that carries the tag's value (compared without case).
+
+        A message just sent may take seconds, at times minutes, to show: finding nothing proves nothing yet.
+
+        Args:
+            since: Leave out messages created earlier. A draft has no sending date, so creation is what counts; allow
+                for the difference of the clocks.
+        """
+        tag_id, wanted = _literal(self._tag_id), _literal(value)
+        # Outlook understands the tag in exactly this form, and no other.
+        tag = f"singleValueExtendedProperties/Any(ep: ep/id eq {tag_id} and ep/value eq {wanted})"
+        created = "" if since is None else f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        query = f"$filter={quote(tag + created, safe='')}&$select={Message.SELECT}&$top={_PAGE_SIZE}"
+        return list(self._pages(_FIND, mailbox, f"{self._mailbox(mailbox)}/messages?{query}", Message.from_graph))
+
+    @contextmanager
+    def fetch_mime(self, mailbox: str, message_id: str) -> Iterator[Iterator[bytes]]:
+        """Give the message as RFC 5322 text in chunks of at most ``MIME_CHUNK_BYTES``, for the length of the block.
+
+        Exchange writes it anew each time, so two fetches may differ. The iterator raises what a call would; a text that
+        it ended without raising is whole.
+        """
+        url = f"{self._message(mailbox, message_id)}/$value"
+        headers = {**_IMMUTABLE, "Accept": "*/*"}
+        response = self._calls.open(Request(_FETCH_MIME, mailbox, "GET", url, None, headers))
+        try:
+            yield chunks(response, MIME_CHUNK_BYTES)
+        finally:
+            response.close()
+
+    # Attachments
+
+    def attach(
+        self,
+        mailbox: str,
+        message_id: str,
+        *,
+        name: str,
+        content_type: str,
+        content: bytes,
+        is_inline: bool = False,
+        content_id: str | None = None,
+    ) -> Attachment:
+        """Add an attachment of at most ``SMALL_ATTACHMENT_BYTES`` to a draft.
+
+        After ``ConnectionLost`` it may be there: compare ``attachments`` before repeating, or it is there twice.
+
+        Raises:
+            AttachmentTooLarge: It needs an upload session.
+        """
+        if len(content) * 4 / 3 > MAX_REQUEST_BYTES:
+            raise errors.AttachmentTooLarge("an upload session is needed")
+        attachment = {
+            "@odata.type": "#microsoft.graph.fileAttachment",
+            "name": name,
+            "contentType": content_type,
+            "contentBytes": base64.b64encode(content).decode("ascii"),
+            "isInline": is_inline,
+        }
+        if content_id is not None:
+            attachment["contentId"] = content_id
+        url = f"{self._message(mailbox, message_id)}/attachments"
+        return understood(self._post(_ATTACH, mailbox, url, encode(attachment)), Attachment.from_graph)
+
+    def attachments(self, mailbox: str, message_id: str) -> list[Attachment]:
+        """Return a message's attachments, without their contents."""
+        url = f"{self._message(mailbox, message_id)}/attachments?$select={Attachment.SELECT}&$top={_PAGE_SIZE}"
+        return list(self._pages(_ATTACHMENTS, mailbox, url, Attachment.from_graph))
+
+    def delete_attachment(self, mailbox: str, message_id: str, attachment_id: str) -> None:
+        """Take an attachment off a draft."""
+        url = f"{self._message(mailbox, message_id)}/attachments/{quote(attachment_id, safe='')}"
+        self._delete(_DELETE_ATTACHMENT, mailbox, url)
+
+    def create_upload_session(
+        self,
+        mailbox: str,
+        message_id: str,
+        *,
+        name: str,
+        size_bytes: int,
+        content_type: str,
+        is_inline: bool = False,
+        content_id: str | None = None,
+    ) -> UploadSession:
+        """Open a session to upload an attachment of more than ``SMALL_ATTACHMENT_BYTES`` to a draft.
+
+        A session that is not completed leaves nothing on the draft.
+
+        Raises:
+            AttachmentTooSmall: ``attach`` it instead.
+            AttachmentTooLarge: It exceeds ``MAX_ATTACHMENT_BYTES``.
+            ItemNotFound: There is no such draft, or not yet where the session would be: a moment after
+                ``create_draft`` this may pass.
+        """
+        return uploads.create(
+            self._calls,
+            mailbox,
+            self._message(mailbox, message_id),
+            name=name,
+            size_bytes=size_bytes,
+            content_type=content_type,
+            is_inline=is_inline,
+            content_id=content_id,
+        )
+
+    def upload_range(self, session: UploadSession, offset: int, content: bytes, total_bytes: int) -> int | None:
+        """Upload the range that begins at ``offset``; return where the next begins, or None when the file is complete.
+
+        Ranges go in order, each at most ``UPLOAD_RANGE_BYTES`` long and none empty. After ``ConnectionLost`` on the
+        last one the attachment may be complete: compare ``attachments`` before a new session, or it is there twice.
+
+        Raises:
+            UploadOutOfOrder: Another range is due; ``expected_offset`` says which, if Graph did.
+            UploadSessionLost: Begin again with a new session.
+        """
+        return uploads.upload(self._calls, session, offset, content, total_bytes)
+
+    def cancel_upload(self, session: UploadSession) -> None:
+        """Give up a session; one that has ended already is fine too."""
+        uploads.cancel(self._calls, session)
+
+    # Checking
+
+    def ping(self) -> frozenset[str] | None:
+        """Get a token and return the roles that it names; None when it is opaque. Graph itself is not contacted."""
+        return roles_in(self._tokens.token())
+
+    # Below: how a call is put together
+
+    def _mailbox(self, mailbox: str) -> str:
+        return f"{self._base_url}/users/{quote(mailbox, safe='@')}"
+
+    def _message(self, mailbox: str, message_id: str) -> str:
+        return f"{self._mailbox(mailbox)}/messages/{quote(message_id, safe='')}"
+
+    def _get(self, operation: Operation, mailbox: str, url: str) -> Reply:
+        return self._calls.call(Request(operation, mailbox, "GET", url, None, _IMMUTABLE))
+
+    def _post(self, operation: Operation, mailbox: str, url: str, body: bytes) -> Reply:
+        return self._calls.call(Request(operation, mailbox, "POST", url, body, _JSON if body else _IMMUTABLE))
+
+    def _delete(self, operation: Operation, mailbox: str, url: str) -> None:
+        self._calls.call(Request(operation, mailbox, "DELETE", url, None, _IMMUTABLE))
+
+    def _pages(
+        self, operation: Operation, mailbox: str, url: str | None, parse: Callable[[Mapping[str, Any]], T]
+    ) -> Iterator[T]:
+        while url is not None:
+            items, url = understood(self._get(operation, mailbox, url), lambda body: _page(body, parse))
+            if url is not None and origin_of(url) != self._origin:
+                raise errors.InsecureUrl("the next page is on another host")
+            yield from items
+
+
+def _page(body: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], str | None]:
+    return [parse(item) for item in body["value"]], body.get("@odata.nextLink")
+
+
+def _answer(reply: Reply) -> Answer:
+    return Answer(reply.request_id, reply.client_request_id, datetime.now(UTC))
+
+
+def _literal(text: str) -> str:
+    """Write a string as OData does, with quotes doubled."""
+    return "'" + text.replace("'", "''") + "'"

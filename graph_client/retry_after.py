@@ -1,0 +1,40 @@
+"""Reads ``Retry-After``, because Graph writes it in more ways than its documentation says.
+
+Documented are whole seconds (https://learn.microsoft.com/graph/throttling). Seen in the wild besides: decimals
+("0.249"), lists ("0,120") and nothing at all. A date is allowed by RFC 9110, section 10.2.3.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+
+#: No wait is longer: a clock that is wrong, here or there, must not silence a mailbox for days. Asking again after an
+#: hour costs one refused call; msal caps its own waits at the same value.
+MAX_RETRY_AFTER = timedelta(hours=1)
+
+_SECONDS = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+
+
+def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
+    """Return how long to wait, between zero and ``MAX_RETRY_AFTER``; None when the header is absent or makes no sense.
+
+    Of a list the longest wait counts. ``now`` (aware) is what a date is compared with.
+    """
+    if value is None:
+        return None
+    seconds = [float(part) for part in map(str.strip, value.split(",")) if _SECONDS.fullmatch(part)]
+    if seconds:
+        return timedelta(seconds=min(max(seconds), MAX_RETRY_AFTER.total_seconds()))
+    wait = _until(value, now)
+    return None if wait is None else min(max(wait, timedelta(0)), MAX_RETRY_AFTER)
+
+
+def _until(http_date: str, now: datetime) -> timedelta | None:
+    try:
+        at = parsedate_to_datetime(http_date.strip())
+        # "-0000" and a missing zone give a naive date; HTTP knows no zone but GMT.
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)) - now
+    except (ValueError, OverflowError):
+        return None

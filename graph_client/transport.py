@@ -1,0 +1,298 @@
+"""Carries a request to Graph and tells two failures apart: the request never left, and the request left and was lost.
+
+The difference decides whether a mail may be sent again, and neither requests nor urllib3 tells it reliably: a
+timeout in the TLS handshake is reported as a read timeout, and a broken record while reading as a TLS error. So the
+connections note the moment at which a request begins to be written.
+
+What requests does for each request (environment's proxies, CA bundle, netrc: about 200 microseconds) is done once
+per host here, with requests' own rules: ``REQUESTS_CA_BUNDLE``, ``HTTPS_PROXY`` and ``NO_PROXY`` count as they are
+when a host is first talked to. There is no retry and no redirect at this level.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from graph_client import errors
+
+#: A connection idle for longer is not used again. Whoever closes first risks that a request meets the closing,
+#: which for a send costs a look into the mailbox; load balancers and proxies commonly close at 60 seconds or later.
+MAX_IDLE = timedelta(seconds=50)
+
+#: Everything that the libraries below raise for a network that misbehaves.
+FOREIGN = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    urllib3.exceptions.ProxySchemeUnsupported,  # a ValueError and nothing else
+    http.client.HTTPException,
+    OSError,
+)
+
+#: Raised before anything is written, whatever the connections noted. ``InvalidHeader`` is not here: it is raised for a
+#: response's headers too.
+_NEVER_LEFT = (
+    requests.ConnectTimeout,
+    requests.exceptions.ProxyError,
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.URLRequired,
+    urllib3.exceptions.ConnectTimeoutError,
+    urllib3.exceptions.ProxyError,
+    urllib3.exceptions.ProxySchemeUnsupported,
+    urllib3.exceptions.LocationValueError,
+    urllib3.exceptions.EmptyPoolError,
+    urllib3.exceptions.ClosedPoolError,
+)
+
+
+class _Wire(threading.local):
+    """What the thread's present request has come to. True unless known otherwise: doubt is on the safe side."""
+
+    departed = True
+
+
+_wire = _Wire()
+
+
+def translate(exc: BaseException, *, repeatable: bool, client_request_id: str | None = None) -> errors.GraphError:
+    """Return what a foreign exception means for the caller. The only place that does.
+
+    Its text stays out, since the libraries put the URL into it, which holds an address or is a secret itself.
+    """
+    if not _wire.departed or _never_left(exc):
+        leaf: type[errors.GraphError] = errors.ConnectionFailed
+    else:
+        leaf = errors.ConnectionLost if repeatable else errors.AnswerLost
+    return leaf(type(origin(exc)).__name__, client_request_id=client_request_id)
+
+
+def _never_left(exc: BaseException) -> bool:
+    return any(isinstance(each, _NEVER_LEFT) for each in _chain(exc))
+
+
+def origin(exc: BaseException) -> BaseException:
+    """Return the innermost cause, which is what to chain to: the outer ones carry the URL in their text."""
+    return list(_chain(exc))[-1]
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield the exception and what it wraps, which requests and urllib3 keep among the arguments or as the reason."""
+    while exc is not None:
+        yield exc
+        wrapped = (getattr(exc, "reason", None), *exc.args)
+        exc = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
+
+
+class _Departing:
+    """Notes that a request begins to be written; the connection is made before."""
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_closed:  # type: ignore[attr-defined]
+            self.connect()  # type: ignore[attr-defined]
+        _wire.departed = True
+        super().request(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Connection(_Departing, HTTPConnection):
+    idle_since = 0.0
+
+
+class _SecureConnection(_Departing, HTTPSConnection):
+    idle_since = 0.0
+
+
+class _Freshening:
+    """Closes a connection that was idle for too long instead of using it; it is made anew then."""
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None:
+            conn.idle_since = time.monotonic()
+        super()._put_conn(conn)  # type: ignore[misc]
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        conn = super()._get_conn(timeout)  # type: ignore[misc]
+        if time.monotonic() - conn.idle_since > MAX_IDLE.total_seconds():
+            conn.close()
+        return conn
+
+
+class _Pool(_Freshening, HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(_Freshening, HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+_POOLS = {"http": _Pool, "https": _SecurePool}
+
+
+class _Adapter(HTTPAdapter):
+    def __init__(self) -> None:
+        super().__init__(max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = _POOLS
+        return manager
+
+    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        _wire.departed = False
+        return super().send(*args, **kwargs)
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: Any) -> None:
+        """No answer is a redirect, so that requests prepares none either (it would read the body, unbounded)."""
+
+
+def new_session() -> requests.Session:
+    """Return a session without retries, redirects, cookies and environment look-ups."""
+    session = _Session()
+    session.trust_env = False
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    session.mount("https://", _Adapter())
+    session.mount("http://", _Adapter())
+    return session
+
+
+class Surroundings(NamedTuple):
+    """What the environment says about talking to a host."""
+
+    proxies: Any
+    verify: bool | str
+
+
+@lru_cache(maxsize=64)
+def surroundings(origin: str) -> Surroundings:
+    """Return proxies and CA bundle for ``scheme://host:port``, by requests' rules; asked once per process."""
+    with requests.Session() as session:
+        merged = session.merge_environment_settings(origin, {}, True, None, None)
+    verify = merged["verify"]
+    return Surroundings(merged["proxies"], True if verify is None else verify)
+
+
+def origin_of(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise errors.InsecureUrl("not a URL") from None
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+@lru_cache(maxsize=64)
+def require_secure(origin: str) -> None:
+    """Refuse to talk in the clear to anything but this machine.
+
+    Raises:
+        InsecureUrl: The scheme is not https, and the host is not on the loopback.
+    """
+    parts = urlsplit(origin)
+    secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
+    if not secure or not parts.hostname:
+        raise errors.InsecureUrl("https is required, except on the loopback")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Transport:
+    """One session per thread, so that threads share nothing; a thread's connections are closed when it ends.
+
+    To be made after a fork, or at least not used before it.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        """``timeout`` bounds the connect and each silence of the peer, not the whole exchange."""
+        self._timeout = timeout.total_seconds()
+        self._threads = threading.local()
+
+    def _session(self) -> requests.Session:
+        session: requests.Session | None = getattr(self._threads, "session", None)
+        if session is None:
+            session = self._threads.session = new_session()
+        return session
+
+    def open(
+        self, method: str, url: str, headers: dict[str, str], body: bytes | None, *, repeatable: bool
+    ) -> requests.Response:
+        """Send the request and return the answer as far as its headers; read it with ``read`` or ``chunks``.
+
+        Raises:
+            InsecureUrl: The URL is plain http to another machine.
+            ConnectionFailed: The request never left.
+            ConnectionLost: It left and no answer came; it may be repeated.
+            AnswerLost: It left and no answer came; it must not be repeated.
+        """
+        request = requests.PreparedRequest()
+        request.method, request.url, request.body = method, url, body
+        request.headers = CaseInsensitiveDict(headers)
+        request.hooks = {"response": []}
+        origin = origin_of(url)
+        require_secure(origin)
+        proxies, verify = surroundings(origin)
+        with translating(repeatable, headers.get("client-request-id")):
+            _wire.departed = True
+            return self._session().send(
+                request, stream=True, allow_redirects=False, timeout=self._timeout, proxies=proxies, verify=verify
+            )
+
+
+@contextmanager
+def translating(repeatable: bool, client_request_id: str | None) -> Iterator[None]:
+    """Let only our own errors out of the block."""
+    try:
+        yield
+    except FOREIGN as exc:
+        raise translate(exc, repeatable=repeatable, client_request_id=client_request_id) from origin(exc)
+
+
+def read(response: requests.Response, limit_bytes: int) -> bytes | None:
+    """Return the body and free the connection; None when the body is longer than the limit or did not arrive whole."""
+    try:
+        body: bytes = response.raw.read(limit_bytes + 1, decode_content=True)
+    except FOREIGN:
+        response.raw.close()
+        return None
+    if len(body) > limit_bytes:
+        response.raw.close()
+        return None
+    response.raw.release_conn()
+    return body
+
+
+def chunks(response: requests.Response, chunk_bytes: int) -> Iterator[bytes]:
+    """Yield the body piece by piece, each at most ``chunk_bytes`` long.
+
+    Raises:
+        ConnectionLost: The body ended early; what was yielded is not the whole.
+    """
+    with translating(True, response.request.headers.get("client-request-id")):
+        _wire.departed = True
+        yield from response.raw.stream(chunk_bytes, decode_content=True)

@@ -1,0 +1,1 @@
+"""The database's history: plain SQL, applied in order by ``release``, each additive to the one before."""

@@ -1,0 +1,36 @@
+"""The truth: tables, states, and every change that may be made to them.
+
+PostgreSQL alone knows what is to be sent and what was. RabbitMQ carries ids and may lose, repeat or reorder them; Redis
+holds rates and may be emptied; neither changes what is in here. So every change is keyed and may be tried twice, and
+every change that a worker makes names the lease under which it works.
+
+Nothing in this package talks to RabbitMQ, Redis or Graph.
+"""
+
+from models.backups import ClaimedBackup, Sealed
+from models.claims import ClaimedEmail, LeaseLost
+from models.database import DatabaseAway, connect, database, disconnect, rows, transaction
+from models.events import claim_unpublished, mark_published
+from models.ingest import Arrival, Reception, store
+from models.states import Route, Sending, Status
+
+__all__ = [
+    "Arrival",
+    "ClaimedBackup",
+    "ClaimedEmail",
+    "DatabaseAway",
+    "LeaseLost",
+    "Reception",
+    "Route",
+    "Sealed",
+    "Sending",
+    "Status",
+    "claim_unpublished",
+    "connect",
+    "database",
+    "disconnect",
+    "mark_published",
+    "rows",
+    "store",
+    "transaction",
+]

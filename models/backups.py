@@ -1,0 +1,191 @@
+"""The archive's rows: due, leased, stored once per Graph message.
+
+The bytes arrive sealed. A backup that is repeated finds the row of the first and leaves it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from models.database import rows
+from models.ids import as_uuid, new_id
+
+
+class Sealed(NamedTuple):
+    """A sealed MIME message with its measures: sizes in bytes, ``checksum`` the SHA-256 of the plain MIME in hex."""
+
+    blob: bytes
+    compression: str
+    size: int
+    compressed_size: int
+    checksum: str
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedBackup:
+    """A sent email whose archive copy this worker is to make."""
+
+    incoming_email_id: str
+    publisher_message_id: str
+    mailbox: str
+    graph_message_id: str | None
+    received_at: datetime
+    attempt: int
+
+    @classmethod
+    def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta) -> ClaimedBackup | None:
+        """Take a dispatched backup, or return None if it is stored, given up or another attempt's."""
+        found = rows(
+            """
+            UPDATE sent_emails s SET backup_lease_until = now() + %(lease)s, updated_at = now()
+            FROM incoming_emails e
+            WHERE s.incoming_email_id = %(id)s AND e.id = s.incoming_email_id AND s.backup_due_at IS NOT NULL
+              AND s.backup_attempt_count = %(attempt)s AND s.backup_lease_until IS NOT NULL
+            RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at
+            """,
+            {"id": incoming_email_id, "attempt": attempt, "lease": lease},
+        )
+        return cls(*found[0], attempt=attempt) if found else None
+
+    def store(self, graph_message_id: str, sealed: Sealed, *, retention: timedelta) -> None:
+        """Keep the copy until ``retention`` has passed. A second copy of the same Graph message changes nothing."""
+        rows(
+            """
+            WITH stored AS (
+                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
+                                           compressed_size, checksum, key_id, expires_at)
+                VALUES (%(backup_id)s, %(graph_message_id)s, %(id)s, %(blob)s, %(compression)s, %(size)s,
+                        %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s)
+                ON CONFLICT (graph_message_id) DO NOTHING
+            )
+            UPDATE sent_emails SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
+                                   backup_error = NULL, updated_at = now()
+            WHERE incoming_email_id = %(id)s
+            """,
+            {
+                "backup_id": new_id(),
+                "id": self.incoming_email_id,
+                "graph_message_id": graph_message_id,
+                "retention": retention,
+                **sealed._asdict(),
+            },
+        )
+
+    def snooze(self, wait: timedelta, why: str) -> None:
+        """Look again later without having spent an attempt."""
+        self._postpone(wait, why, spent=0)
+
+    def retry(self, wait: timedelta, error: str) -> None:
+        """Look again later, an attempt spent."""
+        self._postpone(wait, error, spent=1)
+
+    def _postpone(self, wait: timedelta, error: str, *, spent: int) -> None:
+        rows(
+            """
+            UPDATE sent_emails
+            SET backup_due_at = now() + %(wait)s, backup_lease_until = NULL, backup_error = %(error)s,
+                backup_attempt_count = backup_attempt_count - 1 + %(spent)s, updated_at = now()
+            WHERE incoming_email_id = %(id)s AND backup_attempt_count = %(attempt)s AND backup_due_at IS NOT NULL
+            """,
+            {"id": self.incoming_email_id, "attempt": self.attempt, "wait": wait, "error": error[:1000], "spent": spent},
+        )
+
+    def fail(self, *, reason: str, error: str, message_id: str, queue_name: str, actor_name: str) -> None:
+        """Give up: one dead letter. The mail itself is sent and stays so."""
+        rows(
+            """
+            WITH sent AS (
+                UPDATE sent_emails SET backup_due_at = NULL, backup_lease_until = NULL, backup_error = %(error)s, updated_at = now()
+                WHERE incoming_email_id = %(id)s
+            )
+            INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox, message_id, queue_name, actor_name)
+            VALUES (%(dlq_id)s, %(id)s, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s, %(message_id)s, %(queue_name)s,
+                    %(actor_name)s)
+            ON CONFLICT (message_id) DO UPDATE
+            SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
+                last_error = excluded.last_error, mailbox = excluded.mailbox
+            """,
+            {
+                "dlq_id": new_id(),
+                "id": self.incoming_email_id,
+                "mailbox": self.mailbox,
+                "attempts": self.attempt,
+                "reason": reason,
+                "error": error[:1000],
+                "message_id": message_id,
+                "queue_name": queue_name,
+                "actor_name": actor_name,
+            },
+        )
+
+
+class StoredBackup(NamedTuple):
+    """What the archive knows of one message."""
+
+    id: str
+    incoming_email_id: str
+    publisher_message_id: str
+    graph_message_id: str
+    mailbox: str
+    size: int
+    compressed_size: int
+    checksum: str
+    key_id: str
+    created_at: datetime
+    expires_at: datetime
+
+
+_LISTED = """
+    SELECT b.id::text, b.incoming_email_id::text, e.publisher_message_id, b.graph_message_id, e.mailbox, b.size,
+           b.compressed_size, b.checksum, b.key_id, b.created_at, b.expires_at
+    FROM email_backups b JOIN incoming_emails e ON e.id = b.incoming_email_id
+"""
+
+
+def stored_backups(*, mailbox: str | None = None, limit: int = 100) -> list[StoredBackup]:
+    """Return the newest backups, of one mailbox or of all."""
+    return [
+        StoredBackup(*row)
+        for row in rows(
+            _LISTED
+            + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
+            {"mailbox": mailbox, "limit": limit},
+        )
+    ]
+
+
+def find_backup(id: str) -> StoredBackup | None:
+    """Find a backup by its own id, the email's, the publisher's or Graph's."""
+    found = rows(
+        _LISTED
+        + """
+        WHERE b.id = %(uuid)s OR b.incoming_email_id = %(uuid)s OR b.graph_message_id = %(id)s
+           OR b.incoming_email_id = (SELECT id FROM incoming_emails WHERE publisher_message_id = %(id)s)
+        ORDER BY b.id LIMIT 1
+        """,
+        {"id": id, "uuid": as_uuid(id)},
+    )
+    return StoredBackup(*found[0]) if found else None
+
+
+def sealed_blob(backup_id: str) -> bytes:
+    """Return the sealed bytes of a backup."""
+    return bytes(rows("SELECT compressed_blob FROM email_backups WHERE id = %(id)s", {"id": backup_id})[0][0])
+
+
+def purge_expired(batch: int) -> int:
+    """Delete at most ``batch`` backups whose retention has ended, and return how many."""
+    return len(
+        rows(
+            """
+            DELETE FROM email_backups WHERE id IN (
+                SELECT id FROM email_backups WHERE expires_at <= now() ORDER BY expires_at LIMIT %(batch)s
+                FOR UPDATE SKIP LOCKED
+            ) RETURNING 1
+            """,
+            {"batch": batch},
+        )
+    )

@@ -1,0 +1,348 @@
+"""An email in a worker's hands: claimed under a lease, and let go by exactly one of its outcomes.
+
+Protocol
+    ``claim`` takes a dispatched email, draws a lease token and writes the receipt, all in one statement; a second
+    claimant gets ``None``. Every later write names the token: once the lease has run out and the email was taken by
+    another, the write changes nothing and raises `LeaseLost`.
+
+    The intent (``sent_emails`` in ``sending``) is committed before the irreversible Graph call. From then on
+
+    * ``record_sent`` needs Graph's word;
+    * ``mark_in_doubt`` says that nobody knows; the email waits without a lease and is claimed again to be looked up;
+    * ``snooze``, ``retry`` and ``fail`` withdraw the intent: they may be called only where it is proven that Graph did
+      not send, and they refuse for an email that was in doubt when it was claimed (``settle_…`` is for those).
+
+    A worker that dies holds the lease until it runs out. If an intent stands by then, the email is in doubt.
+
+Each outcome is one statement: the transition, the sending, the outbox event and the dead letter become true together.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+
+from contracts import Event, EventType, event_body, event_id
+from models.database import rows
+from models.ids import new_id
+from models.states import Sending, Status, check
+
+#: Longer errors are cut: they are read by people.
+MAX_ERROR_CHARACTERS = 1000
+
+
+class LeaseLost(Exception):
+    """Raised when another worker has taken the email: what this one knows is no longer of use."""
+
+
+_CLAIM = """
+    WITH claimed AS (
+        UPDATE incoming_emails
+        SET status = 'processing', lease_token = %(token)s, lease_until = now() + %(lease)s, updated_at = now()
+        WHERE id = %(id)s AND status = 'dispatched' AND attempt_count = %(attempt)s
+        RETURNING id, publisher_message_id, mailbox, recipient_count, payload::text, draft_id, correlation_id, reply_to,
+                  traceparent, created_at
+    ), receipt AS (
+        INSERT INTO worker_receipts (incoming_email_id, attempt) SELECT id, %(attempt)s FROM claimed
+        ON CONFLICT DO NOTHING
+    ), intent AS (
+        INSERT INTO sent_emails (id, incoming_email_id, status, intent_at)
+        SELECT %(sent_id)s, id, 'sending', now() FROM claimed WHERE %(intent)s
+        ON CONFLICT (incoming_email_id) DO UPDATE SET status = 'sending', intent_at = now(), updated_at = now()
+        WHERE sent_emails.status = 'not_sent'
+    )
+    SELECT claimed.*, s.status, s.intent_at, EXISTS (
+        SELECT 1 FROM dlq WHERE dlq.incoming_email_id = claimed.id AND dlq.status = 'replayed'
+    )
+    FROM claimed LEFT JOIN sent_emails s ON s.incoming_email_id = claimed.id
+"""
+# The last query of the statement sees sent_emails as it was before it.
+
+
+@dataclass(slots=True)
+class ClaimedEmail:
+    """What a worker needs of the email it holds, and everything it may do to it."""
+
+    id: str
+    publisher_message_id: str
+    mailbox: str
+    recipient_count: int
+    payload: dict[str, Any]
+    draft_id: str | None
+    attempt: int
+    created_at: datetime
+    #: When the send was begun that is in doubt; None if none is.
+    in_doubt_since: datetime | None
+    #: An operator has asked for this email to be sent again.
+    replayed: bool
+    correlation_id: str | None = None
+    reply_to: str | None = None
+    traceparent: str | None = None
+    #: The intent to send is committed: from here on only evidence shows that it was not sent.
+    intended: bool = False
+    _token: str = field(default="", repr=False)
+
+    @classmethod
+    def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta, intent: bool) -> ClaimedEmail | None:
+        """Take a dispatched email, or return None if it is not there to be taken.
+
+        Args:
+            attempt: As in the dispatch; an older dispatch of the same email claims nothing.
+            intent: Commit the intent to send in the same statement (unless the email is in doubt).
+        """
+        token = str(uuid.uuid4())
+        parameters = {
+            "id": incoming_email_id,
+            "attempt": attempt,
+            "token": token,
+            "lease": lease,
+            "intent": intent,
+            "sent_id": new_id(),
+        }
+        found = rows(_CLAIM, parameters)
+        return cls._from_row(found[0], attempt, token, intent) if found else None
+
+    @classmethod
+    def _from_row(cls, row: tuple[Any, ...], attempt: int, token: str, intent: bool) -> ClaimedEmail:
+        id, publisher_id, mailbox, recipient_count, payload, draft_id, correlation_id, reply_to, traceparent, created_at = row[:10]
+        sending, intent_at, replayed = row[10:]
+        return cls(
+            id=str(id),
+            publisher_message_id=publisher_id,
+            mailbox=mailbox,
+            recipient_count=recipient_count,
+            payload=orjson.loads(payload),
+            draft_id=draft_id,
+            attempt=attempt,
+            created_at=created_at,
+            in_doubt_since=intent_at if sending in (Sending.SENDING, Sending.IN_DOUBT) else None,
+            replayed=replayed,
+            correlation_id=correlation_id,
+            reply_to=reply_to,
+            traceparent=traceparent,
+            intended=intent,
+            _token=token,
+        )
+
+    def renew(self, lease: timedelta) -> None:
+        """Keep the email for another ``lease``, or learn that it is lost."""
+        self.write("UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING 1", lease=lease)
+
+    def record_draft(self, draft_id: str) -> None:
+        """Remember the draft: the recovery point before the attachments."""
+        self.write(
+            "UPDATE incoming_emails SET draft_id = %(draft_id)s, updated_at = now() WHERE {held} RETURNING 1",
+            draft_id=draft_id,
+        )
+        self.draft_id = draft_id
+
+    def forget_draft(self) -> None:
+        """Start over with a new draft: Graph no longer has this one."""
+        self.write(
+            """
+            WITH email AS (UPDATE incoming_emails SET draft_id = NULL, updated_at = now() WHERE {held} RETURNING id),
+            uploads AS (DELETE FROM file_uploads WHERE incoming_email_id IN (SELECT id FROM email))
+            SELECT 1 FROM email
+            """
+        )
+        self.draft_id = None
+
+    def record_intent(self, lease: timedelta) -> None:
+        """Commit the intent to send, and renew the lease for the call that follows."""
+        self.write(
+            """
+            WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
+            INSERT INTO sent_emails (id, incoming_email_id, status, intent_at) SELECT %(sent_id)s, id, 'sending', now() FROM email
+            ON CONFLICT (incoming_email_id) DO UPDATE SET status = 'sending', intent_at = now(), updated_at = now()
+            WHERE sent_emails.status = 'not_sent' RETURNING 1
+            """,
+            lease=lease,
+            sent_id=new_id(),
+        )
+        self.intended = True
+
+    def record_sent(
+        self,
+        *,
+        backup_delay: timedelta,
+        publish_within: timedelta,
+        graph_message_id: str | None = None,
+        sent_at: datetime | None = None,
+        evidence: dict[str, Any] | None = None,
+    ) -> Event:
+        """Note that Graph has accepted the mail, and return the event to publish for ``publish_within``."""
+        sent_at = sent_at or datetime.now(UTC)
+        event = self._event(EventType.SENT, sent_at, graph_message_id=graph_message_id)
+        self._move(
+            Status.PROCESSED,
+            "next_attempt_at = NULL, last_error = NULL",
+            """
+            sent AS (
+                UPDATE sent_emails SET status = 'sent', sent_at = %(sent_at)s, graph_message_id = %(graph_message_id)s,
+                       backup_due_at = now() + %(backup_delay)s, updated_at = now(), response_metadata = {amended}
+                WHERE incoming_email_id IN (SELECT id FROM email)
+            ), answering AS (
+                UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
+            ), {event}
+            """,
+            event=event,
+            mailbox=self.mailbox,
+            publish_within=publish_within,
+            evidence=evidence,
+            sent_at=sent_at,
+            graph_message_id=graph_message_id,
+            backup_delay=backup_delay,
+        )
+        return event
+
+    def mark_in_doubt(self, *, look_again_in: timedelta, evidence: dict[str, Any]) -> None:
+        """Let go of an email whose send may or may not have happened, to be looked up then."""
+        self._move(
+            Status.PROCESSING,
+            "next_attempt_at = now() + %(look_again_in)s, last_error = %(error)s",
+            """
+            doubted AS (
+                UPDATE sent_emails SET status = 'in_doubt', updated_at = now(), response_metadata = {amended}
+                WHERE incoming_email_id IN (SELECT id FROM email)
+            )
+            """,
+            look_again_in=look_again_in,
+            error=_error(evidence.get("seen", "")),
+            evidence=evidence,
+        )
+
+    def settle_as_not_sent(self, evidence: dict[str, Any]) -> None:
+        """Note that the mail was proven absent: it is sent again at once."""
+        self._move(
+            Status.RECEIVED,
+            "next_attempt_at = NULL, last_error = 'found absent after a lost answer'",
+            """
+            settled AS (
+                UPDATE sent_emails SET status = 'not_sent', updated_at = now(), response_metadata = {amended}
+                WHERE incoming_email_id IN (SELECT id FROM email)
+            )
+            """,
+            evidence=evidence,
+        )
+
+    def snooze(self, wait: timedelta, why: str) -> None:
+        """Let go until later without having spent an attempt."""
+        self._let_go(wait, why, "attempt_count = attempt_count - 1, ")
+
+    def retry(self, wait: timedelta, error: str) -> None:
+        """Let go until later, an attempt spent."""
+        self._let_go(wait, error, "")
+
+    def _let_go(self, wait: timedelta, error: str, also: str) -> None:
+        if self.in_doubt_since:
+            self.mark_in_doubt(look_again_in=wait, evidence={"seen": f"could not be looked up: {error}"})
+            return
+        self._move(
+            Status.RECEIVED,
+            also + "next_attempt_at = now() + %(wait)s, last_error = %(error)s",
+            _WITHDRAWN,
+            wait=wait,
+            error=_error(error),
+        )
+
+    def fail(
+        self, *, reason: str, error: str, message_id: str, queue_name: str, actor_name: str, publish_within: timedelta
+    ) -> Event:
+        """Give up: status ``failed``, one dead letter, one event, which is returned to be published."""
+        event = self._event(EventType.FAILED, datetime.now(UTC), reason=reason, detail=_error(error))
+        self._move(
+            Status.FAILED,
+            "next_attempt_at = NULL, last_error = %(error)s",
+            _WITHDRAWN + ", " + _DEAD_LETTER + ", {event}",
+            event=event,
+            publish_within=publish_within,
+            reason=reason,
+            error=_error(error),
+            message_id=message_id,
+            queue_name=queue_name,
+            actor_name=actor_name,
+            dlq_id=new_id(),
+            attempts=self.attempt,
+            mailbox=self.mailbox,
+        )
+        return event
+
+    def _event(self, type: EventType, at: datetime, **details: Any) -> Event:
+        body = event_body(
+            type, publisher_message_id=self.publisher_message_id, incoming_email_id=self.id, at=at, **details
+        )
+        return Event(
+            event_id(type, self.id), type, body, self.id, self.correlation_id, self.reply_to, self.traceparent
+        )
+
+    def _move(
+        self,
+        target: Status,
+        assignments: str,
+        also: str,
+        *,
+        event: Event | None = None,
+        publish_within: timedelta | None = None,
+        evidence: dict[str, Any] | None = None,
+        **parameters: Any,
+    ) -> None:
+        """Go to ``target`` and let go of the lease; ``also`` are the further parts of the same statement."""
+        check(Status.PROCESSING, target)
+        if event:
+            parameters |= {"event_id": event.id, "event_type": event.type, "event_body": event.body.decode()}
+            parameters |= {"publish_within": publish_within}
+        if evidence:
+            parameters["evidence"] = orjson.dumps({"at": datetime.now(UTC), **evidence}).decode()
+        self.write(
+            f"""
+            WITH email AS (
+                UPDATE incoming_emails
+                SET status = %(target)s, lease_token = NULL, lease_until = NULL, updated_at = now(), {assignments}
+                WHERE {{held}} RETURNING id, correlation_id, reply_to, traceparent
+            ), {also.replace("{event}", _EVENT).replace("{amended}", _AMENDED if evidence else "response_metadata")}
+            SELECT 1 FROM email
+            """,
+            target=target,
+            **parameters,
+        )
+
+    def write(self, sql: str, **parameters: Any) -> None:
+        """Run one statement that returns a row exactly if this worker still holds the email (``{held}``)."""
+        statement = sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
+        if not rows(statement, {"id": self.id, "token": self._token, **parameters}):
+            raise LeaseLost(f"email {self.id} is no longer held by this worker")
+
+
+_WITHDRAWN = """
+    withdrawn AS (
+        DELETE FROM sent_emails WHERE incoming_email_id IN (SELECT id FROM email) AND status = 'sending'
+    )
+"""
+_EVENT = """
+    event AS (
+        INSERT INTO outbox_events (id, incoming_email_id, type, body, correlation_id, reply_to, traceparent, claimed_until)
+        SELECT %(event_id)s, id, %(event_type)s, %(event_body)s, correlation_id, reply_to, traceparent,
+               now() + %(publish_within)s
+        FROM email ON CONFLICT (incoming_email_id, type) DO NOTHING
+    )
+"""
+_DEAD_LETTER = """
+    dead AS (
+        INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox, message_id, queue_name, actor_name)
+        SELECT %(dlq_id)s, id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s, %(message_id)s, %(queue_name)s, %(actor_name)s
+        FROM email ON CONFLICT (message_id) DO UPDATE
+        SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
+            last_error = excluded.last_error, mailbox = excluded.mailbox
+    )
+"""
+_AMENDED = """
+    jsonb_set(response_metadata, '{evidence}', coalesce(response_metadata->'evidence', '[]') || %(evidence)s::jsonb)
+"""
+
+
+def _error(text: str) -> str:
+    return text[:MAX_ERROR_CHARACTERS]

@@ -1,0 +1,116 @@
+"""The connection to PostgreSQL and the one way in which statements reach it.
+
+A thread keeps its connection for good: opening one costs 6 ms of two processes. A connection that PostgreSQL has closed
+stays unusable until it is dropped, so it is dropped here, where the failure is seen, and the next statement opens another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import peewee
+import psycopg2
+import psycopg2.errorcodes
+import psycopg2.extras
+
+#: A statement that runs longer is stuck: the slowest of ours reads one index range.
+STATEMENT_TIMEOUT_MILLISECONDS = 30_000
+CONNECT_TIMEOUT_SECONDS = 5
+
+database = peewee.PostgresqlDatabase(None)
+
+
+class DatabaseAway(Exception):
+    """Raised when PostgreSQL cannot be reached, gave up on a statement, or is read-only after a failover.
+
+    Whether the statement took effect is not known. Everything that waits is found again in the tables.
+    """
+
+
+def connect(url: str, application_name: str) -> None:
+    """Set where PostgreSQL is. Connections are opened by the threads that need one."""
+    parts = urlsplit(url)
+    database.init(
+        unquote(parts.path.lstrip("/")),
+        host=parts.hostname,
+        port=parts.port or 5432,
+        user=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+        connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        application_name=application_name,
+        options=f"-c statement_timeout={STATEMENT_TIMEOUT_MILLISECONDS} -c timezone=UTC",
+        keepalives_idle=30,
+        keepalives_interval=5,
+        keepalives_count=3,
+        **dict(parse_qsl(parts.query)),
+    )
+
+
+def disconnect() -> None:
+    """Close this thread's connection."""
+    database.close()
+
+
+def rows(sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    """Run one statement, in the transaction that is open or in its own, and return its rows.
+
+    Raises:
+        DatabaseAway: See there.
+    """
+    with _dropping_dead_connections():
+        cursor = database.execute_sql(sql, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+def insert_many(sql: str, values: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Run ``INSERT … VALUES %s … RETURNING …`` for many rows at once and return what it returned."""
+    with _dropping_dead_connections():
+        cursor = database.cursor()
+        return psycopg2.extras.execute_values(cursor, sql, values, page_size=len(values), fetch=True)
+
+
+@contextmanager
+def transaction() -> Iterator[None]:
+    """Make the statements of the block take effect together. Nothing in it may wait for the network."""
+    with _dropping_dead_connections(), database.atomic():
+        yield
+
+
+@contextmanager
+def _dropping_dead_connections() -> Iterator[None]:
+    try:
+        yield
+    except DatabaseAway:
+        _drop_connection()
+        raise
+    except (peewee.OperationalError, peewee.InterfaceError, psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        _drop_connection()
+        raise DatabaseAway(_diagnosis(error)) from error
+    except (peewee.InternalError, psycopg2.InternalError) as error:
+        if not _is_read_only(error):
+            raise
+        _drop_connection()
+        raise DatabaseAway("PostgreSQL is read-only") from error
+
+
+def _drop_connection() -> None:
+    if database.in_transaction():
+        return  # the end of the transaction comes through here again
+    try:
+        database.close()
+    except (peewee.PeeweeException, psycopg2.Error):
+        pass  # forgotten all the same: closing a dead connection may fail
+
+
+def _is_read_only(error: BaseException) -> bool:
+    cause = getattr(error, "orig", error)
+    return getattr(cause, "pgcode", None) == psycopg2.errorcodes.READ_ONLY_SQL_TRANSACTION
+
+
+def _diagnosis(error: BaseException) -> str:
+    """Name the failure without the server's message, which may repeat parameters."""
+    cause = getattr(error, "orig", error)
+    return f"PostgreSQL is away ({type(cause).__name__} {getattr(cause, 'pgcode', None) or ''})".replace(" )", ")")

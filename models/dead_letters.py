@@ -1,0 +1,164 @@
+"""Dead letters: the table that knows every message which was given up, and the only source of replay.
+
+A row is written when an actor gives up (`models.claims`, `models.backups`) and completed from the copy that RabbitMQ
+makes of each dead letter; whichever comes first makes the row, ``message_id`` keeps it single.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from models.database import rows, transaction
+from models.ids import as_uuid, new_id
+
+
+class Copy(NamedTuple):
+    """RabbitMQ's copy of a dead letter; what could not be read of it is None."""
+
+    message_id: str
+    queue_name: str
+    actor_name: str | None
+    incoming_email_id: str | None
+    reason: str
+    error: str
+    body: bytes
+
+
+def mirror(copies: Sequence[Copy]) -> int:
+    """Complete the rows of these dead letters, making those that are missing; return how many were missing."""
+    return sum(_mirror(copy) for copy in copies)
+
+
+def _mirror(copy: Copy) -> int:
+    parameters = copy._asdict() | {"id": new_id()}
+    return rows(  # type: ignore[no-any-return]
+        """
+        INSERT INTO dlq (id, incoming_email_id, reason, last_error, mailbox, message_id, queue_name, actor_name, body, mirrored_at)
+        SELECT %(id)s, e.id, %(reason)s, %(error)s, e.mailbox, %(message_id)s, %(queue_name)s, %(actor_name)s, %(body)s, now()
+        FROM (VALUES (1)) AS one LEFT JOIN incoming_emails e ON e.id = %(incoming_email_id)s
+        ON CONFLICT (message_id) DO UPDATE SET body = excluded.body, mirrored_at = now()
+        RETURNING (xmax = 0)::int
+        """,
+        parameters,
+    )[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which open dead letters an operator means. Empty fields do not narrow."""
+
+    reason: str | None = None
+    mailbox: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    ids: tuple[str, ...] = ()
+
+
+class Letter(NamedTuple):
+    """One row of the table, for people."""
+
+    id: str
+    status: str
+    incoming_email_id: str | None
+    publisher_message_id: str | None
+    mailbox: str | None
+    queue_name: str
+    reason: str
+    attempts: int
+    last_error: str | None
+    created_at: datetime
+    resolved_at: datetime | None
+    resolved_by: str | None
+
+
+_SELECT = """
+    SELECT d.id::text, d.status, d.incoming_email_id::text, e.publisher_message_id, d.mailbox, d.queue_name, d.reason,
+           d.attempts, d.last_error, d.created_at, d.resolved_at, d.resolved_by
+    FROM dlq d LEFT JOIN incoming_emails e ON e.id = d.incoming_email_id
+"""
+_MATCHING = """
+    WHERE d.status = 'open'
+      AND (%(reason)s::text IS NULL OR d.reason = %(reason)s)
+      AND (%(mailbox)s::text IS NULL OR d.mailbox = %(mailbox)s)
+      AND (%(since)s::timestamptz IS NULL OR d.created_at >= %(since)s)
+      AND (%(until)s::timestamptz IS NULL OR d.created_at < %(until)s)
+      AND (%(ids)s::uuid[] = '{}' OR d.id = ANY(%(ids)s::uuid[]) OR d.incoming_email_id = ANY(%(ids)s::uuid[]))
+    ORDER BY d.created_at, d.id LIMIT %(limit)s
+"""
+
+
+def _parameters(filter: Filter, limit: int) -> dict[str, Any]:
+    return {
+        "reason": filter.reason,
+        "mailbox": filter.mailbox.lower() if filter.mailbox else None,
+        "since": filter.since,
+        "until": filter.until,
+        "ids": list(filter.ids),
+        "limit": limit,
+    }
+
+
+def find_open(filter: Filter, limit: int) -> list[Letter]:
+    """Return the open dead letters that match, oldest first."""
+    return [Letter(*row) for row in rows(_SELECT + _MATCHING, _parameters(filter, limit))]
+
+
+def find(id: str) -> Letter | None:
+    """Find the newest dead letter by its own id, the email's or the publisher's."""
+    found = rows(
+        _SELECT
+        + """
+        WHERE d.id = %(uuid)s OR d.incoming_email_id = %(uuid)s
+           OR d.incoming_email_id = (SELECT id FROM incoming_emails WHERE publisher_message_id = %(id)s)
+        ORDER BY d.created_at DESC LIMIT 1
+        """,
+        {"id": id, "uuid": as_uuid(id)},
+    )
+    return Letter(*found[0]) if found else None
+
+
+def body_of(letter_id: str) -> bytes | None:
+    """Return the message as it was dead-lettered, once RabbitMQ's copy has arrived."""
+    return rows("SELECT body FROM dlq WHERE id = %(id)s", {"id": letter_id})[0][0]  # type: ignore[no-any-return]
+
+
+def resolve(letter_id: str, *, replayed: bool, who: str) -> bool:
+    """Replay or discard one open letter; return whether this call did it.
+
+    Of two that try at the same time one succeeds. A failed email goes back to ``received`` with its attempts given
+    back; an email whose backup failed has its backup made due again. An email in doubt stays in doubt: its next claim
+    looks it up before anything is sent.
+    """
+    with transaction():
+        letter = rows(
+            """
+            UPDATE dlq SET status = %(status)s, resolved_at = now(), resolved_by = %(who)s
+            WHERE id = %(id)s AND status = 'open' RETURNING incoming_email_id::text, queue_name
+            """,
+            {"id": letter_id, "status": "replayed" if replayed else "discarded", "who": who},
+        )
+        if letter and replayed:
+            _put_back(*letter[0])
+    return bool(letter)
+
+
+def _put_back(incoming_email_id: str | None, queue_name: str) -> None:
+    if queue_name == "backup":
+        rows(
+            """
+            UPDATE sent_emails SET backup_due_at = now(), backup_attempt_count = 0, backup_lease_until = NULL, updated_at = now()
+            WHERE incoming_email_id = %(id)s AND status = 'sent'
+            """,
+            {"id": incoming_email_id},
+        )
+    else:
+        rows(
+            """
+            UPDATE incoming_emails SET status = 'received', attempt_count = 0, next_attempt_at = NULL, updated_at = now()
+            WHERE id = %(id)s AND status = 'failed'
+            """,
+            {"id": incoming_email_id},
+        )

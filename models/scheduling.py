@@ -1,0 +1,259 @@
+"""What the scheduler does to the tables: find what may go out now, and lease it.
+
+All of it runs in one short transaction under one advisory lock, so that the counts of mail in flight are exact however
+many schedulers there are. Turns among mailboxes come from the index of ready mail: a recursive query skips from one
+mailbox to the next, starting after the one that was served last, and takes a few of each; its cost depends on what it
+claims, not on what is waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from contracts import Event, EventType, event_body, event_id
+from models.database import rows, transaction
+from models.events import append
+from models.states import Route
+
+#: Any constant will do; it names the lock among the database's advisory locks.
+_LOCK = 0x6D61696C666C6565
+#: Bounds the work of one sweep, and with it the time for which the lock is held.
+BATCH = 500
+
+_READY = "status IN ('received', 'processing') AND lease_until IS NULL AND next_attempt_at IS NULL"
+
+
+class Dispatch(NamedTuple):
+    """One email that was leased to its route: what the dispatch message says."""
+
+    incoming_email_id: str
+    publisher_message_id: str
+    mailbox: str
+    attempt: int
+    traceparent: str | None
+
+
+class DueBackup(NamedTuple):
+    """One backup that was leased."""
+
+    incoming_email_id: str
+    attempt: int
+
+
+@contextmanager
+def sweep() -> Iterator[None]:
+    """Hold the scheduler's lock for the length of the block, in one transaction."""
+    with transaction():
+        rows("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK})
+        yield
+
+
+_EXPIRE_LEASES = """
+    WITH lapsed AS MATERIALIZED (
+        SELECT e.id, e.status, s.status AS sending
+        FROM incoming_emails e LEFT JOIN sent_emails s ON s.incoming_email_id = e.id AND s.status IN ('sending', 'in_doubt')
+        WHERE e.lease_until <= now() ORDER BY e.lease_until LIMIT %(batch)s FOR UPDATE OF e SKIP LOCKED
+    ), doubted AS (
+        UPDATE sent_emails s SET status = 'in_doubt', updated_at = now(),
+               response_metadata = jsonb_set(response_metadata, '{evidence}',
+                   coalesce(response_metadata->'evidence', '[]') ||
+                   jsonb_build_object('at', now(), 'seen', 'the worker''s lease ran out during the send'))
+        FROM lapsed WHERE s.incoming_email_id = lapsed.id AND s.status = 'sending'
+    )
+    UPDATE incoming_emails e
+    SET status = CASE WHEN lapsed.sending IS NULL THEN 'received' ELSE 'processing' END,
+        -- A dispatch that no worker took was not an attempt.
+        attempt_count = e.attempt_count - (lapsed.status = 'dispatched' AND lapsed.sending IS NULL)::int,
+        lease_token = NULL, lease_until = NULL, updated_at = now()
+    FROM lapsed WHERE e.id = lapsed.id
+    RETURNING e.id::text, lapsed.status
+"""
+
+
+def expire_leases() -> list[tuple[str, str]]:
+    """Take back what dead, stuck or never started workers held; return (email id, status it had)."""
+    return [(row[0], row[1]) for row in rows(_EXPIRE_LEASES, {"batch": BATCH})]
+
+
+def wake_due() -> int:
+    """Make mail ready whose time has come, and return how many."""
+    return len(
+        rows(
+            """
+            UPDATE incoming_emails SET next_attempt_at = NULL, updated_at = now()
+            WHERE id IN (SELECT id FROM incoming_emails WHERE next_attempt_at <= now()
+                         ORDER BY next_attempt_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+            RETURNING 1
+            """,
+            {"batch": BATCH},
+        )
+    )
+
+
+def in_flight() -> tuple[dict[Route, int], dict[str, int]]:
+    """Count the leased emails per route and per mailbox."""
+    routes, mailboxes = dict.fromkeys(Route, 0), {}
+    for route, mailbox, count in rows(
+        "SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox"
+    ):
+        routes[Route(route)] += count
+        mailboxes[mailbox] = mailboxes.get(mailbox, 0) + count
+    return routes, mailboxes
+
+
+_CLAIM = f"""
+    WITH RECURSIVE busy AS MATERIALIZED (
+        SELECT * FROM unnest(%(busy)s::text[], %(busy_counts)s::int[]) AS busy (mailbox, in_flight)
+    ), turn (mailbox, position) AS (
+        (SELECT mailbox, 1 FROM incoming_emails
+         WHERE {_READY} AND route = %(route)s AND mailbox > %(after)s ORDER BY mailbox LIMIT 1)
+        UNION ALL
+        SELECT (SELECT mailbox FROM incoming_emails
+                WHERE {_READY} AND route = %(route)s AND mailbox > turn.mailbox ORDER BY mailbox LIMIT 1), position + 1
+        FROM turn WHERE turn.mailbox IS NOT NULL AND position < %(turns)s
+    ), open AS MATERIALIZED (
+        SELECT turn.mailbox, turn.position,
+               CASE WHEN m.refusal_count > 0 THEN 1 ELSE %(share)s END - coalesce(busy.in_flight, 0) AS room
+        FROM turn LEFT JOIN busy USING (mailbox) LEFT JOIN mailboxes m USING (mailbox)
+        WHERE turn.mailbox IS NOT NULL AND coalesce(m.paused_until <= now(), true)
+    ), picked AS MATERIALIZED (
+        SELECT email.id, open.position FROM open CROSS JOIN LATERAL (
+            SELECT id FROM incoming_emails
+            WHERE {_READY} AND route = %(route)s AND mailbox = open.mailbox
+            ORDER BY priority, id LIMIT greatest(open.room, 0) FOR UPDATE SKIP LOCKED
+        ) email
+        ORDER BY open.position LIMIT %(capacity)s
+    )
+    UPDATE incoming_emails e
+    SET status = 'dispatched', attempt_count = e.attempt_count + (e.status = 'received')::int,
+        lease_until = now() + %(lease)s, lease_token = NULL, updated_at = now()
+    FROM picked WHERE e.id = picked.id
+    RETURNING e.id::text, e.publisher_message_id, e.mailbox, e.attempt_count, e.traceparent
+"""
+
+
+def claim(
+    route: Route, *, capacity: int, share: int, busy: dict[str, int], after: str, lease: timedelta
+) -> list[Dispatch]:
+    """Lease at most ``capacity`` ready emails of a route, at most ``share`` in flight per mailbox, in turns.
+
+    Args:
+        busy: How many emails each mailbox has in flight already.
+        after: The mailbox that was served last; turns start behind it.
+        lease: How long a worker has to take the dispatch up.
+    """
+    if capacity <= 0:
+        return []
+    parameters = {
+        "route": route,
+        "capacity": min(capacity, BATCH),
+        "share": share,
+        "busy": list(busy),
+        "busy_counts": list(busy.values()),
+        # Mailboxes that are full or paused use up turns without giving mail.
+        "turns": min(capacity, BATCH) + len(busy) + 100,
+        "after": after,
+        "lease": lease,
+    }
+    claimed = [Dispatch(*row) for row in rows(_CLAIM, parameters)]
+    if after and len(claimed) < min(capacity, BATCH):
+        for dispatch in claimed:
+            busy[dispatch.mailbox] = busy.get(dispatch.mailbox, 0) + 1
+        claimed += claim(route, capacity=capacity - len(claimed), share=share, busy=busy, after="", lease=lease)
+    return claimed
+
+
+def expire_overdue(publish_within: timedelta) -> list[Event]:
+    """Settle mail whose ``expires_at`` has passed before it was dispatched, and return the events to publish."""
+    expired = rows(
+        """
+        UPDATE incoming_emails SET status = 'expired', next_attempt_at = NULL, updated_at = now()
+        WHERE id IN (SELECT id FROM incoming_emails WHERE expires_at <= now() AND status = 'received'
+                     ORDER BY expires_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
+        RETURNING id::text, publisher_message_id, correlation_id, reply_to, traceparent
+        """,
+        {"batch": BATCH},
+    )
+    now = datetime.now(UTC)
+    events = [_expired(now, *row) for row in expired]
+    append(events, now + publish_within)
+    return events
+
+
+def _expired(now: datetime, id: str, publisher_message_id: str, *delivery: str | None) -> Event:
+    body = event_body(EventType.EXPIRED, publisher_message_id=publisher_message_id, incoming_email_id=id, at=now)
+    return Event(event_id(EventType.EXPIRED, id), EventType.EXPIRED, body, id, *delivery)
+
+
+_CLAIM_BACKUPS = """
+    WITH lapsed AS (
+        UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()
+    ), in_flight AS MATERIALIZED (
+        SELECT count(*) AS count FROM sent_emails WHERE backup_lease_until > now()
+    ), picked AS MATERIALIZED (
+        SELECT s.id FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
+        LEFT JOIN mailboxes m ON m.mailbox = e.mailbox
+        WHERE s.backup_due_at <= now() AND s.backup_lease_until IS NULL AND coalesce(m.paused_until <= now(), true)
+        ORDER BY s.backup_due_at
+        LIMIT greatest(%(concurrency)s - (SELECT count FROM in_flight), 0) FOR UPDATE OF s SKIP LOCKED
+    )
+    UPDATE sent_emails s
+    SET backup_lease_until = now() + %(lease)s, backup_attempt_count = backup_attempt_count + 1, updated_at = now()
+    FROM picked WHERE s.id = picked.id
+    RETURNING s.incoming_email_id::text, s.backup_attempt_count
+"""
+
+
+def claim_backups(*, concurrency: int, lease: timedelta) -> list[DueBackup]:
+    """Lease due backups, never more than ``concurrency`` at a time in the whole fleet."""
+    return [DueBackup(*row) for row in rows(_CLAIM_BACKUPS, {"concurrency": concurrency, "lease": lease})]
+
+
+def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> None:
+    """End the leases of what could not be handed to a worker; the next sweep finds it."""
+    rows(
+        """
+        WITH backups AS (
+            UPDATE sent_emails SET backup_lease_until = now()
+            WHERE incoming_email_id = ANY(%(backups)s::uuid[]) AND backup_lease_until IS NOT NULL
+        )
+        UPDATE incoming_emails SET lease_until = now()
+        WHERE id = ANY(%(emails)s::uuid[]) AND status = 'dispatched'
+        """,
+        {
+            "emails": [dispatch.incoming_email_id for dispatch in dispatches],
+            "backups": [backup.incoming_email_id for backup in backups],
+        },
+    )
+
+
+def next_due_at() -> datetime | None:
+    """Return the next instant at which there is something to do that nobody will announce."""
+    return rows(
+        """
+        SELECT least(
+            (SELECT min(next_attempt_at) FROM incoming_emails WHERE next_attempt_at IS NOT NULL),
+            (SELECT min(lease_until) FROM incoming_emails WHERE lease_until IS NOT NULL),
+            (SELECT min(expires_at) FROM incoming_emails WHERE expires_at IS NOT NULL AND status = 'received'),
+            (SELECT min(backup_due_at) FROM sent_emails WHERE backup_due_at > now() AND backup_lease_until IS NULL),
+            (SELECT min(backup_lease_until) FROM sent_emails WHERE backup_lease_until IS NOT NULL),
+            (SELECT min(paused_until) FROM mailboxes WHERE paused_until > now()),
+            (SELECT min(claimed_until) FROM outbox_events WHERE published_at IS NULL)
+        )
+        """
+    )[0][0]
+
+
+def acknowledge_receipts(receipts: list[tuple[str, int]]) -> None:
+    """Note that the scheduler knows of these (email id, attempt) receipts. Safe to repeat."""
+    rows(
+        """
+        UPDATE worker_receipts r SET acknowledged_at = now()
+        FROM unnest(%(ids)s::uuid[], %(attempts)s::int[]) AS received (id, attempt)
+        WHERE r.incoming_email_id = received.id AND r.attempt = received.attempt AND r.acknowledged_at IS NULL
+        """,
+        {"ids": [id for id, _ in receipts], "attempts": [attempt for _, attempt in receipts]},
+    )

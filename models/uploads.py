@@ -1,0 +1,83 @@
+"""How far each attachment of an email has got into its draft.
+
+Progress is committed under the email's lease after every step that Graph has confirmed, and each commit renews the
+lease: a long upload keeps its email, and a worker that lost it learns so at the next range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import orjson
+
+from models.claims import ClaimedEmail
+from models.database import rows
+from models.ids import new_id
+
+
+@dataclass(slots=True)
+class Upload:
+    """One attachment of a claimed email. Sizes in bytes; ``session_url`` is a secret."""
+
+    position: int
+    filename: str
+    size: int
+    uploaded_bytes: int
+    uploaded: bool
+    session_url: str | None = None
+    session_expires_at: datetime | None = None
+
+
+def plan(email: ClaimedEmail) -> list[Upload]:
+    """Return the email's uploads in order, making their rows on the first call."""
+    attachments: Sequence[dict[str, Any]] = email.payload["attachments"]
+    rows(
+        """
+        INSERT INTO file_uploads (id, incoming_email_id, position, filename, size)
+        SELECT * FROM unnest(%(row_ids)s::uuid[], %(email_ids)s::uuid[], %(positions)s::int[], %(names)s::text[], %(sizes)s::bigint[])
+        ON CONFLICT (incoming_email_id, position) DO NOTHING
+        """,
+        {
+            "row_ids": [new_id() for _ in attachments],
+            "email_ids": [email.id] * len(attachments),
+            "positions": list(range(len(attachments))),
+            "names": [attachment["name"] for attachment in attachments],
+            "sizes": [attachment["size"] for attachment in attachments],
+        },
+    )
+    found = rows(
+        """
+        SELECT position, filename, size, uploaded_bytes, status = 'uploaded', upload_session_info->>'url',
+               (upload_session_info->>'expires_at')::timestamptz
+        FROM file_uploads WHERE incoming_email_id = %(id)s ORDER BY position
+        """,
+        {"id": email.id},
+    )
+    return [Upload(*row) for row in found]
+
+
+def record_progress(email: ClaimedEmail, upload: Upload, *, lease: timedelta) -> None:
+    """Commit how far the upload is and renew the email's lease.
+
+    Raises:
+        LeaseLost: The email was taken by another worker.
+    """
+    session = None
+    if upload.session_url and not upload.uploaded:
+        session = orjson.dumps({"url": upload.session_url, "expires_at": upload.session_expires_at}).decode()
+    email.write(
+        """
+        WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
+        UPDATE file_uploads SET uploaded_bytes = %(uploaded_bytes)s, status = %(status)s, upload_session_info = %(session)s,
+                                updated_at = now()
+        WHERE incoming_email_id IN (SELECT id FROM email) AND position = %(position)s RETURNING 1
+        """,
+        lease=lease,
+        position=upload.position,
+        uploaded_bytes=upload.uploaded_bytes,
+        status="uploaded" if upload.uploaded else "uploading",
+        session=session,
+    )

@@ -1,0 +1,286 @@
+"""Publishing to RabbitMQ, in confirmed batches, from one thread per process.
+
+Confirming each message on its own costs four times what it costs in a batch, and a connection per thread costs a
+heartbeat each; so whoever has something to publish hands it to the `Publisher` and, where the order of things matters,
+waits for the confirmation. What was not confirmed is reported as such and never forgotten here: the rows that it came
+from still say that it is unpublished.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import pika
+import pika.exceptions
+import pika.spec
+
+from contracts import Event, EventType
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+EXCHANGE = "mail.events"
+#: A writer's own time to publish; after that the sweep does. Longer than any confirmation takes.
+PUBLISH_WITHIN = timedelta(seconds=30)
+#: RabbitMQ under a memory alarm does not answer; a batch is then given up as unconfirmed.
+CONFIRM_WITHIN = timedelta(seconds=10)
+_BATCH = 200
+_HEARTBEAT_EVERY = timedelta(seconds=5)
+_RECONNECT_PAUSE = timedelta(seconds=1)
+
+
+class Unconfirmed(Exception):
+    """Raised when RabbitMQ did not confirm a message: it may or may not have been published."""
+
+
+class Outgoing(NamedTuple):
+    """One message for RabbitMQ. ``mandatory``: it counts as unconfirmed if no queue takes it."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    properties: pika.BasicProperties
+    mandatory: bool = False
+
+
+def event_messages(event: Event) -> list[Outgoing]:
+    """Return the event for everyone who listens, and a copy for the queue that the publisher named."""
+    properties = pika.BasicProperties(
+        content_type="application/json",
+        delivery_mode=pika.DeliveryMode.Persistent,
+        type=event.type,
+        message_id=event.id,
+        correlation_id=event.correlation_id,
+        headers={"traceparent": event.traceparent} if event.traceparent else None,
+    )
+    messages = [Outgoing(EXCHANGE, EventType(event.type).routing_key, event.body, properties)]
+    if event.reply_to:
+        messages.append(Outgoing("", event.reply_to, event.body, properties))
+    return messages
+
+
+def connection_parameters(url: str, client: str) -> pika.URLParameters:
+    """Return how every connection of ours is made: it notices a dead or blocked server within half a minute."""
+    parameters = pika.URLParameters(url)
+    parameters.heartbeat = 20
+    parameters.blocked_connection_timeout = 15
+    parameters.socket_timeout = 5
+    parameters.stack_timeout = 10
+    parameters.client_properties = {"connection_name": client}
+    return parameters
+
+
+class _Batch(NamedTuple):
+    messages: list[Outgoing]
+    done: Future[None]
+
+
+class Publisher:
+    """Publishes what threads hand over, in the order of each thread, over one connection.
+
+    Args:
+        parameters: Where RabbitMQ is.
+        declare: Makes the exchanges and queues that must exist; called on every new connection.
+    """
+
+    def __init__(self, parameters: pika.URLParameters, declare: Callable[[Any], None]) -> None:
+        self._parameters = parameters
+        self._declare = declare
+        self._waiting: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._start = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._connection: Any = None
+        self._channel: Any = None
+        self._failed_at = float("-inf")
+        self._returned: list[str] = []
+
+    def submit(self, messages: Sequence[Outgoing]) -> Future[None]:
+        """Hand messages over; the future ends when all are confirmed or with `Unconfirmed`."""
+        self._ensure_started()
+        batch = _Batch(list(messages), Future())
+        self._waiting.put(batch)
+        return batch.done
+
+    def publish(self, messages: Sequence[Outgoing]) -> None:
+        """Publish and wait until all are confirmed.
+
+        Raises:
+            Unconfirmed: RabbitMQ is away, blocked, or has no queue for a mandatory message.
+        """
+        if messages:
+            self.submit(messages).result()
+
+    def close(self) -> None:
+        """Publish what was handed over and end the connection."""
+        if self._thread:
+            self._waiting.put(None)
+            self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+
+    def _ensure_started(self) -> None:
+        with self._start:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        open = True
+        while open:
+            batches = self._next_batches()
+            open = None not in batches
+            if work := [batch for batch in batches if batch is not None]:
+                self._settle(work)
+            else:
+                self._keep_alive()
+        self._disconnect()
+
+    def _next_batches(self) -> list[_Batch | None]:
+        """Wait for work, then take all that has gathered: batches grow by themselves under load."""
+        try:
+            batches = [self._waiting.get(timeout=_HEARTBEAT_EVERY.total_seconds())]
+        except queue.Empty:
+            return []
+        while len(batches) < _BATCH and not self._waiting.empty():
+            batches.append(self._waiting.get())
+        return batches
+
+    def _settle(self, batches: list[_Batch]) -> None:
+        try:
+            self._publish([message for batch in batches for message in batch.messages])
+        except Unconfirmed as error:
+            for batch in batches:
+                batch.done.set_exception(error)
+        else:
+            for batch in batches:
+                batch.done.set_result(None)
+
+    def _publish(self, messages: list[Outgoing]) -> None:
+        try:
+            channel = self._open_channel()
+            self._returned.clear()
+            unconfirmed = self._send(channel, messages)
+            self._await_confirms(unconfirmed)
+        except (pika.exceptions.AMQPError, OSError) as error:
+            self._failed_at = time.monotonic()
+            self._disconnect()
+            raise Unconfirmed(f"RabbitMQ did not confirm ({type(error).__name__})") from error
+        if self._returned:
+            self._disconnect()  # the next connection declares what is missing
+            raise Unconfirmed(f"RabbitMQ has no queue named {', '.join(sorted(set(self._returned)))}")
+
+    def _send(self, channel: Any, messages: list[Outgoing]) -> set[int]:
+        first = self._published + 1
+        for message in messages:
+            channel.basic_publish(
+                message.exchange, message.routing_key, message.body, message.properties, mandatory=message.mandatory
+            )
+        self._published += len(messages)
+        self._pending = set(range(first, self._published + 1))
+        return self._pending
+
+    def _await_confirms(self, pending: set[int]) -> None:
+        deadline = time.monotonic() + CONFIRM_WITHIN.total_seconds()
+        while pending and not self._nacked:
+            if time.monotonic() > deadline:
+                raise pika.exceptions.AMQPConnectionError("confirmation overdue")
+            # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come.
+            self._connection._flush_output(lambda: not pending or self._nacked or time.monotonic() > deadline)
+        if self._nacked:
+            raise pika.exceptions.AMQPChannelError("message refused")
+
+    def _open_channel(self) -> Any:
+        if self._connection is not None:
+            self._connection.process_data_events(0)  # notices a connection that the server has closed meanwhile
+            return self._channel
+        if time.monotonic() - self._failed_at < _RECONNECT_PAUSE.total_seconds():
+            raise pika.exceptions.AMQPConnectionError("RabbitMQ was away a moment ago")
+        self._connection = pika.BlockingConnection(self._parameters)
+        channel = self._channel = self._connection.channel()
+        self._declare(channel)
+        self._published, self._pending, self._nacked = 0, set(), False
+        # BlockingChannel can only wait for one confirmation at a time; the channel beneath it reports each as it comes.
+        channel._impl.confirm_delivery(self._on_confirmation)
+        channel._impl.add_on_return_callback(self._on_return)
+        return channel
+
+    def _on_confirmation(self, frame: Any) -> None:
+        tag, multiple = frame.method.delivery_tag, frame.method.multiple
+        if isinstance(frame.method, pika.spec.Basic.Nack):
+            self._nacked = True
+        self._pending.difference_update([t for t in self._pending if t <= tag] if multiple else [tag])
+
+    def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
+        self._returned.append(method.routing_key)
+
+    def _keep_alive(self) -> None:
+        if self._connection is not None:
+            try:
+                self._connection.process_data_events(0)
+            except (pika.exceptions.AMQPError, OSError):
+                self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._channel = self._connection, None, None
+        try:
+            if connection is not None and connection.is_open:
+                connection.close()
+        except (pika.exceptions.AMQPError, OSError):
+            log.debug("the connection was lost while it was closed")
+
+
+class Batcher(Generic[Item]):
+    """Gathers what threads add and passes it on in batches, from a thread of its own.
+
+    For what is written in the database already and need not be waited for: if passing a batch on fails, or the process
+    dies, the sweep finds it there.
+    """
+
+    #: Gathering so long costs nobody anything and makes batches of single items.
+    LINGER = timedelta(milliseconds=10)
+
+    def __init__(self, name: str, pass_on: Callable[[list[Item]], None]) -> None:
+        self._name = name
+        self._pass_on = pass_on
+        self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._start = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, items: Iterable[Item]) -> None:
+        """Hand items over; returns at once."""
+        with self._start:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+        for item in items:
+            self._waiting.put(item)
+
+    def close(self) -> None:
+        """Pass on what was handed over."""
+        if self._thread:
+            self._waiting.put(None)
+            self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+
+    def _run(self) -> None:
+        open = True
+        while open:
+            gathered = [self._waiting.get()]
+            if gathered[0] is not None:
+                time.sleep(self.LINGER.total_seconds())
+            while len(gathered) < _BATCH and not self._waiting.empty():
+                gathered.append(self._waiting.get())
+            open = None not in gathered
+            self._flush([item for item in gathered if item is not None])
+
+    def _flush(self, batch: list[Item]) -> None:
+        try:
+            if batch:
+                self._pass_on(batch)
+        except Exception as error:
+            log.warning("%d %s are left to the sweep: %s", len(batch), self._name, type(error).__name__)

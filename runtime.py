@@ -1,0 +1,233 @@
+"""The long-lived objects of a process, wired once: settings, database, broker, Redis, limiter, Graph, vault.
+
+Importing this module reads the settings and sets Dramatiq's broker, so everything that declares or sends to an actor
+imports it first. Nothing is contacted before it is used: a process starts whether or not its servers are up.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import dramatiq
+import pika
+from dramatiq.middleware import CurrentMessage, TimeLimit
+from periodiq import PeriodiqMiddleware
+from redis import Redis
+from redis import RedisError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+import limiter as limits
+import models
+import outbox
+import settings
+import telemetry
+from attachments import AttachmentSource
+from broker import DeadLettering, FleetBroker
+from contracts import Event
+from graph_client import Call, GraphClient, TokenSource
+from outbox import Batcher, Outgoing, Publisher
+from vault import InvalidKeyring, Keyring, Vault
+
+log = logging.getLogger(__name__)
+
+#: The extended property by which a mail is found again. Mailboxes remember every property name, so it never changes.
+TAG = "String {7c1f6c1e-52a5-4f0b-8f4e-0d6f5d1a9c55} Name mailfleet-email-id"
+SEND_QUEUE = "send_email"
+REJECTED_QUEUE = "send_email.rejected"
+
+#: A slot must outlive the call that holds it; a dead worker's slot comes back after this.
+_SLOT_MARGIN = timedelta(seconds=30)
+_MILLISECOND = timedelta(milliseconds=1)
+#: A wake-up that got lost on its way blocks others for no longer than this.
+_WAKE_LASTS = timedelta(seconds=2)
+#: Longer than any upload should take, shorter than RabbitMQ's 30 minutes for an unacknowledged message.
+TIME_LIMIT_MILLISECONDS = timedelta(minutes=20) // _MILLISECOND
+
+
+def _load() -> tuple[settings.Settings, Keyring]:
+    try:
+        loaded = settings.load()
+        return loaded, Keyring.parse(loaded.backup_keys.get_secret_value())
+    except settings.SettingsInvalid as invalid:
+        sys.exit(str(invalid))
+    except InvalidKeyring as invalid:
+        sys.exit(f"The settings are not usable:\n  - BACKUP_KEYS: {invalid}")
+
+
+def _token_source() -> TokenSource:
+    secret = configuration.graph_client_secret
+    return TokenSource(
+        configuration.graph_authority,
+        configuration.graph_tenant_id,
+        configuration.graph_client_id,
+        secret=secret.get_secret_value() if secret else None,
+        certificate_pem_path=configuration.graph_client_certificate,
+        timeout=configuration.graph_timeout,
+    )
+
+
+def _count_call(call: Call) -> None:
+    telemetry.GRAPH_REQUESTS.labels(call.operation, str(call.status or "none")).inc()
+    telemetry.GRAPH_SECONDS.labels(call.operation).observe(call.duration.total_seconds())
+    if call.status == 429 or (call.status == 503 and call.retry_after):
+        telemetry.THROTTLED.labels(call.operation).inc()
+
+
+def _count_unknown_code(status: int, _code: str) -> None:
+    telemetry.GRAPH_UNKNOWN_CODES.labels(str(status)).inc()
+
+
+def serve_workers_metrics() -> None:
+    """Serve the metrics of all worker processes of this type on ``METRICS_PORT``."""
+    telemetry.serve_workers_metrics(configuration.metrics_port)
+
+
+def declare(channel: Any) -> None:
+    """Declare what publishing needs: the events' exchange and every queue of ours.
+
+    ``send_email`` and ``send_email.rejected`` are left as they are if somebody made them before.
+    """
+    channel.exchange_declare(outbox.EXCHANGE, "topic", durable=True)
+    fleet_broker.declare_all(channel)
+    for queue_name in (SEND_QUEUE, REJECTED_QUEUE):
+        declare_if_missing(channel.connection, queue_name)
+
+
+def declare_if_missing(connection: Any, queue_name: str) -> None:
+    """Declare a queue that publishers may have made already, with arguments of their own."""
+    probe = connection.channel()
+    try:
+        probe.queue_declare(queue_name, passive=True)
+        probe.close()
+    except pika.exceptions.ChannelClosedByBroker as closed:
+        if closed.reply_code != 404:
+            raise
+        maker = connection.channel()
+        maker.queue_declare(queue_name, durable=True, arguments={"x-queue-type": configuration.rabbitmq_queue_type})
+        maker.close()
+
+
+def enqueue(messages: Sequence[dramatiq.Message[Any]]) -> Future[None]:
+    """Hand messages for actors to the publisher: one confirmation for all, instead of one for each."""
+    return publisher.submit([Outgoing("", message.queue_name, message.encode(), _TASK, mandatory=True) for message in messages])
+
+
+def publish_events(events: Sequence[Event]) -> None:
+    """Publish events and mark them as published; what is not confirmed is left to the sweep.
+
+    Raises:
+        Unconfirmed, DatabaseAway: Some may have been published without being marked. They keep their ``message_id``.
+    """
+    publisher.publish([message for event in events for message in outbox.event_messages(event)])
+    models.mark_published([event.id for event in events])
+    for event in events:
+        telemetry.PUBLISHED.labels(event.type).inc()
+
+
+def wake(actor_name: str) -> None:
+    """Have an actor run at once, wherever a worker is free for it; wake-ups that come in a burst are one.
+
+    The actor takes the mark away (`waking`) before it looks at the tables, so no wake-up is lost. If Redis or RabbitMQ
+    is away nobody is woken, and the next minute's sweep does the work.
+    """
+    try:
+        if redis.set(_wake_key(actor_name), 1, nx=True, px=_WAKE_LASTS // _MILLISECOND):
+            enqueue([fleet_broker.get_actor(actor_name).message()])
+    except RedisError:
+        log.warning("%s could not be woken: Redis is away", actor_name)
+
+
+def waking(actor_name: str) -> None:
+    """Take the mark of a wake-up away: from here on another may come."""
+    try:
+        redis.delete(_wake_key(actor_name))
+    except RedisError:
+        log.warning("Redis is away")
+
+
+def _wake_key(actor_name: str) -> str:
+    return f"mailfleet:wake:{actor_name}"
+
+
+def wake_mirror() -> None:
+    """Have the dead letters mirrored soon."""
+    wake("mirror_dead_letters")
+
+
+class FlushAtShutdown(dramatiq.Middleware):
+    """Publishes what a worker still has in hand before it ends."""
+
+    def before_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
+        close()
+
+
+def close() -> None:
+    """Publish what is still in hand and end the connections. For the end of a process."""
+    events.close()
+    publisher.close()
+
+
+_TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
+
+configuration, _keyring = _load()
+telemetry.configure_logging(configuration.log_level)
+models.connect(configuration.database_url.get_secret_value(), "mailfleet")
+
+rabbitmq = outbox.connection_parameters(configuration.rabbitmq_url.get_secret_value(), "mailfleet")
+redis = Redis.from_url(
+    configuration.redis_url.get_secret_value(),
+    socket_timeout=1,
+    socket_connect_timeout=1,
+    retry=Retry(NoBackoff(), 1),
+)
+limiter = limits.Limiter(
+    configuration.redis_url.get_secret_value(),
+    limits.Budgets(
+        mailbox_concurrency=configuration.mailbox_concurrency,
+        mailbox_requests_per_10_minutes=configuration.mailbox_requests_per_10_minutes,
+        mailbox_upload_mb_per_5_minutes=configuration.mailbox_upload_mb_per_5_minutes,
+        mailbox_sends_per_minute=configuration.mailbox_sends_per_minute,
+        mailbox_recipients_per_day=configuration.mailbox_recipients_per_day,
+        tenant_requests_per_10_seconds=configuration.tenant_requests_per_10_seconds,
+    ),
+    slot_lease=2 * configuration.graph_timeout + _SLOT_MARGIN,
+)
+tokens = _token_source()
+graph = GraphClient(
+    configuration.graph_base_url,
+    tokens,
+    timeout=configuration.graph_timeout,
+    tag_id=TAG,
+    user_agent="mailfleet",
+    on_call=_count_call,
+    on_unknown_code=_count_unknown_code,
+)
+vault = Vault(_keyring)
+source = AttachmentSource(
+    configuration.attachment_allowed_hosts, max_bytes=configuration.attachment_max_mb * 1024 * 1024
+)
+
+fleet_broker = FleetBroker(
+    url=rabbitmq,
+    queue_type=configuration.rabbitmq_queue_type,
+    middleware=[
+        TimeLimit(time_limit=TIME_LIMIT_MILLISECONDS),
+        CurrentMessage(),
+        DeadLettering((models.DatabaseAway, outbox.Unconfirmed, limits.Unavailable, RedisError), wake_mirror),
+        FlushAtShutdown(),
+        PeriodiqMiddleware(skip_delay=30),
+        telemetry.WorkerMetrics(
+            serve_workers_metrics if configuration.prometheus_multiproc_dir and configuration.metrics_port else None
+        ),
+    ],
+)
+dramatiq.set_broker(fleet_broker)
+
+publisher = Publisher(rabbitmq, declare)
+events: Batcher[Event] = Batcher("events", publish_events)

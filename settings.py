@@ -1,0 +1,320 @@
+"""Every setting of mailfleet, read from the environment once and checked as a whole.
+
+This is the only module that reads the environment, so the table in ``docs/settings.md`` (made by
+``python -m settings``) is complete by construction. A wrong start is refused with every problem listed
+at once: an operator mends a deployment in one go instead of one restart per mistake.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
+
+#: A worker must notice a lost lease before it may call Graph again: a lease outlives the longest call by this much.
+LEASE_MARGIN = timedelta(seconds=15)
+
+
+class SettingsInvalid(Exception):
+    """Raised when the environment is not fit to start with; ``problems`` has one sentence per variable."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("The settings are not usable:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _seconds(value: Any) -> Any:
+    return timedelta(seconds=float(value)) if isinstance(value, str | int | float) else value
+
+
+def _days(value: Any) -> Any:
+    return timedelta(days=float(value)) if isinstance(value, str | int | float) else value
+
+
+def _comma_separated(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Seconds = Annotated[timedelta, BeforeValidator(_seconds), Field(gt=timedelta(0))]
+Days = Annotated[timedelta, BeforeValidator(_days), Field(gt=timedelta(0))]
+#: A limit on use; 0 switches it off.
+Limit = Annotated[int, Field(ge=0)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+
+
+def _setting(variable: str, help: str, *, default: Any = ..., unit: str = "") -> Any:
+    return Field(default, validation_alias=variable, description=help, json_schema_extra={"unit": unit})
+
+
+class Settings(BaseSettings):
+    """The effective settings of a process. Attributes carry their units; variables are named as in section "Settings"."""
+
+    model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
+
+    database_url: SecretStr = _setting("DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`.")
+    rabbitmq_url: SecretStr = _setting("RABBITMQ_URL", "RabbitMQ, `amqp://user:password@host:port/vhost`.")
+    rabbitmq_queue_type: Literal["quorum", "classic"] = _setting(
+        "RABBITMQ_QUEUE_TYPE",
+        "Type of every queue that mailfleet declares. It cannot be changed once the queues exist.",
+        default="quorum",
+    )
+    redis_url: SecretStr = _setting("REDIS_URL", "Redis, `redis://:password@host:port/0`.")
+
+    graph_base_url: str = _setting(
+        "GRAPH_BASE_URL", "Microsoft Graph. Must be https except on loopback.", default="https://graph.microsoft.com/v1.0"
+    )
+    graph_authority: str = _setting(
+        "GRAPH_AUTHORITY",
+        "Where tokens come from; the tenant is appended. Must be https except on loopback.",
+        default="https://login.microsoftonline.com",
+    )
+    graph_tenant_id: str = _setting("GRAPH_TENANT_ID", "The Entra tenant, as id or domain.")
+    graph_client_id: str = _setting("GRAPH_CLIENT_ID", "The app registration's client id.")
+    graph_client_secret: SecretStr | None = _setting(
+        "GRAPH_CLIENT_SECRET", "The app registration's secret. Either this or a certificate.", default=None
+    )
+    graph_client_certificate: Path | None = _setting(
+        "GRAPH_CLIENT_CERTIFICATE",
+        "Path of a PEM file with the app registration's private key and certificate.",
+        default=None,
+    )
+    graph_timeout: Seconds = _setting(
+        "GRAPH_TIMEOUT_SECONDS", "Longest wait for one answer of Graph.", default=30, unit="seconds"
+    )
+
+    send_plain_concurrency: int = _setting(
+        "SEND_PLAIN_CONCURRENCY", "Mails without attachments in flight, whole fleet.", default=64, unit="emails"
+    )
+    send_attached_concurrency: int = _setting(
+        "SEND_ATTACHED_CONCURRENCY", "Mails with attachments in flight, whole fleet.", default=16, unit="emails"
+    )
+    backup_concurrency: int = _setting("BACKUP_CONCURRENCY", "Backups in flight, whole fleet.", default=32, unit="emails")
+
+    mailbox_concurrency: Limit = _setting(
+        "MAILBOX_CONCURRENCY", "Requests to Graph at a time per mailbox. 0: no limit.", default=4, unit="requests"
+    )
+    mailbox_requests_per_10_minutes: Limit = _setting(
+        "MAILBOX_REQUESTS_PER_10_MINUTES", "Requests to Graph per mailbox. 0: no limit.", default=10_000, unit="requests"
+    )
+    mailbox_upload_mb_per_5_minutes: Limit = _setting(
+        "MAILBOX_UPLOAD_MB_PER_5_MINUTES", "Bytes sent to Graph per mailbox. 0: no limit.", default=150, unit="MB"
+    )
+    mailbox_sends_per_minute: Limit = _setting(
+        "MAILBOX_SENDS_PER_MINUTE", "Mails per mailbox. 0: no limit.", default=30, unit="emails"
+    )
+    mailbox_recipients_per_day: Limit = _setting(
+        "MAILBOX_RECIPIENTS_PER_DAY", "Recipients per mailbox in 24 hours. 0: no limit.", default=10_000, unit="recipients"
+    )
+    tenant_requests_per_10_seconds: Limit = _setting(
+        "TENANT_REQUESTS_PER_10_SECONDS", "Requests to Graph, all mailboxes. 0: no limit.", default=130_000, unit="requests"
+    )
+
+    max_attempts: int = _setting("MAX_ATTEMPTS", "Attempts before a mail is dead-lettered.", default=8, unit="attempts")
+    retry_backoff_min: Seconds = _setting(
+        "RETRY_BACKOFF_MIN_SECONDS", "Upper end of the first wait before another attempt.", default=5, unit="seconds"
+    )
+    retry_backoff_max: Seconds = _setting(
+        "RETRY_BACKOFF_MAX_SECONDS", "Longest wait before another attempt.", default=900, unit="seconds"
+    )
+    lease: Seconds = _setting(
+        "LEASE_SECONDS", "How long a worker owns a mail before another may take it.", default=120, unit="seconds"
+    )
+    in_doubt_settle: Seconds = _setting(
+        "IN_DOUBT_SETTLE_SECONDS", "Wait before a mail in doubt is first looked up.", default=30, unit="seconds"
+    )
+    in_doubt_grace: Seconds = _setting(
+        "IN_DOUBT_GRACE_SECONDS", "How long a mail may be absent before it counts as not sent.", default=300, unit="seconds"
+    )
+    in_doubt_policy: Literal["resend", "hold"] = _setting(
+        "IN_DOUBT_POLICY", "What becomes of a mail that stayed absent: sent again, or held for the operator.", default="resend"
+    )
+
+    backup_delay: Seconds = _setting(
+        "BACKUP_DELAY_SECONDS", "Wait between a send and its backup, for Sent Items to fill.", default=10, unit="seconds"
+    )
+    backup_retention: Days = _setting("BACKUP_RETENTION_DAYS", "How long a backup is kept.", default=365, unit="days")
+    backup_keys: SecretStr = _setting(
+        "BACKUP_KEYS", "Keys of the archive: `id:base64` pairs, comma-separated, newest first, 32 bytes each."
+    )
+
+    attachment_allowed_hosts: Names = _setting(
+        "ATTACHMENT_ALLOWED_HOSTS",
+        "Hosts that attachments may come from, as `host` or `host:port` patterns, comma-separated; these may have a"
+        " private address. Empty: any public host on port 443.",
+        default="",
+    )
+    attachment_max_mb: int = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    allowed_senders: Names = _setting(
+        "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
+    )
+
+    console_tokens: SecretStr | None = _setting(
+        "CONSOLE_TOKENS",
+        "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."
+        " Without any, the console answers loopback clients only.",
+        default=None,
+    )
+    port: int = _setting("PORT", "Port of the console.", default=8000)
+    metrics_port: int = _setting(
+        "METRICS_PORT", "Port on which a process serves its own metrics. 0: none.", default=0
+    )
+    prometheus_multiproc_dir: Path | None = _setting(
+        "PROMETHEUS_MULTIPROC_DIR",
+        "Where the processes of a worker type add up their metrics; `bin/start` makes one per start.",
+        default=None,
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "LOG_LEVEL", "Least severe log line that is written.", default="INFO"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _SecretFiles(settings_cls)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        if problems := list(self._contradictions()):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        for variable, url in (("GRAPH_BASE_URL", self.graph_base_url), ("GRAPH_AUTHORITY", self.graph_authority)):
+            parts = urlsplit(url)
+            if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS):
+                yield f"{variable} must be an https address (http is accepted on loopback only)"
+        if self.lease < self.graph_timeout + LEASE_MARGIN:
+            yield (
+                f"LEASE_SECONDS must exceed GRAPH_TIMEOUT_SECONDS by {LEASE_MARGIN.total_seconds():g} or more:"
+                " a worker must not lose its mail while Graph is answering"
+            )
+        if self.retry_backoff_max < self.retry_backoff_min:
+            yield "RETRY_BACKOFF_MAX_SECONDS must not be less than RETRY_BACKOFF_MIN_SECONDS"
+        if self.in_doubt_grace < self.in_doubt_settle:
+            yield "IN_DOUBT_GRACE_SECONDS must not be less than IN_DOUBT_SETTLE_SECONDS"
+        for name in ("send_plain_concurrency", "send_attached_concurrency", "backup_concurrency", "max_attempts"):
+            if getattr(self, name) < 1:
+                yield f"{name.upper()} must be 1 or more"
+
+    def shown(self) -> dict[str, str]:
+        """Return the effective values by variable, in order of declaration, every secret masked."""
+        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        variable = _variable(field)
+        path = os.environ.get(f"{variable}_FILE") if is_secret(field) else None
+        readable = path and os.access(path, os.R_OK)
+        return (Path(path).read_text(encoding="utf-8").strip() if path and readable else None), variable, False
+
+    def __call__(self) -> dict[str, Any]:
+        values = (self.get_field_value(field, name) for name, field in self.settings_cls.model_fields.items())
+        return {variable: value for value, variable, _ in values if value is not None}
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
+    return SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def load() -> Settings:
+    """Read the settings from the environment.
+
+    Raises:
+        SettingsInvalid: A value is missing, malformed or contradicts another; all problems are listed.
+    """
+    problems = [*_unreadable_files(), *_unclear_credential()]
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        problems += [problem for details in error.errors() for problem in _sentences(details)]
+    if problems:
+        raise SettingsInvalid(problems)
+    return settings
+
+
+def _unreadable_files() -> Iterator[str]:
+    for field in Settings.model_fields.values():
+        path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
+        if path and not os.access(path, os.R_OK):
+            yield f"{_variable(field)}_FILE names a file that cannot be read"
+
+
+def _unclear_credential() -> Iterator[str]:
+    variables = ("GRAPH_CLIENT_SECRET", "GRAPH_CLIENT_SECRET_FILE"), ("GRAPH_CLIENT_CERTIFICATE",)
+    given = sum(any(os.environ.get(name) for name in alternatives) for alternatives in variables)
+    if given != 1:
+        yield "GRAPH_CLIENT_SECRET or GRAPH_CLIENT_CERTIFICATE: exactly one must be given"
+
+
+def _sentences(details: Any) -> list[str]:
+    if not details["loc"]:
+        return str(details["ctx"]["error"]).split("\n")
+    variable = details["loc"][0]
+    return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {details['msg']}"]
+
+
+def _variable(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return "********"
+    if isinstance(value, timedelta):
+        return f"{value / timedelta(days=1):g} days" if value >= timedelta(days=1) else f"{value.total_seconds():g} s"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default in (None, "") else f"`{field.default}`"
+
+
+def reference() -> str:
+    """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
+    rows = [
+        f"| `{_variable(field)}` | {_default(field)} | {(field.json_schema_extra or {}).get('unit', '')} |"  # type: ignore[union-attr]
+        f" {field.description} {'Secret: may be given as `' + _variable(field) + '_FILE`.' if is_secret(field) else ''} |"
+        for field in Settings.model_fields.values()
+    ]
+    return "\n".join(
+        [
+            "# Settings",
+            "",
+            "Made from `settings.py` by `python -m settings`. Everything is read from the environment at the start of a",
+            "process; `mailfleet settings` shows the effective values. Workers' processes and threads are set by",
+            "`DRAMATIQ_PROCESSES` and `DRAMATIQ_THREADS`, or per type by `SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, …",
+            "`REQUESTS_CA_BUNDLE` names the certificate authorities that are trusted.",
+            "",
+            "| variable | default | unit | meaning |",
+            "|---|---|---|---|",
+            *(row.replace("  |", " |") for row in rows),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,191 @@
+"""What mailfleet says about itself: JSON log lines, the mail log, and metrics.
+
+The mail log is one line per event in an email's life, from a closed set of events, always with the ids; the other lines
+are for whoever mends the software. Neither contains an address, a body, a token or an upload URL: lines are built from
+ids and counts, never from messages or exceptions' arguments that may quote them.
+
+Metrics are declared here and nowhere else, each with its unit.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+import dramatiq
+import orjson
+import structlog
+from dramatiq.message import Message
+from prometheus_client import CollectorRegistry, Counter, Histogram, multiprocess, start_http_server
+
+# --- logs
+
+
+class Step(StrEnum):
+    """The events of the mail log."""
+
+    RECEIVED = "received"
+    REJECTED = "rejected"
+    DISPATCHED = "dispatched"
+    CLAIMED = "claimed"
+    DRAFTED = "drafted"
+    UPLOADED = "uploaded"
+    SENT = "sent"
+    IN_DOUBT = "in doubt"
+    SETTLED = "settled"
+    SNOOZED = "snoozed"
+    RETRIED = "retried"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    ARCHIVED = "archived"
+    REPLAYED = "replayed"
+    LEASE_LOST = "lease lost"
+
+
+_mail = structlog.get_logger("mail")
+#: Written to at once: Dramatiq puts a pipe through its main process in the place of ``sys.stderr``.
+_STANDARD_ERROR = os.fdopen(2, "wb", buffering=0, closefd=False)
+
+
+def mail_log(step: Step, *, incoming_email_id: str | None, publisher_message_id: str | None = None, **fields: Any) -> None:
+    """Write one line of the mail log and count it."""
+    EMAILS.labels(step.value).inc()
+    _mail.info(
+        step.value, incoming_email_id=incoming_email_id, publisher_message_id=publisher_message_id, **fields
+    )
+
+
+@contextmanager
+def mail_context(**ids: Any) -> Iterator[None]:
+    """Put these ids on every line that is logged within the block."""
+    with structlog.contextvars.bound_contextvars(**{name: value for name, value in ids.items() if value is not None}):
+        yield
+
+
+def configure_logging(level: str) -> None:
+    """Send every line, ours and the libraries', to standard error as JSON."""
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(orjson.dumps)],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.BytesLoggerFactory(_STANDARD_ERROR),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(io.TextIOWrapper(_STANDARD_ERROR, write_through=True))
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(lambda *args, **kwargs: orjson.dumps(*args, **kwargs).decode()),
+            ],
+        )
+    )
+    handler.addFilter(_without_message_arguments)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for chatty in ("urllib3", "msal", "periodiq", "dramatiq"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+    # It tells each failed connect in six lines; whoever connects tells it in one.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    logging.captureWarnings(True)
+
+
+def _without_message_arguments(record: logging.LogRecord) -> bool:
+    """Keep Dramatiq from writing an actor's arguments, which may be whole emails, into its lines."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(_named(argument) for argument in record.args)
+    return True
+
+
+def _named(argument: Any) -> Any:
+    if isinstance(argument, Message) or hasattr(argument, "_message"):
+        return f"{argument.actor_name}[{argument.message_id}]"
+    return argument
+
+
+# --- metrics
+
+EMAILS = Counter("mailfleet_emails", "Events in the lives of emails, as in the mail log.", ["step"])
+GRAPH_REQUESTS = Counter("mailfleet_graph_requests", "Requests to Graph by how they ended.", ["operation", "status"])
+GRAPH_SECONDS = Histogram(
+    "mailfleet_graph_request_duration_seconds",
+    "Time from a request to Graph to the end of its answer.",
+    ["operation"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+GRAPH_UNKNOWN_CODES = Counter("mailfleet_graph_unknown_codes", "Error codes of Graph that no table knows.", ["status"])
+THROTTLED = Counter("mailfleet_graph_throttled", "Answers of Graph that asked to wait.", ["operation"])
+LIMITER_REFUSALS = Counter("mailfleet_limiter_refusals", "Calls that the limiter held back.", ["budget"])
+DELIVERIES = Counter("mailfleet_deliveries", "Deliveries on send_email by what became of them.", ["outcome"])
+DISPATCHED = Counter("mailfleet_dispatched", "Emails handed to send actors.", ["route"])
+PUBLISHED = Counter("mailfleet_events_published", "Events confirmed by RabbitMQ.", ["type"])
+DEAD_LETTERS = Counter("mailfleet_dead_letters", "Messages that were given up.", ["queue", "reason"])
+MIRRORED = Counter("mailfleet_dead_letters_mirrored", "Dead letters that only RabbitMQ's copy told of.", ["queue"])
+MESSAGES = Counter("mailfleet_messages", "Messages that actors have worked on.", ["actor", "outcome"])
+MESSAGE_SECONDS = Histogram(
+    "mailfleet_message_duration_seconds",
+    "Time that actors spent on a message.",
+    ["actor"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
+
+
+def serve_own_metrics(port: int) -> None:
+    """Serve this process's metrics, if ``port`` is not 0. For process types that are a single process."""
+    if port:
+        start_http_server(port)
+
+
+def serve_workers_metrics(port: int) -> None:
+    """Serve the sum over all worker processes of a type, until the process is ended."""
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    _server, thread = start_http_server(port, registry=registry)
+    thread.join()
+
+
+class WorkerMetrics(dramatiq.Middleware):
+    """Counts and times the messages of a worker.
+
+    Args:
+        serve: A function of a module, which Dramatiq runs in a process beside the workers to serve their metrics.
+    """
+
+    def __init__(self, serve: Callable[[], None] | None) -> None:
+        self._serve = serve
+        self._began: dict[str, float] = {}
+
+    @property
+    def forks(self) -> list[Callable[[], None]]:
+        return [self._serve] if self._serve else []
+
+    def before_process_message(self, _broker: Any, message: Any) -> None:
+        self._began[message.message_id] = time.monotonic()
+
+    def after_process_message(
+        self, _broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        began = self._began.pop(message.message_id, time.monotonic())
+        MESSAGE_SECONDS.labels(message.actor_name).observe(time.monotonic() - began)
+        MESSAGES.labels(message.actor_name, "failed" if exception else "done").inc()
+
+    def after_skip_message(self, _broker: Any, message: Any) -> None:
+        self._began.pop(message.message_id, None)
+
+    def after_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
+        if self._serve:
+            multiprocess.mark_process_dead(os.getpid())

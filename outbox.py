@@ -165,8 +165,8 @@ class Publisher:
         try:
             channel = self._open_channel()
             self._returned.clear()
-            unconfirmed = self._send(channel, messages)
-            self._await_confirms(unconfirmed)
+            self._send(channel, messages)
+            self._await_confirms()
         except (pika.exceptions.AMQPError, OSError) as error:
             self._failed_at = time.monotonic()
             self._disconnect()
@@ -175,23 +175,22 @@ class Publisher:
             self._disconnect()  # the next connection declares what is missing
             raise Unconfirmed(f"RabbitMQ has no queue named {', '.join(sorted(set(self._returned)))}")
 
-    def _send(self, channel: Any, messages: list[Outgoing]) -> set[int]:
-        first = self._published + 1
+    def _send(self, channel: Any, messages: list[Outgoing]) -> None:
         for message in messages:
+            # Noted first: publishing reads from the socket too, and the confirmation may be there at once.
+            self._published += 1
+            self._pending.add(self._published)
             channel.basic_publish(
                 message.exchange, message.routing_key, message.body, message.properties, mandatory=message.mandatory
             )
-        self._published += len(messages)
-        self._pending = set(range(first, self._published + 1))
-        return self._pending
 
-    def _await_confirms(self, pending: set[int]) -> None:
+    def _await_confirms(self) -> None:
         deadline = time.monotonic() + CONFIRM_WITHIN.total_seconds()
-        while pending and not self._nacked:
+        while self._pending and not self._nacked:
             if time.monotonic() > deadline:
                 raise pika.exceptions.AMQPConnectionError("confirmation overdue")
             # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come.
-            self._connection._flush_output(lambda: not pending or self._nacked or time.monotonic() > deadline)
+            self._connection._flush_output(lambda: not self._pending or self._nacked)
         if self._nacked:
             raise pika.exceptions.AMQPChannelError("message refused")
 

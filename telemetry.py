@@ -53,12 +53,14 @@ _mail = structlog.get_logger("mail")
 _STANDARD_ERROR = os.fdopen(2, "wb", buffering=0, closefd=False)
 
 
-def mail_log(step: Step, *, incoming_email_id: str | None, publisher_message_id: str | None = None, **fields: Any) -> None:
+def mail_log(
+    step: Step, *, incoming_email_id: str | None, publisher_message_id: str | None = None, **fields: Any
+) -> None:
     """Write one line of the mail log and count it."""
     EMAILS.labels(step.value).inc()
-    _mail.info(
-        step.value, incoming_email_id=incoming_email_id, publisher_message_id=publisher_message_id, **fields
-    )
+    if publisher_message_id is not None:
+        fields["publisher_message_id"] = publisher_message_id
+    _mail.info(step.value, incoming_email_id=incoming_email_id, **fields)
 
 
 @contextmanager

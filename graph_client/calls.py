@@ -26,7 +26,7 @@ from graph_client.transport import Transport, read
 #: https://learn.microsoft.com/graph/api/user-post-messages and enforced with 413. Checked before anything is sent.
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
-#: An error says little; a page or an upload page of some gateway may say much.
+#: An error says little; the page of a gateway that stands in for Graph may say much.
 MAX_ERROR_BYTES = 64 * 1024
 
 #: Creating a draft or an attachment is answered with all of it, in base64, with HTML made longer.

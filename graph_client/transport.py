@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -169,10 +168,9 @@ class _Session(requests.Session):
 
 
 def new_session() -> requests.Session:
-    """Return a session without retries, redirects, cookies and environment look-ups."""
+    """Return a session without retries, redirects and environment look-ups."""
     session = _Session()
     session.trust_env = False
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     session.mount("https://", _Adapter())
     session.mount("http://", _Adapter())
     return session
@@ -274,7 +272,7 @@ def translating(repeatable: bool, client_request_id: str | None) -> Iterator[Non
 
 
 def read(response: requests.Response, limit_bytes: int) -> bytes | None:
-    """Return the body and free the connection; None when the body is longer than the limit or did not arrive whole."""
+    """Return the body, whose end frees the connection; None when it exceeds the limit or did not arrive whole."""
     try:
         body: bytes = response.raw.read(limit_bytes + 1, decode_content=True)
     except FOREIGN:
@@ -283,7 +281,6 @@ def read(response: requests.Response, limit_bytes: int) -> bytes | None:
     if len(body) > limit_bytes:
         response.raw.close()
         return None
-    response.raw.release_conn()
     return body
 
 

@@ -14,9 +14,11 @@ traffic. What was charged stays counted until the whole sub-window has left: for
 
 **After a pause** a mailbox's concurrency starts at one and doubles every `RAMP_STEP` until it reaches its limit, so
 that the waiting mail does not arrive as the burst that was throttled. After a tenant's pause every mailbox does so.
+Where concurrency is not limited there is no ramp.
 
-**When Redis loses everything**, pauses, slots and windows start empty and the script is loaded anew. In the worst case
-one further limit is used within one window; Graph's answer to that is a ``Retry-After``, which is a pause again.
+**When Redis loses everything**, pauses, slots and windows start empty and the script is loaded anew. Until a window has
+passed, up to one further limit may be used in it, and until the calls in flight end, as many slots again. Graph answers
+too many calls or bytes with ``Retry-After``, which is a pause again; it does not answer too many sends or recipients.
 Redis must not evict keys (``maxmemory-policy noeviction``): a window that is evicted is forgotten as well.
 
 **Keys** name a mailbox by a digest of its lower-cased address, so that ``MONITOR``, the slow log and a dump show no

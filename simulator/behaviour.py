@@ -37,6 +37,8 @@ class Behaviour(Settable):
     sent_items_delay_by_mailbox: dict[str, float] = field(default_factory=dict)
     #: What is seen of a draft during that time: nothing, or still the draft.
     while_submitting: Literal["hidden", "draft"] = "hidden"
+    #: How long an item that has just been stored is found by its id but by no filter on a property.
+    filter_lag_seconds: float = 0.0
     #: Whether the immutable id of a draft survives its sending: documented both ways.
     immutable_ids: Literal["change", "stable"] = "change"
     #: The answer to a second send of one draft: 404, 400, or 202 without a second mail.

@@ -62,6 +62,7 @@ async def _write(request: web.BaseRequest, response: web.StreamResponse, wanted:
     last = min(wanted.stop, wanted.start + int(query["truncate"])) if "truncate" in query else wanted.stop
     for chunk in files.chunks(query.get("seed", "0"), last, wanted.start):
         await (_write_slowly(response, chunk, pace) if pace else response.write(chunk))
+        await asyncio.sleep(0)  # let others be served, and a lost connection be noticed
     if last < wanted.stop and request.transport is not None:
         request.transport.close()
 

@@ -10,7 +10,7 @@ import heapq
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -90,7 +90,9 @@ class Message:
     properties: dict[str, str] = field(default_factory=dict)
     attachments: list[Attachment] = field(default_factory=list)
     sent_at: datetime | None = None
+    #: On the monotonic clock: when it can be seen at all, and when it is found by a filter.
     visible_from: float = 0.0
+    filterable_from: float = 0.0
     change: int = 1
 
     @property
@@ -141,6 +143,7 @@ class Mailbox:
         self._submitted: set[str] = set()
 
     def add(self, message: Message) -> None:
+        message.filterable_from = time.monotonic() + self._behaviour.filter_lag_seconds
         self._messages[message.id] = message
         self._by_id[message.id] = self._by_id[message.immutable_id] = message
         self._index(message)
@@ -179,11 +182,11 @@ class Mailbox:
 
     def tagged(self, key: str, value: str, folder: str | None) -> Iterator[Message]:
         self._settle()
-        return self._visible(self._by_property.get((key, value.lower()), {}).values(), folder)
+        return self._filterable(self._by_property.get((key, value.lower()), {}), folder)
 
     def with_internet_id(self, internet_message_id: str, folder: str | None) -> Iterator[Message]:
         self._settle()
-        return self._visible(self._by_internet_id.get(internet_message_id.lower(), {}).values(), folder)
+        return self._filterable(self._by_internet_id.get(internet_message_id.lower(), {}), folder)
 
     def set_property(self, message: Message, key: str, value: str) -> None:
         self._unindex(message)
@@ -232,6 +235,10 @@ class Mailbox:
             self._by_property.get((key, value.lower()), {}).pop(message.id, None)
         self._by_internet_id.get(message.internet_message_id.lower(), {}).pop(message.id, None)
 
-    def _visible(self, messages: Any, folder: str | None) -> Iterator[Message]:
+    def _filterable(self, found: dict[str, Message], folder: str | None) -> Iterator[Message]:
+        now = time.monotonic()
+        return (each for each in self._visible(found.values(), folder) if each.filterable_from <= now)
+
+    def _visible(self, messages: Iterable[Message], folder: str | None) -> Iterator[Message]:
         now = time.monotonic()
         return (each for each in messages if each.visible_from <= now and (folder is None or each.folder == folder))

@@ -5,7 +5,6 @@ The e-mail package writes everything but the attachments' bytes; these are strea
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 from collections.abc import AsyncIterator
@@ -34,7 +33,6 @@ async def stream(message: Message) -> AsyncIterator[bytes]:
         yield before
         for chunk in attachment.content.chunks():
             yield base64.encodebytes(chunk).replace(b"\n", b"\r\n")
-            await asyncio.sleep(0)  # let other calls be answered between the pieces of a large one
     yield rest
 
 

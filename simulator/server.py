@@ -45,6 +45,12 @@ class GraphServer:
         self._files = file_server.FileServer()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._serve(request)
+        except (ClientError, ConnectionError):  # the client went away while it was being answered
+            return _drop(request, hard=False)
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.rel_url.raw_path
         if path.startswith("/v1.0/"):
             return await self._answer(request, self._graph)
@@ -237,6 +243,7 @@ async def _respond(request: web.BaseRequest, answer: Answer, request_id: str) ->
     await response.prepare(request)
     async for chunk in answer.stream:
         await response.write(chunk)
+        await asyncio.sleep(0)  # let others be served, and a lost connection be noticed
     await response.write_eof()
     return response
 

@@ -72,6 +72,16 @@ def test_an_accepted_send_that_carries_a_retry_after_is_accepted(
     assert calls[0].retry_after == timedelta(seconds=5)
 
 
+@pytest.mark.parametrize("status", [200, 201, 204])
+def test_a_success_other_than_202_does_not_prove_that_a_mail_was_sent(
+    graph: GraphClient, requests_mock: Mocker, status: int
+) -> None:
+    requests_mock.post(f"{USER}/sendMail", status_code=status, text="<html>Please log in</html>")
+
+    with pytest.raises(errors.AnswerUnclear):
+        graph.send_mail(MAILBOX, MESSAGE)
+
+
 def test_every_request_carries_token_ids_and_the_wish_for_immutable_ids(
     graph: GraphClient, requests_mock: Mocker
 ) -> None:

@@ -332,7 +332,7 @@ def test_a_redirect_is_not_followed(server: Server, status: int) -> None:
     assert len(server.received) == 1
 
 
-def test_cookies_are_not_kept(server: Server) -> None:
+def test_cookies_are_not_sent_back(server: Server) -> None:
     client = client_of(server)
     server.script = [answering(202, Set_Cookie="a=b")]
 

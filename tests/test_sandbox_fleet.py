@@ -141,12 +141,15 @@ def test_a_replica_that_ignores_sigterm_is_killed_and_named(fleet_of: FleetOf) -
         assert fleet.dead == []
 
 
-def test_sigterm_goes_to_the_command_alone_so_that_it_can_end_its_workers(fleet_of: FleetOf) -> None:
-    with fleet_of(f"worker: {MASTER}\n") as fleet:
+def test_sigterm_goes_to_the_command_alone_so_that_it_can_end_its_workers(fleet_of: FleetOf, tmp_path: Path) -> None:
+    (tmp_path / "worker").write_text("trap 'echo told as well' TERM; echo up; while :; do sleep 0.01; done\n")
+    (tmp_path / "master").write_text("sh worker & trap 'sleep 0.1; kill -9 $!; echo ended it; exit' TERM; wait\n")
+
+    with fleet_of("worker: sh master\n") as fleet:
         assert logged(fleet, "worker.1", "up")
 
         assert fleet.stop("worker") == []
-        assert "ended the worker" in fleet.logs["worker.1"].read_text()
+        assert fleet.logs["worker.1"].read_text() == "up\nended it\n"
 
 
 def test_a_killed_replica_is_gone_with_its_children_and_the_others_go_on(fleet_of: FleetOf) -> None:
@@ -186,7 +189,7 @@ def test_a_supervised_replica_that_ends_is_started_again(fleet_of: FleetOf) -> N
 
 
 def test_a_new_process_starts_only_after_the_old_ones_orphans_are_gone(fleet_of: FleetOf) -> None:
-    with fleet_of("worker: sh -c 'sleep 1000 & echo up'\n") as fleet:
+    with fleet_of("worker: sh -c 'env -i sleep 1000 & echo up'\n") as fleet:
         assert wait_until(lambda: fleet.dead, SOON)
         [orphan] = fleet.pids("worker")
 

@@ -155,16 +155,20 @@ def test_a_killed_broker_comes_back_with_its_persistent_messages(servers: Server
     assert servers.rabbitmq.rabbitmqctl("eval", "1 + 1.").strip() == "2"
 
 
-def test_redis_is_empty_after_a_wipe_and_after_a_kill(servers: Servers) -> None:
-    with redis.Redis.from_url(servers.redis.url) as client:
-        client.set("key", "value")
-        servers.redis.wipe()
-        assert client.keys() == []
+def test_redis_is_empty_after_a_wipe_and_after_every_start(servers: Servers) -> None:
+    def stop_and_start() -> None:
+        servers.redis.stop()
+        servers.redis.start()
 
-        client.set("key", "value")
+    def kill_and_start() -> None:
         servers.redis.kill()
         servers.redis.start()
-        assert client.keys() == []
+
+    with redis.Redis.from_url(servers.redis.url) as client:
+        for lose in (servers.redis.wipe, stop_and_start, kill_and_start):
+            client.set("key", "value")
+            lose()
+            assert client.keys() == []
 
 
 def test_a_suspended_server_answers_again_only_when_it_is_resumed(servers: Servers) -> None:
@@ -246,6 +250,28 @@ def test_servers_end_with_their_owner_however_it_ends(
 
     assert redis_run.wait(SOON.total_seconds()) == status
     assert wait_until(lambda: not listens(port) and not list(tmp_path.iterdir()), SOON)
+
+
+def test_servers_end_with_their_owner_although_a_process_that_it_forked_lives_on(tmp_path: Path) -> None:
+    owner = f"""
+import os, pathlib, signal, sys
+from sandbox.servers import Servers
+with Servers(pathlib.Path({str(tmp_path)!r}), environment={ONLY_REDIS_OURS!r}) as servers:
+    forked = os.fork()
+    if forked:
+        print(servers.redis.port, forked, flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        port, forked = map(int, run.stdout.readline().split())
+        run.kill()
+        run.wait()
+
+    try:
+        assert wait_until(lambda: not listens(port) and not list(tmp_path.iterdir()), SOON)
+    finally:
+        os.kill(forked, signal.SIGKILL)
 
 
 def test_the_next_run_removes_one_that_was_killed_with_its_guard(

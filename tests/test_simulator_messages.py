@@ -69,6 +69,15 @@ def test_a_sent_mail_is_not_found_before_its_delay_is_over(graph: GraphClient) -
     assert len(graph.simulator.deliveries()) == 2
 
 
+def test_a_filter_may_lag_behind_the_mailbox(graph: GraphClient) -> None:
+    graph.simulator.set_behaviour(filter_lag_seconds=FOREVER)
+
+    draft_id = graph.draft(tagged("ab12"))
+
+    assert graph.found("ab12") == []
+    assert graph.call("GET", f"/messages/{draft_id}").status_code == 200
+
+
 def test_a_mail_that_is_not_to_be_saved_leaves_nothing(graph: GraphClient) -> None:
     graph.call("POST", "/sendMail", json={"message": tagged("gone"), "saveToSentItems": False})
 

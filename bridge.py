@@ -82,9 +82,7 @@ class Bridge:
     def _batches(self, channel: Any) -> Iterator[list[tuple[Any, Any, bytes]]]:
         """Yield what has come, at most a batch at a time, waiting a moment for a batch to fill."""
         batch: list[tuple[Any, Any, bytes]] = []
-        for method, properties, body in channel.consume(
-            runtime.SEND_QUEUE, inactivity_timeout=LINGER.total_seconds()
-        ):
+        for method, properties, body in channel.consume(runtime.SEND_QUEUE, inactivity_timeout=LINGER.total_seconds()):
             if method is not None:
                 batch.append((method, properties, body))
             if batch and (method is None or len(batch) >= BATCH):

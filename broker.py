@@ -73,9 +73,10 @@ class FleetBroker(RabbitmqBroker):
 class DeadLettering(Middleware):
     """Dead-letters a message whose actor raised, unless the error is not the message's fault.
 
-    This stands in for Dramatiq's retries, which would wait in a worker's memory and in RabbitMQ: here everything that is
-    to be tried again waits in PostgreSQL. While a server is away a message that only points to a row is dropped, since
-    the row's lease brings it back; one that carries content of its own (``found_again=False``) is dead-lettered with it.
+    This stands in for Dramatiq's retries, which would wait in a worker's memory and in RabbitMQ: here everything that
+    is to be tried again waits in PostgreSQL. While a server is away a message that only points to a row is dropped,
+    since the row's lease brings it back; one that carries content of its own (``found_again=False``) is dead-lettered
+    with it.
 
     Args:
         away: Errors that say that a server cannot be reached.
@@ -88,7 +89,12 @@ class DeadLettering(Middleware):
         self._on_dead_letter = on_dead_letter
 
     def after_process_message(
-        self, broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None
+        self,
+        broker: Any,
+        message: Any,
+        *,
+        result: Any = None,  # noqa: ARG002 (Dramatiq passes it by name)
+        exception: BaseException | None = None,
     ) -> None:
         if exception is None:
             return

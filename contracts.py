@@ -40,6 +40,10 @@ MAX_ATTACHMENTS = 50
 #: Graph's limit for one upload session (learn.microsoft.com/graph/outlook-large-attachments).
 MAX_ATTACHMENT_BYTES = 150 * 1024 * 1024
 
+#: A rejection names so many problems, in so many characters; then it is long enough to start mending.
+_MAX_PROBLEMS = 20
+_MAX_DETAIL_CHARACTERS = 2000
+
 #: Names the ids of events and of emails without an id of their own; it must never change.
 NAMESPACE = uuid.UUID("5f0e1d7a-3c0b-4a53-9a3e-6d2f7c2b9a10")
 
@@ -136,8 +140,12 @@ class SendEmail(_Contract):
     attachments: list[Attachment] = Field([], max_length=MAX_ATTACHMENTS)
     importance: Literal["low", "normal", "high"] = "normal"
     priority: Literal["high", "normal", "bulk"] = "normal"
-    send_at: Annotated[AwareDatetime, Field(strict=False)] | None = Field(None, description="RFC 3339; not sent before.")
-    expires_at: Annotated[AwareDatetime, Field(strict=False)] | None = Field(None, description="RFC 3339; not sent after.")
+    send_at: Annotated[AwareDatetime, Field(strict=False)] | None = Field(
+        None, description="RFC 3339; not sent before."
+    )
+    expires_at: Annotated[AwareDatetime, Field(strict=False)] | None = Field(
+        None, description="RFC 3339; not sent after."
+    )
     headers: dict[HeaderName, Annotated[Line, StringConstraints(max_length=995)]] = Field({}, max_length=MAX_HEADERS)
     metadata: dict[
         Annotated[Line, StringConstraints(min_length=1, max_length=64)],
@@ -220,8 +228,15 @@ def accept(body: bytes) -> AcceptedEmail:
 
 
 def _problems(error: ValidationError) -> str:
-    problems = [f"{'.'.join(map(str, details['loc'])) or 'message'}: {details['msg']}" for details in error.errors()[:20]]
-    return _CONTROL.sub("?", "; ".join(problems))[:2000].encode("utf-8", "replace").decode()
+    problems = [_problem(details) for details in error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]]
+    return _CONTROL.sub("?", "; ".join(problems))[:_MAX_DETAIL_CHARACTERS].encode("utf-8", "replace").decode()
+
+
+def _problem(details: Any) -> str:
+    place = ".".join(map(str, details["loc"])) or "message"
+    # A regular expression is no sentence; the schema has it for those who want it.
+    said = "is not of the required form" if details["type"] == "string_pattern_mismatch" else details["msg"]
+    return f"{place}: {said.removeprefix('Value error, ')}"
 
 
 def _readable_id(content: Any) -> str | None:
@@ -249,7 +264,7 @@ class EventType(StrEnum):
 
 
 class Event(NamedTuple):
-    """One message on ``mail.events``. Its id is the same whenever it is published again, so consumers can drop a repeat."""
+    """One message on ``mail.events``. Its id stays the same when it is published again: consumers can drop a repeat."""
 
     id: str
     type: str

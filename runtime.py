@@ -17,8 +17,7 @@ import dramatiq
 import pika
 from dramatiq.middleware import CurrentMessage, TimeLimit
 from periodiq import PeriodiqMiddleware
-from redis import Redis
-from redis import RedisError
+from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -115,7 +114,9 @@ def declare_if_missing(connection: Any, queue_name: str) -> None:
 
 def enqueue(messages: Sequence[dramatiq.Message[Any]]) -> Future[None]:
     """Hand messages for actors to the publisher: one confirmation for all, instead of one for each."""
-    return publisher.submit([Outgoing("", message.queue_name, message.encode(), _TASK, mandatory=True) for message in messages])
+    return publisher.submit(
+        [Outgoing("", message.queue_name, message.encode(), _TASK, mandatory=True) for message in messages]
+    )
 
 
 def publish_events(events: Sequence[Event]) -> None:

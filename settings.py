@@ -56,7 +56,7 @@ def _setting(variable: str, help: str, *, default: Any = ..., unit: str = "") ->
 
 
 class Settings(BaseSettings):
-    """The effective settings of a process. Attributes carry their units; variables are named as in section "Settings"."""
+    """The effective settings of a process; durations are `timedelta`."""
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
 
@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     redis_url: SecretStr = _setting("REDIS_URL", "Redis, `redis://:password@host:port/0`.")
 
     graph_base_url: str = _setting(
-        "GRAPH_BASE_URL", "Microsoft Graph. Must be https except on loopback.", default="https://graph.microsoft.com/v1.0"
+        "GRAPH_BASE_URL",
+        "Microsoft Graph. Must be https except on loopback.",
+        default="https://graph.microsoft.com/v1.0",
     )
     graph_authority: str = _setting(
         "GRAPH_AUTHORITY",
@@ -97,13 +99,18 @@ class Settings(BaseSettings):
     send_attached_concurrency: int = _setting(
         "SEND_ATTACHED_CONCURRENCY", "Mails with attachments in flight, whole fleet.", default=16, unit="emails"
     )
-    backup_concurrency: int = _setting("BACKUP_CONCURRENCY", "Backups in flight, whole fleet.", default=32, unit="emails")
+    backup_concurrency: int = _setting(
+        "BACKUP_CONCURRENCY", "Backups in flight, whole fleet.", default=32, unit="emails"
+    )
 
     mailbox_concurrency: Limit = _setting(
         "MAILBOX_CONCURRENCY", "Requests to Graph at a time per mailbox. 0: no limit.", default=4, unit="requests"
     )
     mailbox_requests_per_10_minutes: Limit = _setting(
-        "MAILBOX_REQUESTS_PER_10_MINUTES", "Requests to Graph per mailbox. 0: no limit.", default=10_000, unit="requests"
+        "MAILBOX_REQUESTS_PER_10_MINUTES",
+        "Requests to Graph per mailbox. 0: no limit.",
+        default=10_000,
+        unit="requests",
     )
     mailbox_upload_mb_per_5_minutes: Limit = _setting(
         "MAILBOX_UPLOAD_MB_PER_5_MINUTES", "Bytes sent to Graph per mailbox. 0: no limit.", default=150, unit="MB"
@@ -112,10 +119,16 @@ class Settings(BaseSettings):
         "MAILBOX_SENDS_PER_MINUTE", "Mails per mailbox. 0: no limit.", default=30, unit="emails"
     )
     mailbox_recipients_per_day: Limit = _setting(
-        "MAILBOX_RECIPIENTS_PER_DAY", "Recipients per mailbox in 24 hours. 0: no limit.", default=10_000, unit="recipients"
+        "MAILBOX_RECIPIENTS_PER_DAY",
+        "Recipients per mailbox in 24 hours. 0: no limit.",
+        default=10_000,
+        unit="recipients",
     )
     tenant_requests_per_10_seconds: Limit = _setting(
-        "TENANT_REQUESTS_PER_10_SECONDS", "Requests to Graph, all mailboxes. 0: no limit.", default=130_000, unit="requests"
+        "TENANT_REQUESTS_PER_10_SECONDS",
+        "Requests to Graph, all mailboxes. 0: no limit.",
+        default=130_000,
+        unit="requests",
     )
 
     max_attempts: int = _setting("MAX_ATTEMPTS", "Attempts before a mail is dead-lettered.", default=8, unit="attempts")
@@ -132,14 +145,22 @@ class Settings(BaseSettings):
         "IN_DOUBT_SETTLE_SECONDS", "Wait before a mail in doubt is first looked up.", default=30, unit="seconds"
     )
     in_doubt_grace: Seconds = _setting(
-        "IN_DOUBT_GRACE_SECONDS", "How long a mail may be absent before it counts as not sent.", default=300, unit="seconds"
+        "IN_DOUBT_GRACE_SECONDS",
+        "How long a mail may be absent before it counts as not sent.",
+        default=300,
+        unit="seconds",
     )
     in_doubt_policy: Literal["resend", "hold"] = _setting(
-        "IN_DOUBT_POLICY", "What becomes of a mail that stayed absent: sent again, or held for the operator.", default="resend"
+        "IN_DOUBT_POLICY",
+        "What becomes of a mail that stayed absent: sent again, or held for the operator.",
+        default="resend",
     )
 
     backup_delay: Seconds = _setting(
-        "BACKUP_DELAY_SECONDS", "Wait between a send and its backup, for Sent Items to fill.", default=10, unit="seconds"
+        "BACKUP_DELAY_SECONDS",
+        "Wait between a send and its backup, for Sent Items to fill.",
+        default=10,
+        unit="seconds",
     )
     backup_retention: Days = _setting("BACKUP_RETENTION_DAYS", "How long a backup is kept.", default=365, unit="days")
     backup_keys: SecretStr = _setting(
@@ -164,9 +185,7 @@ class Settings(BaseSettings):
         default=None,
     )
     port: int = _setting("PORT", "Port of the console.", default=8000)
-    metrics_port: int = _setting(
-        "METRICS_PORT", "Port on which a process serves its own metrics. 0: none.", default=0
-    )
+    metrics_port: int = _setting("METRICS_PORT", "Port on which a process serves its own metrics. 0: none.", default=0)
     prometheus_multiproc_dir: Path | None = _setting(
         "PROMETHEUS_MULTIPROC_DIR",
         "Where the processes of a worker type add up their metrics; `bin/start` makes one per start.",
@@ -182,8 +201,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  passed by name
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  passed by name
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, _SecretFiles(settings_cls)
 
@@ -219,7 +238,7 @@ class Settings(BaseSettings):
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+    def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
         variable = _variable(field)
         path = os.environ.get(f"{variable}_FILE") if is_secret(field) else None
         readable = path and os.access(path, os.R_OK)
@@ -294,26 +313,29 @@ def _default(field: FieldInfo) -> str:
 
 def reference() -> str:
     """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    rows = [
-        f"| `{_variable(field)}` | {_default(field)} | {(field.json_schema_extra or {}).get('unit', '')} |"  # type: ignore[union-attr]
-        f" {field.description} {'Secret: may be given as `' + _variable(field) + '_FILE`.' if is_secret(field) else ''} |"
-        for field in Settings.model_fields.values()
-    ]
-    return "\n".join(
-        [
-            "# Settings",
-            "",
-            "Made from `settings.py` by `python -m settings`. Everything is read from the environment at the start of a",
-            "process; `mailfleet settings` shows the effective values. Workers' processes and threads are set by",
-            "`DRAMATIQ_PROCESSES` and `DRAMATIQ_THREADS`, or per type by `SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, …",
-            "`REQUESTS_CA_BUNDLE` names the certificate authorities that are trusted.",
-            "",
-            "| variable | default | unit | meaning |",
-            "|---|---|---|---|",
-            *(row.replace("  |", " |") for row in rows),
-            "",
-        ]
-    )
+    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
+
+
+def _row(field: FieldInfo) -> str:
+    variable, help = _variable(field), str(field.description)
+    if is_secret(field):
+        help += f" Secret: may be given as `{variable}_FILE`."
+    extra = field.json_schema_extra
+    unit = extra["unit"] if isinstance(extra, dict) else ""
+    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
+
+
+_INTRODUCTION = """\
+# Settings
+
+Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
+`mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
+`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
+`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
+trusted.
+
+| variable | default | unit | meaning |
+|---|---|---|---|"""
 
 
 if __name__ == "__main__":

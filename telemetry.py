@@ -179,7 +179,12 @@ class WorkerMetrics(dramatiq.Middleware):
         self._began[message.message_id] = time.monotonic()
 
     def after_process_message(
-        self, _broker: Any, message: Any, *, result: Any = None, exception: BaseException | None = None
+        self,
+        _broker: Any,
+        message: Any,
+        *,
+        result: Any = None,  # noqa: ARG002 (Dramatiq passes it by name)
+        exception: BaseException | None = None,
     ) -> None:
         began = self._began.pop(message.message_id, time.monotonic())
         MESSAGE_SECONDS.labels(message.actor_name).observe(time.monotonic() - began)

@@ -1,8 +1,8 @@
 """From a claimed email to a draft in the mailbox with every attachment on it.
 
 Recovery points, each committed under the email's lease before the next step: the draft's id; for each attachment its
-upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by the
-email's tag, an attachment by looking at the draft.
+upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by
+the email's tag, an attachment by looking at the draft.
 """
 
 from __future__ import annotations

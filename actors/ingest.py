@@ -62,7 +62,7 @@ def ingest_emails(deliveries: list[dict[str, Any]]) -> None:
         try:
             return ingest(read)
         except (models.DatabaseAway, Unconfirmed):
-            # Only this message knows the emails: wait here until the actor's time limit dead-letters it with its content.
+            # Only this message has the emails: wait until the actor's time limit dead-letters it, content included.
             time.sleep(_AWAY_PAUSE.total_seconds())
 
 
@@ -109,7 +109,9 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]
 def _check_sender(accepted: contracts.AcceptedEmail) -> None:
     patterns = runtime.configuration.allowed_senders
     if not any(fnmatchcase(accepted.email.mailbox, pattern.lower()) for pattern in patterns):
-        raise Unacceptable("sender_not_allowed", "from: this mailbox may not be sent from", accepted.publisher_message_id)
+        raise Unacceptable(
+            "sender_not_allowed", "from: this mailbox may not be sent from", accepted.publisher_message_id
+        )
 
 
 def _conflict(delivery: Delivery, publisher_message_id: str, incoming_email_id: str) -> _Rejection:

@@ -151,9 +151,7 @@ def _pause_everything() -> None:
 
 
 def _refused(mailbox: str, error: MailboxUnavailable) -> timedelta:
-    return mailboxes.refuse(
-        mailbox, why=str(error), first_wait=_REFUSAL_PAUSE, longest_wait=_LONGEST_REFUSAL_PAUSE
-    )
+    return mailboxes.refuse(mailbox, why=str(error), first_wait=_REFUSAL_PAUSE, longest_wait=_LONGEST_REFUSAL_PAUSE)
 
 
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown) -> None:

@@ -44,11 +44,12 @@ class ClaimedBackup:
             FROM incoming_emails e
             WHERE s.incoming_email_id = %(id)s AND e.id = s.incoming_email_id AND s.backup_due_at IS NOT NULL
               AND s.backup_attempt_count = %(attempt)s AND s.backup_lease_until IS NOT NULL
-            RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at
+            RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
+                      s.backup_attempt_count
             """,
             {"id": incoming_email_id, "attempt": attempt, "lease": lease},
         )
-        return cls(*found[0], attempt=attempt) if found else None
+        return cls(*found[0]) if found else None
 
     def store(self, graph_message_id: str, sealed: Sealed, *, retention: timedelta) -> None:
         """Keep the copy until ``retention`` has passed. A second copy of the same Graph message changes nothing."""
@@ -61,8 +62,9 @@ class ClaimedBackup:
                         %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s)
                 ON CONFLICT (graph_message_id) DO NOTHING
             )
-            UPDATE sent_emails SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
-                                   backup_error = NULL, updated_at = now()
+            UPDATE sent_emails
+            SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
+                backup_error = NULL, updated_at = now()
             WHERE incoming_email_id = %(id)s
             """,
             {
@@ -90,7 +92,13 @@ class ClaimedBackup:
                 backup_attempt_count = backup_attempt_count - 1 + %(spent)s, updated_at = now()
             WHERE incoming_email_id = %(id)s AND backup_attempt_count = %(attempt)s AND backup_due_at IS NOT NULL
             """,
-            {"id": self.incoming_email_id, "attempt": self.attempt, "wait": wait, "error": error[:1000], "spent": spent},
+            {
+                "id": self.incoming_email_id,
+                "attempt": self.attempt,
+                "wait": wait,
+                "error": error[:1000],
+                "spent": spent,
+            },
         )
 
     def fail(self, *, reason: str, error: str, message_id: str, queue_name: str, actor_name: str) -> None:
@@ -98,12 +106,14 @@ class ClaimedBackup:
         rows(
             """
             WITH sent AS (
-                UPDATE sent_emails SET backup_due_at = NULL, backup_lease_until = NULL, backup_error = %(error)s, updated_at = now()
+                UPDATE sent_emails
+                SET backup_due_at = NULL, backup_lease_until = NULL, backup_error = %(error)s, updated_at = now()
                 WHERE incoming_email_id = %(id)s
             )
-            INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox, message_id, queue_name, actor_name)
-            VALUES (%(dlq_id)s, %(id)s, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s, %(message_id)s, %(queue_name)s,
-                    %(actor_name)s)
+            INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox,
+                             message_id, queue_name, actor_name)
+            VALUES (%(dlq_id)s, %(id)s, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
+                    %(message_id)s, %(queue_name)s, %(actor_name)s)
             ON CONFLICT (message_id) DO UPDATE
             SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
                 last_error = excluded.last_error, mailbox = excluded.mailbox
@@ -150,8 +160,7 @@ def stored_backups(*, mailbox: str | None = None, limit: int = 100) -> list[Stor
     return [
         StoredBackup(*row)
         for row in rows(
-            _LISTED
-            + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
+            _LISTED + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
             {"mailbox": mailbox, "limit": limit},
         )
     ]

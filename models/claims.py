@@ -108,7 +108,18 @@ class ClaimedEmail:
 
     @classmethod
     def _from_row(cls, row: tuple[Any, ...], attempt: int, token: str, intent: bool) -> ClaimedEmail:
-        id, publisher_id, mailbox, recipient_count, payload, draft_id, correlation_id, reply_to, traceparent, created_at = row[:10]
+        (
+            id,
+            publisher_id,
+            mailbox,
+            recipient_count,
+            payload,
+            draft_id,
+            correlation_id,
+            reply_to,
+            traceparent,
+            created_at,
+        ) = row[:10]
         sending, intent_at, replayed = row[10:]
         return cls(
             id=str(id),
@@ -156,7 +167,8 @@ class ClaimedEmail:
         self.write(
             """
             WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
-            INSERT INTO sent_emails (id, incoming_email_id, status, intent_at) SELECT %(sent_id)s, id, 'sending', now() FROM email
+            INSERT INTO sent_emails (id, incoming_email_id, status, intent_at)
+            SELECT %(sent_id)s, id, 'sending', now() FROM email
             ON CONFLICT (incoming_email_id) DO UPDATE SET status = 'sending', intent_at = now(), updated_at = now()
             WHERE sent_emails.status = 'not_sent' RETURNING 1
             """,
@@ -176,7 +188,7 @@ class ClaimedEmail:
     ) -> Event:
         """Note that Graph has accepted the mail, and return the event to publish for ``publish_within``."""
         sent_at = sent_at or datetime.now(UTC)
-        event = self._event(EventType.SENT, sent_at, graph_message_id=graph_message_id)
+        event = self._event(EventType.SENT, sent_at)
         self._move(
             Status.PROCESSED,
             "next_attempt_at = NULL, last_error = NULL",
@@ -275,9 +287,7 @@ class ClaimedEmail:
         body = event_body(
             type, publisher_message_id=self.publisher_message_id, incoming_email_id=self.id, at=at, **details
         )
-        return Event(
-            event_id(type, self.id), type, body, self.id, self.correlation_id, self.reply_to, self.traceparent
-        )
+        return Event(event_id(type, self.id), type, body, self.id, self.correlation_id, self.reply_to, self.traceparent)
 
     def _move(
         self,
@@ -324,16 +334,19 @@ _WITHDRAWN = """
 """
 _EVENT = """
     event AS (
-        INSERT INTO outbox_events (id, incoming_email_id, type, body, correlation_id, reply_to, traceparent, claimed_until)
-        SELECT %(event_id)s, id, %(event_type)s, %(event_body)s, correlation_id, reply_to, traceparent,
-               now() + %(publish_within)s
+        INSERT INTO outbox_events (id, incoming_email_id, type, body,
+                                   correlation_id, reply_to, traceparent, claimed_until)
+        SELECT %(event_id)s, id, %(event_type)s, %(event_body)s,
+               correlation_id, reply_to, traceparent, now() + %(publish_within)s
         FROM email ON CONFLICT (incoming_email_id, type) DO NOTHING
     )
 """
 _DEAD_LETTER = """
     dead AS (
-        INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox, message_id, queue_name, actor_name)
-        SELECT %(dlq_id)s, id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s, %(message_id)s, %(queue_name)s, %(actor_name)s
+        INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox,
+                         message_id, queue_name, actor_name)
+        SELECT %(dlq_id)s, id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
+               %(message_id)s, %(queue_name)s, %(actor_name)s
         FROM email ON CONFLICT (message_id) DO UPDATE
         SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
             last_error = excluded.last_error, mailbox = excluded.mailbox

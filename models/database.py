@@ -1,7 +1,8 @@
 """The connection to PostgreSQL and the one way in which statements reach it.
 
 A thread keeps its connection for good: opening one costs 6 ms of two processes. A connection that PostgreSQL has closed
-stays unusable until it is dropped, so it is dropped here, where the failure is seen, and the next statement opens another.
+stays unusable until it is dropped, so it is dropped here, where the failure is seen, and the next statement opens
+another.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class DatabaseAway(Exception):
 def connect(url: str, application_name: str) -> None:
     """Set where PostgreSQL is. Connections are opened by the threads that need one."""
     parts = urlsplit(url)
+    options: dict[str, Any] = dict(parse_qsl(parts.query))
     database.init(
         unquote(parts.path.lstrip("/")),
         host=parts.hostname,
@@ -45,7 +47,7 @@ def connect(url: str, application_name: str) -> None:
         keepalives_idle=30,
         keepalives_interval=5,
         keepalives_count=3,
-        **dict(parse_qsl(parts.query)),
+        **options,
     )
 
 
@@ -61,15 +63,18 @@ def rows(sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[An
         DatabaseAway: See there.
     """
     with _dropping_dead_connections():
-        cursor = database.execute_sql(sql, parameters)
+        cursor = database.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
         return cursor.fetchall() if cursor.description else []
 
 
 def insert_many(sql: str, values: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Run ``INSERT … VALUES %s … RETURNING …`` for many rows at once and return what it returned."""
     with _dropping_dead_connections():
-        cursor = database.cursor()
-        return psycopg2.extras.execute_values(cursor, sql, values, page_size=len(values), fetch=True)
+        cursor = database.cursor()  # type: ignore[no-untyped-call]
+        returned: list[tuple[Any, ...]] = psycopg2.extras.execute_values(
+            cursor, sql, values, page_size=len(values), fetch=True
+        )
+        return returned
 
 
 @contextmanager
@@ -86,7 +91,12 @@ def _dropping_dead_connections() -> Iterator[None]:
     except DatabaseAway:
         _drop_connection()
         raise
-    except (peewee.OperationalError, peewee.InterfaceError, psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+    except (
+        peewee.OperationalError,
+        peewee.InterfaceError,
+        psycopg2.OperationalError,
+        psycopg2.InterfaceError,
+    ) as error:
         _drop_connection()
         raise DatabaseAway(_diagnosis(error)) from error
     except (peewee.InternalError, psycopg2.InternalError) as error:
@@ -114,3 +124,10 @@ def _diagnosis(error: BaseException) -> str:
     """Name the failure without the server's message, which may repeat parameters."""
     cause = getattr(error, "orig", error)
     return f"PostgreSQL is away ({type(cause).__name__} {getattr(cause, 'pgcode', None) or ''})".replace(" )", ")")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Let peewee's own queries run in the block, with the same errors as `rows`."""
+    with _dropping_dead_connections():
+        yield

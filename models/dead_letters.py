@@ -34,16 +34,19 @@ def mirror(copies: Sequence[Copy]) -> int:
 
 def _mirror(copy: Copy) -> int:
     parameters = copy._asdict() | {"id": new_id()}
-    return rows(  # type: ignore[no-any-return]
+    missing: int = rows(
         """
-        INSERT INTO dlq (id, incoming_email_id, reason, last_error, mailbox, message_id, queue_name, actor_name, body, mirrored_at)
-        SELECT %(id)s, e.id, %(reason)s, %(error)s, e.mailbox, %(message_id)s, %(queue_name)s, %(actor_name)s, %(body)s, now()
+        INSERT INTO dlq (id, incoming_email_id, reason, last_error, mailbox,
+                         message_id, queue_name, actor_name, body, mirrored_at)
+        SELECT %(id)s, e.id, %(reason)s, %(error)s, e.mailbox,
+               %(message_id)s, %(queue_name)s, %(actor_name)s, %(body)s, now()
         FROM (VALUES (1)) AS one LEFT JOIN incoming_emails e ON e.id = %(incoming_email_id)s
         ON CONFLICT (message_id) DO UPDATE SET body = excluded.body, mirrored_at = now()
         RETURNING (xmax = 0)::int
         """,
         parameters,
     )[0][0]
+    return missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,8 @@ def find(id: str) -> Letter | None:
 
 def body_of(letter_id: str) -> bytes | None:
     """Return the message as it was dead-lettered, once RabbitMQ's copy has arrived."""
-    return rows("SELECT body FROM dlq WHERE id = %(id)s", {"id": letter_id})[0][0]  # type: ignore[no-any-return]
+    body = rows("SELECT body FROM dlq WHERE id = %(id)s", {"id": letter_id})[0][0]
+    return None if body is None else bytes(body)
 
 
 def resolve(letter_id: str, *, replayed: bool, who: str) -> bool:
@@ -149,7 +153,8 @@ def _put_back(incoming_email_id: str | None, queue_name: str) -> None:
     if queue_name == "backup":
         rows(
             """
-            UPDATE sent_emails SET backup_due_at = now(), backup_attempt_count = 0, backup_lease_until = NULL, updated_at = now()
+            UPDATE sent_emails
+            SET backup_due_at = now(), backup_attempt_count = 0, backup_lease_until = NULL, updated_at = now()
             WHERE incoming_email_id = %(id)s AND status = 'sent'
             """,
             {"id": incoming_email_id},
@@ -157,7 +162,8 @@ def _put_back(incoming_email_id: str | None, queue_name: str) -> None:
     else:
         rows(
             """
-            UPDATE incoming_emails SET status = 'received', attempt_count = 0, next_attempt_at = NULL, updated_at = now()
+            UPDATE incoming_emails
+            SET status = 'received', attempt_count = 0, next_attempt_at = NULL, updated_at = now()
             WHERE id = %(id)s AND status = 'failed'
             """,
             {"id": incoming_email_id},

@@ -21,7 +21,8 @@ def append(events: Sequence[Event], claimed_until: datetime) -> None:
     if events:
         insert_many(
             """
-            INSERT INTO outbox_events (id, incoming_email_id, type, body, correlation_id, reply_to, traceparent, claimed_until)
+            INSERT INTO outbox_events (id, incoming_email_id, type, body,
+                                       correlation_id, reply_to, traceparent, claimed_until)
             VALUES %s ON CONFLICT (incoming_email_id, type) DO NOTHING RETURNING 1
             """,
             [

@@ -64,7 +64,7 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Sto
     Safe to repeat. The events of new emails are the caller's to publish for ``publish_within``; then the sweep's.
     """
     first = _first_of_each_id(arrivals)
-    # Inserted in one order by everyone, so that two batches with the same ids wait for each other instead of deadlocking.
+    # Inserted in one order by everyone: two batches with the same ids wait for each other instead of deadlocking.
     ordered = sorted(first.items())
     ids = {publisher_id: new_id() for publisher_id, _ in ordered}
     now = datetime.now(UTC)
@@ -110,9 +110,7 @@ def _email_row(id: str, arrival: Arrival, now: datetime) -> tuple[Any, ...]:
 
 def _received(id: str, arrival: Arrival, now: datetime) -> Event:
     publisher_message_id = arrival.accepted.publisher_message_id
-    body = event_body(
-        EventType.RECEIVED, publisher_message_id=publisher_message_id, incoming_email_id=id, at=now
-    )
+    body = event_body(EventType.RECEIVED, publisher_message_id=publisher_message_id, incoming_email_id=id, at=now)
     return Event(
         event_id(EventType.RECEIVED, id),
         EventType.RECEIVED,

@@ -33,7 +33,8 @@ def pause_by_hand(mailbox: str, *, why: str, who: str) -> None:
 def _pause(mailbox: str, until: datetime, *, why: str, who: str) -> None:
     rows(
         """
-        INSERT INTO mailboxes (mailbox, paused_until, pause_reason, paused_by) VALUES (%(mailbox)s, %(until)s, %(why)s, %(who)s)
+        INSERT INTO mailboxes (mailbox, paused_until, pause_reason, paused_by)
+        VALUES (%(mailbox)s, %(until)s, %(why)s, %(who)s)
         ON CONFLICT (mailbox) DO UPDATE
         SET paused_until = excluded.paused_until, pause_reason = excluded.pause_reason, paused_by = excluded.paused_by,
             updated_at = now()
@@ -56,7 +57,7 @@ def refuse(mailbox: str, *, why: str, first_wait: timedelta, longest_wait: timed
         """,
         {"mailbox": mailbox.lower()},
     )[0][0]
-    wait = min(first_wait * 2 ** min(count - 1, 20), longest_wait)
+    wait: timedelta = min(first_wait * 2 ** min(count - 1, 20), longest_wait)
     pause(mailbox, wait, why=why)
     return wait
 
@@ -66,7 +67,8 @@ def resume(mailbox: str) -> bool:
     return bool(
         rows(
             """
-            UPDATE mailboxes SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0, updated_at = now()
+            UPDATE mailboxes
+            SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0, updated_at = now()
             WHERE mailbox = %(mailbox)s AND paused_until > now() RETURNING 1
             """,
             {"mailbox": mailbox.lower()},

@@ -54,7 +54,8 @@ def sweep() -> Iterator[None]:
 _EXPIRE_LEASES = """
     WITH lapsed AS MATERIALIZED (
         SELECT e.id, e.status, s.status AS sending
-        FROM incoming_emails e LEFT JOIN sent_emails s ON s.incoming_email_id = e.id AND s.status IN ('sending', 'in_doubt')
+        FROM incoming_emails e
+        LEFT JOIN sent_emails s ON s.incoming_email_id = e.id AND s.status IN ('sending', 'in_doubt')
         WHERE e.lease_until <= now() ORDER BY e.lease_until LIMIT %(batch)s FOR UPDATE OF e SKIP LOCKED
     ), doubted AS (
         UPDATE sent_emails s SET status = 'in_doubt', updated_at = now(),
@@ -95,7 +96,8 @@ def wake_due() -> int:
 
 def in_flight() -> tuple[dict[Route, int], dict[str, int]]:
     """Count the leased emails per route and per mailbox."""
-    routes, mailboxes = dict.fromkeys(Route, 0), {}
+    routes = dict.fromkeys(Route, 0)
+    mailboxes: dict[str, int] = {}
     for route, mailbox, count in rows(
         "SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox"
     ):
@@ -232,7 +234,7 @@ def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> N
 
 def next_due_at() -> datetime | None:
     """Return the next instant at which there is something to do that nobody will announce."""
-    return rows(
+    due_at: datetime | None = rows(
         """
         SELECT least(
             (SELECT min(next_attempt_at) FROM incoming_emails WHERE next_attempt_at IS NOT NULL),
@@ -245,6 +247,7 @@ def next_due_at() -> datetime | None:
         )
         """
     )[0][0]
+    return due_at
 
 
 def acknowledge_receipts(receipts: list[tuple[str, int]]) -> None:

@@ -54,7 +54,9 @@ class Route(StrEnum):
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.RECEIVED: frozenset({Status.DISPATCHED, Status.CANCELLED, Status.EXPIRED}),
     Status.DISPATCHED: frozenset({Status.PROCESSING, Status.RECEIVED}),
-    Status.PROCESSING: frozenset({Status.PROCESSED, Status.FAILED, Status.RECEIVED, Status.PROCESSING, Status.DISPATCHED}),
+    Status.PROCESSING: frozenset(
+        {Status.PROCESSED, Status.FAILED, Status.RECEIVED, Status.PROCESSING, Status.DISPATCHED}
+    ),
     Status.FAILED: frozenset({Status.RECEIVED}),
     Status.PROCESSED: frozenset(),
     Status.CANCELLED: frozenset(),

@@ -23,8 +23,8 @@ class JsonTextField(peewee.TextField):
     field_type = "JSON"
 
 
-class JsonField(peewee.TextField):
-    """JSON that is searched or amended."""
+class JsonField(peewee.Field):
+    """JSON that is searched or amended; read as the value it stands for."""
 
     field_type = "JSONB"
 

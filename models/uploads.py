@@ -37,7 +37,8 @@ def plan(email: ClaimedEmail) -> list[Upload]:
     rows(
         """
         INSERT INTO file_uploads (id, incoming_email_id, position, filename, size)
-        SELECT * FROM unnest(%(row_ids)s::uuid[], %(email_ids)s::uuid[], %(positions)s::int[], %(names)s::text[], %(sizes)s::bigint[])
+        SELECT * FROM unnest(%(row_ids)s::uuid[], %(email_ids)s::uuid[], %(positions)s::int[],
+                             %(names)s::text[], %(sizes)s::bigint[])
         ON CONFLICT (incoming_email_id, position) DO NOTHING
         """,
         {
@@ -71,8 +72,9 @@ def record_progress(email: ClaimedEmail, upload: Upload, *, lease: timedelta) ->
     email.write(
         """
         WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
-        UPDATE file_uploads SET uploaded_bytes = %(uploaded_bytes)s, status = %(status)s, upload_session_info = %(session)s,
-                                updated_at = now()
+        UPDATE file_uploads
+        SET uploaded_bytes = %(uploaded_bytes)s, status = %(status)s, upload_session_info = %(session)s,
+            updated_at = now()
         WHERE incoming_email_id IN (SELECT id FROM email) AND position = %(position)s RETURNING 1
         """,
         lease=lease,

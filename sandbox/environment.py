@@ -10,7 +10,7 @@ from simulator.control import Simulator
 
 
 def fleet_settings(simulator: Simulator, **overrides: str | int) -> dict[str, str]:
-    """Return the environment that a fleet needs besides its servers: Graph is the simulator, the archive's key is new."""
+    """Return the environment that a fleet needs besides its servers: simulated Graph, new archive key."""
     host = urlsplit(simulator.base_url).netloc
     settings = {
         "GRAPH_BASE_URL": simulator.graph_base_url,

@@ -130,6 +130,10 @@ class Program(ABC):
         if self._tree:
             self._tree.resume()
 
+    def pids(self) -> set[int]:
+        """Return the server's living processes."""
+        return self._tree.members() if self._tree else set()
+
     def _wait_until_it_answers(self, tree: Tree) -> None:
         wait_until(lambda: not tree.alive or self.answers(), START_LIMIT)
         if not self.answers():

@@ -6,7 +6,7 @@ Everything here can be changed while the simulator runs; the defaults are the le
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 MEBIBYTE = 1024 * 1024
 
@@ -19,11 +19,16 @@ class Settable:
         """Change some fields.
 
         Raises:
-            ValueError: A field is unknown. Nothing has been changed then.
+            ValueError: A field is unknown, or its value is none of its choices. Nothing has been changed then.
         """
+        kinds = get_type_hints(type(self))
         unknown = changes.keys() - {each.name for each in fields(self)}
         if unknown:
             raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        for name, value in changes.items():
+            choices = get_args(kinds[name]) if get_origin(kinds[name]) is Literal else (value,)
+            if value not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}")
         for name, value in changes.items():
             setattr(self, name, value)
         return self

@@ -49,6 +49,10 @@ class Simulator:
         simulator._process = process
         return simulator
 
+    def pids(self) -> set[int]:
+        """Return the process that ``start`` has started."""
+        return {self._process.pid} if self._process else set()
+
     def stop(self) -> None:
         """End the process that ``start`` has started."""
         self._session.close()

@@ -16,7 +16,7 @@ from cryptography import x509
 
 from . import errors, routes
 from .faults import KINDS
-from .mailboxes import FOLDERS_BY_NAME, Mailbox
+from .mailboxes import FOLDERS_BY_NAME
 from .rendering import message_json
 from .tokens import App
 from .world import World
@@ -87,16 +87,12 @@ def _behaviour(world: World, given: dict[str, Any]) -> Any:
 
 
 def _mailbox_state(world: World, given: dict[str, Any]) -> Any:
-    mailbox = _mailbox(world, given["mailbox"])
+    mailbox = world.mailbox_to_configure(given["mailbox"])
     mailbox.refusal = _REFUSALS[given["state"]](given["mailbox"])
 
 
 def _allow_send_as(world: World, given: dict[str, Any]) -> Any:
-    _mailbox(world, given["mailbox"]).send_as.add(given["address"].lower())
-
-
-def _mailbox(world: World, address: str) -> Mailbox:
-    return world.mailbox_to_configure(address)
+    world.mailbox_to_configure(given["mailbox"]).send_as.add(given["address"].lower())
 
 
 def _register_app(world: World, given: dict[str, Any]) -> Any:
@@ -155,7 +151,7 @@ def _messages(world: World, given: dict[str, Any]) -> Any:
     return [
         message_json(each, immutable=False, selected=None, expanded=frozenset(each.properties))
         | {"attachmentNames": [attachment.name for attachment in each.attachments]}
-        for each in _mailbox(world, given["mailbox"]).listing(key)
+        for each in world.mailbox_to_configure(given["mailbox"]).listing(key)
     ]
 
 

@@ -149,6 +149,9 @@ class Fate(Fault):
 
     outcome: Outcome = "twice"
 
+    def matches(self, operation: str, mailbox: str) -> bool:
+        return operation in ("send_mail", "send_draft") and super().matches(operation, mailbox)
+
     async def strike(self, struck: StruckCall) -> Answer:
         struck.call.outcome = self.outcome
         return struck.execute()

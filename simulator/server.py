@@ -37,6 +37,8 @@ class Trace:
     operation: str = "unknown"
     mailbox: str = ""
     request_bytes: int = 0
+    status: str = NO_ANSWER
+    code: str = ""
 
 
 class GraphServer:
@@ -85,14 +87,13 @@ class GraphServer:
             except errors.GraphError as refusal:
                 await _drain(request)
                 answer = _refusal(refusal, request, request_id)
-            self._note(trace, str(answer.status), answer.code)
-            return await _respond(request, answer, request_id)
+            response = await _respond(request, answer, request_id)
+            trace.status, trace.code = str(answer.status), answer.code
+            return response
         except errors.ConnectionDropped as drop:
-            self._note(trace, NO_ANSWER, "")
             return _drop(request, hard=drop.hard)
-
-    def _note(self, trace: Trace, status: str, code: str) -> None:
-        self.world.journal.note(trace.operation, trace.mailbox, status, code, trace.request_bytes)
+        finally:
+            self.world.journal.note(trace.operation, trace.mailbox, trace.status, trace.code, trace.request_bytes)
 
     async def _graph(self, request: web.BaseRequest, trace: Trace) -> Answer:
         destination = routes.find(request.method, request.rel_url.raw_path)

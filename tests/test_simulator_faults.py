@@ -122,7 +122,7 @@ def test_a_hanging_call_outlasts_its_client(graph: GraphClient, executed: Any, l
     graph.simulator.hang(executed=executed)
 
     with pytest.raises(requests.ReadTimeout):
-        graph.send(timeout=0.2)
+        graph.send(timeout=(10, 0.5))
 
     wait_until(lambda: graph.simulator.requests(ANN, "send_mail") != [])
     assert len(graph.simulator.deliveries()) == left
@@ -158,6 +158,7 @@ def test_an_accepted_mail_may_carry_a_retry_after(graph: GraphClient) -> None:
 
 def test_an_accepted_mail_may_leave_twice(graph: GraphClient) -> None:
     graph.simulator.deliver_twice()
+    assert graph.found("ab12") == []
 
     assert graph.send(tagged("ab12")).status_code == 202
     assert graph.simulator.delivery_counts_by_tag() == {"ab12": 2}
@@ -239,6 +240,8 @@ def test_mime_may_be_impossible_or_break_off(graph: GraphClient) -> None:
     assert (refused.status_code, code(refused)) == (500, "ErrorMimeContentConversionFailed")
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         graph.call("GET", path)
+    statuses = [each["status"] for each in graph.simulator.requests(ANN, "mime")]
+    assert statuses == ["500", "none"]
     assert message_from_bytes(graph.call("GET", path).content, policy=policy.default)["Subject"] == "Hello"
 
 

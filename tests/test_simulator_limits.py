@@ -53,7 +53,7 @@ def test_a_fifth_request_at_a_time_is_refused_for_that_mailbox_alone(graph: Grap
 
 
 def test_latency_makes_concurrency_visible(graph: GraphClient) -> None:
-    graph.simulator.set_latency(0.2, "send_mail")
+    graph.simulator.set_latency(1.0, "send_mail")
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: graph.send(), range(3)))
@@ -105,6 +105,8 @@ def test_a_retry_before_its_time_is_counted_and_punished_if_so_set(graph: GraphC
     assert graph.simulator.request_counts()["early_retries"] == {ANN: 2}
 
 
-def test_an_unknown_limit_is_a_mistake_of_the_test(graph: GraphClient) -> None:
+def test_an_unknown_limit_or_choice_is_a_mistake_of_the_test(graph: GraphClient) -> None:
     with pytest.raises(ValueError, match="colour"):
         graph.simulator.set_limits(colour=1)
+    with pytest.raises(ValueError, match="not_found, invalid, accepted"):
+        graph.simulator.set_behaviour(second_send="perhaps")

@@ -53,8 +53,8 @@ def test_it_announces_itself_and_ends_at_once_when_asked_to(tmp_path: Path, numb
         assert session.get(f"{announced['base_url']}/health", verify=announced["ca"]).json() == {"status": "ok"}
         process.send_signal(number)
 
-        # Then it ends within a second
-        assert process.wait(timeout=1) == 0
+        # Then it does not wait for the connection to be closed
+        assert process.wait(timeout=5) == 0
     process.stdout.close()
 
 

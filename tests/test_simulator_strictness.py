@@ -93,6 +93,13 @@ def test_a_message_that_graph_would_not_take_is_refused_and_not_sent(
     assert graph.simulator.deliveries() == []
 
 
+def test_an_unknown_member_is_named_with_its_type(graph: GraphClient) -> None:
+    answer = graph.send(message(body={"contentType": "text", "content": "x", "colour": "red"}))
+
+    words = answer.json()["error"]["message"]
+    assert "The property 'colour' does not exist on type 'microsoft.graph.itemBody'." in words
+
+
 def test_everything_that_graph_takes_is_taken(graph: GraphClient) -> None:
     answer = graph.send(
         message(

@@ -95,6 +95,18 @@ def test_msal_obtains_a_token_with_a_registered_certificate(
     assert graph.send(headers={"Authorization": f"Bearer {token['access_token']}"}).status_code == 202
 
 
+def test_an_assertion_that_names_another_certificate_is_refused(
+    graph: GraphClient, client_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = certificate_for(client_key).public_bytes(Encoding.PEM).decode()
+    graph.simulator.register_app("mailfleet-demo", certificate=public)
+    credential = {"private_key": pem(client_key), "thumbprint": "00" * 20}
+
+    token = msal_app(graph.simulator, credential, monkeypatch).acquire_token_for_client([GRAPH_SCOPE])
+
+    assert token["error_codes"] == [700027]
+
+
 def test_an_assertion_signed_with_another_key_is_refused(
     graph: GraphClient, client_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,171 @@
+"""An attachment is read as a stream from where its ``urlOrId`` points, held to what was declared and what is allowed.
+
+The publisher names the URL and we fetch it from inside the network, so every fetch may be a server-side request forgery
+(owasp.org/www-community/attacks/Server_Side_Request_Forgery). The rules, for each redirect as for the first request:
+
+* ``https`` alone, without a user name or password; nothing that authenticates us is ever sent.
+* The host name is resolved once, every address of the answer is checked, and a checked address is connected to, while
+  the certificate is still checked against the name. A name that resolves differently the next time gains nothing.
+* With a list of allowed hosts only these are fetched from, wherever they are. Without it, any host on port 443 whose
+  addresses are all public.
+
+No bytes are kept. Sizes are checked before the last bytes are handed out, so that no upload is completed with a wrong
+file. Errors tell whether another try may help; of a URL, which may carry a signature, they show scheme and host alone::
+
+    AttachmentError
+    ├── AttachmentRefused
+    │   ├── InvalidSource
+    │   ├── SourceForbidden
+    │   ├── SourceGone
+    │   ├── SizeMismatch
+    │   └── TooLarge
+    └── SourceUnavailable
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from attachments.errors import (
+    AttachmentError,
+    AttachmentRefused,
+    InvalidSource,
+    SizeMismatch,
+    SourceForbidden,
+    SourceGone,
+    SourceUnavailable,
+    TooLarge,
+)
+from attachments.guard import HTTPS_PORT, Guard, HostPattern, Resolve, is_public, resolve_by_system
+from attachments.https import (
+    MAX_REDIRECTS,
+    MAX_RETRY_AFTER,
+    Answer,
+    Dial,
+    HttpsFetcher,
+    Timeouts,
+    dial_by_system,
+)
+
+__all__ = [
+    "HTTPS_PORT",
+    "MAX_REDIRECTS",
+    "MAX_RETRY_AFTER",
+    "AttachmentError",
+    "AttachmentRefused",
+    "AttachmentSource",
+    "AttachmentStream",
+    "Dial",
+    "HostPattern",
+    "InvalidSource",
+    "Resolve",
+    "SizeMismatch",
+    "SourceForbidden",
+    "SourceGone",
+    "SourceUnavailable",
+    "Timeouts",
+    "TooLarge",
+    "dial_by_system",
+    "is_public",
+    "resolve_by_system",
+]
+
+
+class AttachmentSource:
+    """Opens attachments by URL or id. Safe to share between threads.
+
+    ``allowed_hosts`` are `HostPattern` texts. TLS trust is that of `requests`: ``REQUESTS_CA_BUNDLE``, else certifi.
+    """
+
+    def __init__(
+        self,
+        allowed_hosts: Sequence[str] = (),
+        *,
+        max_bytes: int | None,
+        timeouts: Timeouts | None = None,
+        resolve: Resolve = resolve_by_system,
+        dial: Dial = dial_by_system,
+    ) -> None:
+        """Without ``max_bytes`` any size is accepted. Raises ValueError when a pattern is not a host or host:port."""
+        self._max_bytes = max_bytes
+        timeouts = timeouts or Timeouts()
+        guard = Guard(tuple(HostPattern.parse(text) for text in allowed_hosts), resolve)
+        self._by_scheme = {"https": HttpsFetcher(guard, dial, timeouts)}
+
+    @contextmanager
+    def open(self, url_or_id: str, *, declared_size: int | None = None, offset: int = 0) -> Iterator[AttachmentStream]:
+        """Yield the attachment's bytes from ``offset`` on; sizes are in bytes and of the whole attachment.
+
+        Raises:
+            AttachmentRefused: It cannot be had, now or later; here or while reading.
+            SourceUnavailable: It cannot be had now; here or while reading.
+        """
+        if self._max_bytes is not None and (declared_size or 0) > self._max_bytes:
+            raise TooLarge(f"the attachment is declared with {declared_size} bytes, {self._max_bytes} are allowed")
+        scheme, separator, _ = url_or_id.partition("://")
+        if not separator:
+            raise InvalidSource("no attachment is stored under this id")
+        fetcher = self._by_scheme.get(scheme.lower())
+        if fetcher is None:
+            raise InvalidSource("attachments are fetched from https URLs only")
+        with fetcher.fetch(url_or_id, offset) as answer:
+            stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
+            stream.skip_to(offset)
+            yield stream
+
+
+class AttachmentStream:
+    """The bytes of one attachment, to be read once, in order."""
+
+    def __init__(self, answer: Answer, *, declared_size: int | None, max_bytes: int | None) -> None:
+        self._answer = answer
+        self._max_bytes = max_bytes
+        self.size_bytes = answer.total_bytes if declared_size is None else declared_size
+        self.content_type = answer.content_type
+        self._position = answer.position
+        if answer.total_bytes is not None:
+            self._check_length(answer.total_bytes)
+            self._check_complete(answer.total_bytes)
+
+    def read(self, size_bytes: int) -> bytes:
+        """Return exactly so many bytes, fewer only at the end, none after it."""
+        pieces: list[bytes] = []
+        wanted = size_bytes
+        while wanted and (piece := self._read_piece(wanted)):
+            pieces.append(piece)
+            wanted -= len(piece)
+        return b"".join(pieces)
+
+    def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
+        """Yield the rest in chunks of this size; only the last may be smaller."""
+        while chunk := self.read(chunk_bytes):
+            yield chunk
+
+    def skip_to(self, offset: int) -> None:
+        """Discard the bytes before ``offset``, where a source could not start there by itself."""
+        while self._position < offset:
+            if not self._read_piece(offset - self._position):
+                raise SizeMismatch(
+                    f"{self._answer.origin} has {self._position} bytes, reading was to go on at {offset}"
+                )
+
+    def _read_piece(self, at_most: int) -> bytes:
+        piece = self._answer.read(at_most)
+        self._position += len(piece)
+        self._check_length(self._position)
+        if not piece:
+            self._check_complete(self._position)
+        elif self._position == self.size_bytes and (more := self._answer.read(1)):
+            self._check_length(self._position + len(more))
+        return piece
+
+    def _check_length(self, length_bytes: int) -> None:
+        if self._max_bytes is not None and length_bytes > self._max_bytes:
+            raise TooLarge(f"{self._answer.origin} has more than the {self._max_bytes} bytes that are allowed")
+        if self.size_bytes is not None and length_bytes > self.size_bytes:
+            raise SizeMismatch(f"{self._answer.origin} has more than the {self.size_bytes} bytes that were declared")
+
+    def _check_complete(self, length_bytes: int) -> None:
+        if self.size_bytes is not None and length_bytes < self.size_bytes:
+            raise SizeMismatch(f"{self._answer.origin} has {length_bytes} bytes, {self.size_bytes} were declared")

@@ -1,0 +1,491 @@
+"""``mailfleet``: the operator's command line.
+
+It parses, calls `operations` and shows; nothing is decided here. Exit status: 0 fine, 1 a problem was found, 2 wrong
+usage. Everything else is imported where it is used, so that ``--help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from models.dead_letters import Filter, Letter
+
+Command = Callable[..., Any]
+
+#: Lines that go into a file or a pipe are not folded at 80 characters.
+_FILE_WIDTH = 250
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mailfleet", message="%(version)s")
+def main() -> None:
+    """Publish, look up and operate mail that is sent through Microsoft Graph."""
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _connected(command: Command) -> Command:
+    """Give a command the connections of a process, and turn what is away into a sentence."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _problems_as_sentences():
+            import runtime
+            import telemetry
+
+            telemetry.configure_logging("WARNING")
+            try:
+                return command(*args, **kwargs)
+            finally:
+                runtime.close()
+
+    return run
+
+
+@contextmanager
+def _problems_as_sentences() -> Iterator[None]:
+    import limiter
+    import models
+    import operations
+    import outbox
+    import vault
+
+    try:
+        yield
+    except (
+        models.DatabaseAway,
+        limiter.Unavailable,
+        operations.NotFound,
+        outbox.Unconfirmed,
+        vault.VaultError,
+    ) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _who() -> str:
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return "cli"
+
+
+def _print_json(value: Any) -> None:
+    import orjson
+
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=_plain).decode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return value._asdict()
+    return str(value)
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
+    for column in columns:
+        # What is copied into the next command must not be broken.
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
+    for row in rows:
+        table.add_row(*(_shown(cell) for cell in row))
+    console.print(table)
+
+
+def _shown(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds():.1f} s"
+    return "" if value is None else escape(str(value))
+
+
+# Emails
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"))
+@_connected
+def publish(file: Any) -> None:
+    """Publish the SendEmail in FILE (- for standard input) and print its id."""
+    import operations
+    from contracts import MAX_DELIVERY_BYTES, Unacceptable
+
+    try:
+        click.echo(operations.publish(file.read(MAX_DELIVERY_BYTES + 1)))
+    except Unacceptable as unacceptable:
+        raise click.ClickException(f"not a valid SendEmail: {unacceptable.detail}") from None
+
+
+@main.command()
+@click.argument("id")
+@_json_option
+@_connected
+def status(id: str, as_json: bool) -> None:
+    """Show everything that is known of an email, by our ID or the publisher's."""
+    import operations
+
+    known = operations.status(id)
+    if as_json:
+        _print_json(known)
+    else:
+        _show_status(known)
+
+
+def _show_status(known: dict[str, Any]) -> None:
+    sending = known["sending"]
+    doubt = " (in doubt)" if sending and sending["status"] == "in_doubt" else ""
+    facts = {
+        "email": known["incoming_email_id"],
+        "publisher's id": known["publisher_message_id"],
+        "status": f"{known['status']}{doubt}",
+        "mailbox": known["mailbox"],
+        "attempts": known["attempt_count"],
+        "next attempt": known["next_attempt_at"],
+        "leased until": known["lease_until"],
+        "last error": known["last_error"],
+        "Graph message": sending and sending["graph_message_id"],
+    }
+    _table(["", ""], [[name, value] for name, value in facts.items() if value is not None])
+    _table(
+        ["when", "what"],
+        [[at, what] for at, what in sorted(_happenings(known), key=lambda happening: str(happening[0]))],
+    )
+
+
+def _happenings(known: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    yield known["created_at"], "received"
+    for receipt in known["receipts"]:
+        yield receipt["received_at"], f"attempt {receipt['attempt']} taken up by a worker"
+    for upload in known["uploads"]:
+        yield upload["updated_at"], f"{upload['filename']}: {upload['uploaded_bytes']} of {upload['size']} bytes up"
+    for seen in (known["sending"] or {}).get("evidence", []):
+        asked = f"asked {seen['asked']}, " if "asked" in seen else ""
+        yield datetime.fromisoformat(str(seen["at"])), f"{asked}saw {seen['seen']}"
+    for event in known["events"]:
+        yield (
+            event["published_at"] or event["created_at"],
+            f"{event['type']} {'published' if event['published_at'] else 'waiting'}",
+        )
+    for backup in known["backups"]:
+        yield backup["created_at"], f"archived, {backup['size']} bytes"
+    for letter in known["dead_letters"]:
+        yield letter["created_at"], f"dead letter ({letter['status']}): {letter['reason']}"
+
+
+# Dead letters
+
+
+@main.group()
+def dlq() -> None:
+    """Look at dead letters, replay or discard them."""
+
+
+def _filter_options(command: Command) -> Command:
+    instant = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+    for option in (
+        click.option("--reason", help="Only with this reason."),
+        click.option("--mailbox", help="Only of this sending mailbox."),
+        click.option("--since", type=instant, help="Only from this instant on (UTC)."),
+        click.option("--until", type=instant, help="Only before this instant (UTC)."),
+        click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True),
+        _json_option,
+    ):
+        command = option(command)
+    return command
+
+
+def _filter(ids: tuple[str, ...], reason: str | None, mailbox: str | None, since: Any, until: Any) -> Filter:
+    from models.dead_letters import Filter
+
+    return Filter(reason, mailbox, _utc(since), _utc(until), tuple(_letter_id(id) for id in ids))
+
+
+def _letter_id(id: str) -> str:
+    import operations
+
+    return operations.dead_letter(id)[0].id
+
+
+def _utc(instant: datetime | None) -> datetime | None:
+    return instant.replace(tzinfo=UTC) if instant and instant.tzinfo is None else instant
+
+
+@dlq.command("list")
+@_filter_options
+@_connected
+def dlq_list(limit: int, as_json: bool, **filters: Any) -> None:
+    """List the open dead letters, oldest first."""
+    import operations
+
+    _show_letters(operations.find_dead_letters(_filter((), **filters), limit), as_json)
+
+
+def _show_letters(letters: list[Letter], as_json: bool) -> None:
+    if as_json:
+        _print_json([letter._asdict() for letter in letters])
+        return
+    _table(
+        ["id", "created", "mailbox", "reason", "attempts", "email"],
+        [[d.id, d.created_at, d.mailbox, d.reason, d.attempts, d.publisher_message_id] for d in letters],
+    )
+
+
+@dlq.command("show")
+@click.argument("id")
+@_json_option
+@_connected
+def dlq_show(id: str, as_json: bool) -> None:
+    """Show a dead letter, by its ID, the email's or the publisher's."""
+    import operations
+
+    letter, body = operations.dead_letter(id)
+    message = body.decode("utf-8", "replace") if body is not None else None
+    if as_json:
+        _print_json({**letter._asdict(), "message": message})
+    else:
+        _table(["", ""], [[name, value] for name, value in letter._asdict().items() if value is not None])
+        click.echo(message or "RabbitMQ's copy of the message has not arrived yet.")
+
+
+def _resolving(replay: bool) -> Command:
+    def resolve(
+        ids: tuple[str, ...],
+        limit: int,
+        as_json: bool,
+        dry_run: bool,
+        all_letters: bool,
+        rate: float | None,
+        **filters: Any,
+    ) -> None:
+        import operations
+
+        if not (ids or all_letters or any(filters.values())):
+            raise click.UsageError("say which: IDs, filters or --all")
+        letters = operations.find_dead_letters(_filter(ids, **filters), limit)
+        if dry_run:
+            _show_letters(letters, as_json)
+            return
+        _resolve(letters, as_json, replay=replay, per_second=rate)
+
+    for decorate in (
+        _connected,
+        _filter_options,
+        click.option("--rate", type=click.FloatRange(0.01), help="At most so many per second."),
+        click.option("--dry-run", is_flag=True, help="Only list what would be meant."),
+        click.option("--all", "all_letters", is_flag=True, help="Every open dead letter."),
+        click.argument("ids", nargs=-1),
+    ):
+        resolve = decorate(resolve)
+    return resolve
+
+
+def _resolve(letters: list[Letter], as_json: bool, *, replay: bool, per_second: float | None) -> None:
+    import operations
+
+    outcomes: list[dict[str, str]] = []
+    with _progress(len(letters)) as advance:
+
+        def note(letter: Letter, outcome: str) -> None:
+            outcomes.append({"id": letter.id, "outcome": outcome})
+            advance()
+
+        resolved = operations.resolve(letters, replay=replay, who=_who(), per_second=per_second, on_each=note)
+    if as_json:
+        _print_json(outcomes)
+    else:
+        for outcome in outcomes:
+            click.echo(f"{outcome['id']}  {outcome['outcome']}")
+        click.echo(f"{resolved} of {len(letters)} {'replayed' if replay else 'discarded'}")
+    if resolved < len(letters):
+        sys.exit(1)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """Show progress on a terminal, on standard error; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
+
+
+dlq.command("replay", help="Send the emails of dead letters again (IDs or filters).")(_resolving(replay=True))
+dlq.command("discard", help="Set dead letters aside for good (IDs or filters).")(_resolving(replay=False))
+
+
+# Backups
+
+
+@main.group()
+def backups() -> None:
+    """Look at the archive and take mail out of it."""
+
+
+@backups.command("list")
+@click.option("--mailbox", help="Only of this sending mailbox.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=100, show_default=True)
+@_json_option
+@_connected
+def backups_list(mailbox: str | None, limit: int, as_json: bool) -> None:
+    """List the newest backups."""
+    import operations
+
+    found = operations.list_backups(mailbox=mailbox, limit=limit)
+    if as_json:
+        _print_json([backup._asdict() for backup in found])
+        return
+    _table(
+        ["id", "created", "mailbox", "bytes", "stored", "key", "expires", "email"],
+        [
+            [b.id, b.created_at, b.mailbox, b.size, b.compressed_size, b.key_id, b.expires_at, b.publisher_message_id]
+            for b in found
+        ],
+    )
+
+
+@backups.command("export")
+@click.argument("id")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A new file; default: standard output."
+)
+@_connected
+def backups_export(id: str, output: Path | None) -> None:
+    """Write the exact MIME of a backup, by its ID, the email's, the publisher's or Graph's."""
+    import operations
+
+    _backup, chunks = operations.export_backup(id, who=_who())
+    if output is None:
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        return
+    _write_whole(output, chunks)
+
+
+def _write_whole(path: Path, chunks: Iterator[bytes]) -> None:
+    """Write a file that is either whole or not there: only the last chunk proves that the backup is genuine."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("xb") as file:
+            part.chmod(0o600)
+            for chunk in chunks:
+                file.write(chunk)
+        part.replace(path)
+    except FileExistsError:
+        raise click.ClickException(f"{part} exists already") from None
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+# Limits
+
+
+@main.group()
+def limits() -> None:
+    """See how much of Graph's limits is used."""
+
+
+@limits.command("show")
+@click.argument("mailbox", required=False)
+@_json_option
+@_connected
+def limits_show(mailbox: str | None, as_json: bool) -> None:
+    """Show the budgets of MAILBOX, or the tenant's, and every pause that stands."""
+    import operations
+
+    usage, pauses = operations.limits(mailbox), operations.pauses()
+    if as_json:
+        _print_json(
+            {"budgets": [budget._asdict() for budget in usage], "pauses": [pause._asdict() for pause in pauses]}
+        )
+        return
+    _table(
+        ["budget", "used", "limit", "next free in"],
+        [[b.budget, b.used, b.limit or "none", b.next_free_in] for b in usage],
+    )
+    if pauses:
+        _table(["paused mailbox", "until", "why", "by"], [list(pause) for pause in pauses])
+
+
+@main.command()
+@click.argument("mailbox")
+@click.option("--why", default="paused by hand", show_default=True)
+@_connected
+def pause(mailbox: str, why: str) -> None:
+    """Send nothing more from MAILBOX until it is resumed."""
+    import operations
+
+    operations.pause(mailbox, why=why, who=_who())
+    click.echo(f"{mailbox} is paused")
+
+
+@main.command()
+@click.argument("mailbox")
+@_connected
+def resume(mailbox: str) -> None:
+    """Send from MAILBOX again, whoever paused it."""
+    import operations
+
+    click.echo(f"{mailbox} is resumed" if operations.resume(mailbox, who=_who()) else f"{mailbox} was not paused")
+
+
+# The installation
+
+
+@main.command("settings")
+@_json_option
+def settings_command(as_json: bool) -> None:
+    """Show the effective settings, secrets masked."""
+    import settings
+
+    try:
+        shown = settings.load().shown()
+    except settings.SettingsInvalid as invalid:
+        raise click.ClickException(str(invalid)) from None
+    if as_json:
+        _print_json(shown)
+    else:
+        _table(["setting", "value"], [[name, value] for name, value in shown.items()])
+
+
+@main.command()
+@_json_option
+@_connected
+def doctor(as_json: bool) -> None:
+    """Check everything that the fleet needs. Exit status 1: something is not well."""
+    import operations
+
+    findings = operations.doctor()
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        _table(["", "", ""], [["ok" if f.fine else "PROBLEM", f.subject, f.detail] for f in findings])
+    if not all(finding.fine for finding in findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Serves the console on ``PORT``."""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+
+import actors  # noqa: F401  declares the queues whose depth is shown
+import runtime
+import telemetry
+from console.access import Access, parse_tokens
+from console.app import make_app
+
+#: A proxy in front may keep requests for a moment after SIGTERM.
+_GRACE_SECONDS = 10
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
+    configuration = runtime.configuration
+    secret = configuration.console_tokens
+    try:
+        tokens = parse_tokens(secret.get_secret_value() if secret else "")
+    except ValueError as problem:
+        sys.exit(f"The settings are not usable:\n  - {problem}")
+    telemetry.serve_own_metrics(configuration.metrics_port)
+    uvicorn.run(
+        make_app(Access(tokens)),
+        host="0.0.0.0",  # noqa: S104  a process type is reached through its platform's router; tokens guard it
+        port=configuration.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )
+
+
+if __name__ == "__main__":
+    main()

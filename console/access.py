@@ -1,0 +1,84 @@
+"""Who may ask the console for what.
+
+``CONSOLE_TOKENS`` names each person or program with a role and a token. Without any, only clients on the same machine
+are answered, so that a console that nobody configured is open to nobody else.
+"""
+
+from __future__ import annotations
+
+import hmac
+from enum import StrEnum
+from typing import NamedTuple
+
+from fastapi import HTTPException, Request
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+class Role(StrEnum):
+    """What a token allows: a viewer looks, an operator acts too."""
+
+    VIEWER = "viewer"
+    OPERATOR = "operator"
+
+
+class Token(NamedTuple):
+    """One entry of ``CONSOLE_TOKENS``."""
+
+    name: str
+    role: Role
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"Token({self.name!r}, {self.role.value!r})"
+
+
+#: Shorter tokens can be guessed.
+MIN_TOKEN_CHARACTERS = 16
+
+
+def parse_tokens(text: str) -> list[Token]:
+    """Read ``name:role:token, …``.
+
+    Raises:
+        ValueError: An entry is not of that form, by its position: its text may be a secret.
+    """
+    return [_parse(position, entry.strip()) for position, entry in enumerate(text.split(","), 1) if entry.strip()]
+
+
+def _parse(position: int, entry: str) -> Token:
+    name, _, rest = entry.partition(":")
+    role, _, secret = rest.partition(":")
+    if not name or role not in set(Role) or len(secret) < MIN_TOKEN_CHARACTERS:
+        raise ValueError(
+            f"CONSOLE_TOKENS: entry {position} is not name:role:token with the role viewer or operator"
+            f" and a token of {MIN_TOKEN_CHARACTERS} characters or more"
+        )
+    return Token(name, Role(role), secret)
+
+
+class Access:
+    """Lets a request in, or answers 401."""
+
+    def __init__(self, tokens: list[Token]) -> None:
+        self._tokens = tokens
+
+    def viewer(self, request: Request) -> str:
+        """Return the name of who asks; any role may look."""
+        if not self._tokens:
+            return self._local(request)
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Every token is compared, so that the time taken tells nothing.
+        matching = [
+            token for token in self._tokens if hmac.compare_digest(token.secret.encode(), given.strip().encode())
+        ]
+        if scheme.lower() != "bearer" or not matching:
+            raise HTTPException(401, "a token is needed", {"WWW-Authenticate": "Bearer"})
+        return matching[0].name
+
+    def _local(self, request: Request) -> str:
+        if request.client is None or request.client.host not in LOOPBACK:
+            raise HTTPException(
+                401, "without CONSOLE_TOKENS only this machine is answered", {"WWW-Authenticate": "Bearer"}
+            )
+        return "local"

@@ -1,0 +1,95 @@
+"""Reading for people: everything that is known of one email, and how much of what is waiting."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from models.database import reading, rows
+from models.ids import as_uuid
+from models.states import Sending, Status
+from models.tables import DeadLetter, EmailBackup, FileUpload, IncomingEmail, OutboxEvent, SentEmail, WorkerReceipt
+
+
+def find_email(id: str) -> str | None:
+    """Return the email's id, given that or the publisher's."""
+    found = rows(
+        "SELECT id::text FROM incoming_emails WHERE id = %(uuid)s OR publisher_message_id = %(id)s",
+        {"id": id, "uuid": as_uuid(id)},
+    )
+    return found[0][0] if found else None
+
+
+def everything_about(incoming_email_id: str) -> dict[str, Any]:
+    """Return what every table knows of an email, without its content: plain values, instants as datetimes."""
+    with reading():
+        email = IncomingEmail.get_by_id(incoming_email_id)
+        sent = SentEmail.get_or_none(SentEmail.incoming_email == incoming_email_id)
+        return {
+            "incoming_email_id": incoming_email_id,
+            **_fields(
+                email,
+                "publisher_message_id status route mailbox tenant recipient_count correlation_id attempt_count"
+                " next_attempt_at expires_at lease_until last_error created_at updated_at",
+            ),
+            "sending": _sending(sent) if sent else None,
+            "uploads": _each(FileUpload, incoming_email_id, "filename size uploaded_bytes status updated_at"),
+            "receipts": _each(WorkerReceipt, incoming_email_id, "attempt received_at acknowledged_at"),
+            "events": _each(OutboxEvent, incoming_email_id, "type created_at published_at"),
+            "backups": _each(
+                EmailBackup,
+                incoming_email_id,
+                "id graph_message_id size compressed_size checksum created_at expires_at",
+            ),
+            "dead_letters": _each(
+                DeadLetter, incoming_email_id, "id status queue_name reason attempts last_error created_at resolved_by"
+            ),
+        }
+
+
+def _sending(sent: SentEmail) -> dict[str, Any]:
+    names = "status graph_message_id intent_at sent_at backup_due_at backup_attempt_count backup_error"
+    return {**_fields(sent, names), "evidence": sent.response_metadata.get("evidence", [])}
+
+
+def _each(table: Any, incoming_email_id: str, names: str) -> list[dict[str, Any]]:
+    columns = [getattr(table, name) for name in names.split()]
+    order = table.created_at if hasattr(table, "created_at") else table.received_at
+    found = table.select(*columns).where(table.incoming_email == incoming_email_id).order_by(order)
+    return [_fields(row, names) for row in found]
+
+
+def _fields(row: Any, names: str) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names.split()}
+
+
+class Backlog(NamedTuple):
+    """How much is waiting, in the whole fleet. Ages are the creation of the oldest."""
+
+    by_status: dict[str, int]
+    in_doubt: int
+    oldest_waiting: datetime | None
+    unpublished_events: int
+    open_dead_letters: int
+    backups_due: int
+
+
+def backlog() -> Backlog:
+    """Count what has not come to its end. What has is not counted: its number only grows."""
+    by_status = dict(
+        rows(
+            "SELECT status, count(*) FROM incoming_emails WHERE status = ANY(%(statuses)s) GROUP BY status",
+            {"statuses": [Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING]},
+        )
+    )
+    found = rows(
+        """
+        SELECT (SELECT count(*) FROM sent_emails WHERE status = %(in_doubt)s),
+               (SELECT min(created_at) FROM incoming_emails WHERE status = %(received)s),
+               (SELECT count(*) FROM outbox_events WHERE published_at IS NULL),
+               (SELECT count(*) FROM dlq WHERE status = 'open'),
+               (SELECT count(*) FROM sent_emails WHERE backup_due_at <= now())
+        """,
+        {"in_doubt": Sending.IN_DOUBT, "received": Status.RECEIVED},
+    )
+    return Backlog(by_status, *found[0])

@@ -56,6 +56,10 @@ class InDoubtHeld(Exception):
     """Raised when a mail in doubt stayed absent and the policy is to leave it to the operator."""
 
 
+class Unforeseen(Exception):
+    """Raised in the place of an error that nobody foresaw; names its class, since its text may quote anything."""
+
+
 class DraftNotFound(Exception):
     """Raised when Graph does not find a draft of ours, perhaps not yet."""
 
@@ -169,7 +173,7 @@ def _snooze(email: ClaimedEmail, wait: timedelta, why: str, reason: str) -> None
 
 def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
     if email.attempt >= runtime.configuration.max_attempts and not email.in_doubt_since:
-        _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error or type(error).__name__}"))
+        _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error}"), because=error)
     email.retry(wait, str(error) or type(error).__name__)
     mail_log(
         Step.RETRIED,
@@ -188,11 +192,12 @@ def _retry_unforeseen(email: ClaimedEmail, error: Exception) -> None:
             look_again_in=runtime.configuration.in_doubt_settle, evidence={"seen": type(error).__name__}
         )
     else:
-        _retry(email, RuntimeError(type(error).__name__), backoff(email.attempt))
+        _retry(email, Unforeseen(type(error).__name__), backoff(email.attempt))
 
 
-def _fail(email: ClaimedEmail, error: Exception) -> None:
-    reason = _snake_case(type(error).__name__)
+def _fail(email: ClaimedEmail, error: Exception, *, because: Exception | None = None) -> None:
+    """Give the email up; the reason is the kind of ``because``, by which an operator finds what to mend."""
+    reason = _snake_case(type(because or error).__name__)
     message = CurrentMessage.get_current_message()
     event = email.fail(
         reason=reason,

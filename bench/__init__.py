@@ -1,1 +1,1 @@
-"""Measurements of the product, each against servers and a simulator of its own. Nothing that is deployed imports them."""
+"""Measurements of the product, each against servers and a simulator of its own. Nothing deployed imports them."""

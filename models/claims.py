@@ -327,9 +327,14 @@ class ClaimedEmail:
             raise LeaseLost(f"email {self.id} is no longer held by this worker")
 
 
+# What was seen of an earlier send is kept.
 _WITHDRAWN = """
     withdrawn AS (
-        DELETE FROM sent_emails WHERE incoming_email_id IN (SELECT id FROM email) AND status = 'sending'
+        DELETE FROM sent_emails
+        WHERE incoming_email_id IN (SELECT id FROM email) AND status = 'sending' AND NOT response_metadata ? 'evidence'
+    ), still_not_sent AS (
+        UPDATE sent_emails SET status = 'not_sent', updated_at = now()
+        WHERE incoming_email_id IN (SELECT id FROM email) AND status = 'sending' AND response_metadata ? 'evidence'
     )
 """
 _EVENT = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -23,9 +24,11 @@ import runtime
 from actors import scheduling as scheduler
 from broker import MIRROR_QUEUE
 from contracts import accept
+from migrations.__main__ import migrate
 from models import Arrival, ClaimedEmail, Route, rows, scheduling
 from models.ingest import Stored
 from models.scheduling import Dispatch
+from sandbox.world import new_database
 from simulator.control import Simulator
 
 LEASE = timedelta(minutes=2)
@@ -201,8 +204,27 @@ class Fleet:
         return len(self.graph.deliveries(tag=id))
 
 
+@pytest.fixture(scope="session")
+def shared_database(servers: dict[str, str]) -> Iterator[str]:
+    """The URL of a migrated database for all tests that do not mind its history: making one takes a while."""
+    with ExitStack() as stack:
+        url = new_database(servers["DATABASE_URL"], stack)
+        migrate(url)
+        yield url
+
+
 @pytest.fixture
-def fleet(database: str, graph: Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+def tables(shared_database: str) -> str:
+    """Empty tables, to which `models` is connected, and the URL of their database."""
+    models.disconnect()
+    models.connect(shared_database, "tests")
+    for name in ("email_backups", "incoming_emails", "dlq", "mailboxes", "audit_log"):
+        rows(f"DELETE FROM {name}")
+    return shared_database
+
+
+@pytest.fixture
+def fleet(tables: str, graph: Simulator) -> Iterator[Fleet]:
     """Actors with empty tables, empty queues, a new Graph whose mails show at once, and no limits left over."""
     graph.set_behaviour(sent_items_delay_seconds=0)
     runtime.redis.flushdb()

@@ -11,12 +11,14 @@ import orjson
 import pytest
 
 import models
+import support
 from models import ClaimedEmail, LeaseLost, Route, scheduling, uploads
 from models.claims import MAX_ERROR_CHARACTERS
 from support import LEASE, NOW, WITHIN, claim, dispatch, email_row, everything, lapse, make_due, rows, seconds_until
 from support import sending, store, table
 
-pytestmark = pytest.mark.usefixtures("database")
+shared_database, tables = support.shared_database, support.tables
+pytestmark = pytest.mark.usefixtures("tables")
 
 MINUTE = timedelta(minutes=1)
 FILE = {"name": "a.pdf", "size": 5, "urlOrId": "https://files.example/a.pdf"}

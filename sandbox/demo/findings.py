@@ -127,7 +127,9 @@ def _differences(mail: Mail, delivery: Mapping[str, Any]) -> list[str]:
         "body": (delivery["body"], mail.content["body"]["content"]),
         "attachments": ({each["name"]: each["sha256"] for each in delivery["attachments"]}, attached),
     }
-    return [f"its {part} differ from what was published" for part, (arrived, sent) in compared.items() if arrived != sent]
+    return [
+        f"its {part} differ from what was published" for part, (arrived, sent) in compared.items() if arrived != sent
+    ]
 
 
 def look(world: World, mails: Iterable[Mail]) -> list[Finding]:

@@ -116,9 +116,7 @@ class Writer:
 
     def _timed(self) -> Iterator[Mail]:
         later = self._now + SEND_LATER
-        yield self._mail(
-            "reminder", "events", f"send_at in {SEND_LATER.seconds} seconds", send_at=later.isoformat()
-        )
+        yield self._mail("reminder", "events", f"send_at in {SEND_LATER.seconds} seconds", send_at=later.isoformat())
         yield self._mail(
             "offer", "events", "expired before it came", Ending.EXPIRED,
             expires_at=(self._now - timedelta(minutes=1)).isoformat(),

@@ -156,6 +156,12 @@ class Settings(BaseSettings):
         default="resend",
     )
 
+    send_plain_via: Literal["sendmail", "draft"] = _setting(
+        "SEND_PLAIN_VIA",
+        "How mail without attachments is sent: at once, or as a draft whose id is known before it is sent.",
+        default="sendmail",
+    )
+
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
         "Wait between a send and its backup, for Sent Items to fill.",

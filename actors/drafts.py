@@ -13,6 +13,7 @@ from typing import Any
 
 import runtime
 from actors.composition import graph_message
+from actors.graph_calls import graph_call
 from attachments import AttachmentStream
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, UploadSession
 from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
@@ -28,19 +29,24 @@ def prepare_draft(email: ClaimedEmail) -> str:
     """
     begun_before = email.attempt > 1 or email.draft_id is not None
     draft_id = email.draft_id or _create_draft(email, begun_before)
-    planned = uploads.plan(email)
+    if attachments := email.payload.get("attachments"):
+        _attach_all(email, draft_id, attachments, begun_before)
+    return draft_id
+
+
+def _attach_all(email: ClaimedEmail, draft_id: str, attachments: list[dict[str, Any]], begun_before: bool) -> None:
+    planned = uploads.plan(email, attachments)
     if begun_before:
         _find_unrecorded(email, draft_id, planned)
-    for upload, attachment in zip(planned, email.payload["attachments"], strict=True):
+    for upload, attachment in zip(planned, attachments, strict=True):
         if not upload.uploaded:
             _upload(email, draft_id, upload, attachment)
-    return draft_id
 
 
 def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
     draft_id = _find_orphan(email) if begun_before else None
     if draft_id is None:
-        with runtime.limiter.slot(email.mailbox):
+        with graph_call(email):
             draft_id = runtime.graph.create_draft(email.mailbox, graph_message(email.id, email.payload)).id
     email.record_draft(draft_id)
     mail_log(Step.DRAFTED, incoming_email_id=email.id)
@@ -49,7 +55,7 @@ def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
 
 def _find_orphan(email: ClaimedEmail) -> str | None:
     """Find the draft that an earlier attempt made without living to record it."""
-    with runtime.limiter.slot(email.mailbox):
+    with graph_call(email):
         found = runtime.graph.find_by_tag(email.mailbox, email.id)
     return next((message.id for message in found if message.is_draft), None)
 
@@ -58,7 +64,7 @@ def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) 
     """Note attachments that are on the draft already although nobody recorded it, so that none is there twice."""
     if all(upload.uploaded for upload in planned):
         return
-    with runtime.limiter.slot(email.mailbox):
+    with graph_call(email):
         attached = Counter(attachment.name for attachment in runtime.graph.attachments(email.mailbox, draft_id))
     attached.subtract(upload.filename for upload in planned if upload.uploaded)
     for upload in planned:
@@ -86,7 +92,7 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     with runtime.source.open(attachment["urlOrId"], declared_size=upload.size) as stream:
         content = b"".join(stream.chunks(UPLOAD_RANGE_BYTES))
-    with runtime.limiter.slot(email.mailbox, upload_bytes=len(content)):
+    with graph_call(email, upload_bytes=len(content)):
         runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
 
 
@@ -104,7 +110,7 @@ def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attach
 
 def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, stream: AttachmentStream) -> None:
     while content := stream.read(UPLOAD_RANGE_BYTES):
-        with runtime.limiter.slot(email.mailbox, upload_bytes=len(content)):
+        with graph_call(email, upload_bytes=len(content)):
             following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
         if following is None:
             return
@@ -121,7 +127,7 @@ def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dic
         return UploadSession(
             email.mailbox, upload.session_url, upload.session_expires_at, next_offset=upload.uploaded_bytes
         )
-    with runtime.limiter.slot(email.mailbox):
+    with graph_call(email):
         session = runtime.graph.create_upload_session(
             email.mailbox, draft_id, size_bytes=upload.size, **_described(attachment)
         )

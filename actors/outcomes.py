@@ -29,6 +29,7 @@ from attachments import AttachmentRefused, SourceUnavailable
 from graph_client.errors import (
     ConfigurationError,
     GraphError,
+    ItemNotFound,
     MailboxUnavailable,
     OutcomeUnknown,
     PermanentError,
@@ -46,6 +47,8 @@ _REFUSAL_PAUSE = timedelta(seconds=30)
 _LONGEST_REFUSAL_PAUSE = timedelta(hours=1)
 #: Without a token nothing works, for any mailbox.
 _CONFIGURATION_PAUSE = timedelta(seconds=30)
+#: A draft may stay invisible for a moment after it was made; if it still is after so many attempts, it is gone.
+_DRAFT_ATTEMPTS = 3
 
 
 class AttemptsUsedUp(Exception):
@@ -58,10 +61,6 @@ class InDoubtHeld(Exception):
 
 class Unforeseen(Exception):
     """Raised in the place of an error that nobody foresaw; names its class, since its text may quote anything."""
-
-
-class DraftNotFound(Exception):
-    """Raised when Graph does not find a draft of ours, perhaps not yet."""
 
 
 #: What ends an email: recorded as failed, and dead-lettered.
@@ -99,6 +98,10 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
     match error:
         case LeaseLost() | DatabaseAway():
             raise error  # nothing can be recorded: the lease runs out, or has
+        case ItemNotFound() if email.intended or email.in_doubt_since:
+            _doubt(email, error)  # a draft that is gone may have been sent
+        case ItemNotFound():
+            _wait_for_draft(email, error)
         case _ if isinstance(error, GIVEN_UP):
             _fail(email, error)
         case limits.Refused():
@@ -114,8 +117,6 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
             _retry(email, error, max(backoff(email.attempt), _CONFIGURATION_PAUSE))
         case TransientError() | SourceUnavailable():
             _retry(email, error, error.retry_after or backoff(email.attempt))
-        case DraftNotFound():
-            _retry(email, error, backoff(email.attempt))
         case _:
             _retry_unforeseen(email, error)
 
@@ -158,7 +159,14 @@ def _refused(mailbox: str, error: MailboxUnavailable) -> timedelta:
     return mailboxes.refuse(mailbox, why=str(error), first_wait=_REFUSAL_PAUSE, longest_wait=_LONGEST_REFUSAL_PAUSE)
 
 
-def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown) -> None:
+def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
+    """Give a draft that Graph does not find the time to appear, then start over with another."""
+    if email.attempt >= _DRAFT_ATTEMPTS:
+        email.forget_draft()
+    _retry(email, error, backoff(email.attempt))
+
+
+def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:
     if unknown.retry_after:
         _pause_fleet(email.mailbox, unknown.retry_after, unknown)
     evidence = {"asked": "send", "seen": str(unknown), "request_id": unknown.client_request_id}

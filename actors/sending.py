@@ -25,16 +25,14 @@ import runtime
 from actors import outcomes
 from actors.composition import graph_message
 from actors.drafts import prepare_draft
+from actors.graph_calls import graph_call
 from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
-from graph_client.errors import ItemNotFound
 from models import ClaimedEmail
 from telemetry import Step, mail_context, mail_log
 
 #: A mail cannot have been sent before it was received; clocks differ by less than this.
 _CLOCKS_DIFFER = timedelta(minutes=10)
-#: A draft may stay invisible for a moment after it was made; if it still is after so many attempts, it is gone.
-_DRAFT_ATTEMPTS = 3
 
 
 @dramatiq.actor(queue_name="send_plain", throws=GIVEN_UP)
@@ -43,9 +41,10 @@ def send_plain(incoming_email_id: str, attempt: int, **_dispatch: Any) -> None:
 
     Repeating the message is harmless: an email that is sent, held by another worker or cancelled is left alone.
     """
-    with _claimed(incoming_email_id, attempt, intent=True) as email:
+    at_once = runtime.configuration.send_plain_via == "sendmail"
+    with _claimed(incoming_email_id, attempt, intent=at_once) as email:
         if email:
-            _settle_or(_transmit_plain, email)
+            _settle_or(_send_at_once if at_once else _send_draft, email)
 
 
 @dramatiq.actor(queue_name="send_attached", throws=GIVEN_UP)
@@ -56,66 +55,56 @@ def send_attached(incoming_email_id: str, attempt: int, **_dispatch: Any) -> Non
     """
     with _claimed(incoming_email_id, attempt, intent=False) as email:
         if email:
-            _settle_or(_transmit_attached, email)
+            _settle_or(_send_draft, email)
 
 
-def _transmit_plain(email: ClaimedEmail) -> None:
+def _send_at_once(email: ClaimedEmail) -> None:
     message = graph_message(email.id, email.payload)
-    with runtime.limiter.slot(email.mailbox, sends=1, recipients=email.recipient_count):
+    with graph_call(email, sends=True):
         answer = runtime.graph.send_mail(email.mailbox, message)
     outcomes.record_sent(email, evidence={"asked": "sendMail", "seen": "202", "request_id": answer.request_id})
 
 
-def _transmit_attached(email: ClaimedEmail) -> None:
-    try:
-        draft_id = prepare_draft(email)
-        with runtime.limiter.slot(email.mailbox, sends=1, recipients=email.recipient_count):
-            email.record_intent(runtime.configuration.lease)
-            answer = runtime.graph.send_draft(email.mailbox, draft_id)
-    except ItemNotFound as error:
-        _wait_for_draft(email, error)
-    else:
-        evidence = {"asked": "send", "seen": "202", "request_id": answer.request_id}
-        outcomes.record_sent(email, graph_message_id=draft_id, evidence=evidence)
+def _send_draft(email: ClaimedEmail) -> None:
+    draft_id = prepare_draft(email)
+    with graph_call(email, sends=True):
+        email.record_intent(runtime.configuration.lease)
+        answer = runtime.graph.send_draft(email.mailbox, draft_id)
+    evidence = {"asked": "send", "seen": "202", "request_id": answer.request_id}
+    outcomes.record_sent(email, graph_message_id=draft_id, evidence=evidence)
 
 
-def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
-    """Give a draft that Graph does not find the time to appear, then start over with another."""
-    if email.attempt >= _DRAFT_ATTEMPTS:
-        email.forget_draft()
-    raise outcomes.DraftNotFound from error
-
-
-def _settle_or(transmit: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> None:
-    """Look an email in doubt up; transmit any other."""
+def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> None:
+    """Look an email in doubt up; send any other."""
     if email.in_doubt_since:
         settle(email, email.in_doubt_since)
     elif email.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")
     else:
-        transmit(email)
+        send(email)
 
 
 def settle(email: ClaimedEmail, since: datetime) -> None:
     """Find out what became of a send, begun at ``since``, whose answer was lost, and act on that alone.
 
-    Found and not a draft: it was sent. Found as a draft: it is sent now, and may be in doubt again. Absent: looked for
-    again until the grace period has passed, then sent again or held, as the policy says.
+    Found and not a draft: it was sent. Found as the draft that was to be sent: it is sent now, and may be in doubt
+    again. Absent: looked for again until the grace period has passed, then sent again or held, as the policy says.
     """
     configuration = runtime.configuration
-    with runtime.limiter.slot(email.mailbox):
+    with graph_call(email):
         found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - _CLOCKS_DIFFER)
     sent = [message for message in found if not message.is_draft]
-    evidence = {"asked": "messages by tag", "seen": f"{len(sent)} sent, {len(found) - len(sent)} drafts"}
+    # Another draft with this tag is one that a worker made and did not live to record; it may lack attachments.
+    drafts = [message for message in found if message.is_draft and email.draft_id in (None, message.id)]
+    evidence = {"asked": "messages by tag", "seen": f"{len(sent)} sent, {len(drafts)} drafts"}
     if sent:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="sent", count=len(sent))
         outcomes.record_sent(email, graph_message_id=sent[0].id, sent_at=sent[0].sent_at, evidence=evidence)
-    elif found:
-        email.renew(configuration.lease)
-        with runtime.limiter.slot(email.mailbox, sends=1, recipients=email.recipient_count):
-            runtime.graph.send_draft(email.mailbox, found[0].id)
+    elif drafts:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="draft")
-        outcomes.record_sent(email, graph_message_id=found[0].id, evidence=evidence)
+        with graph_call(email, sends=True):
+            runtime.graph.send_draft(email.mailbox, drafts[0].id)
+        outcomes.record_sent(email, graph_message_id=drafts[0].id, evidence=evidence)
     elif datetime.now(UTC) - since < configuration.in_doubt_grace:
         email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
     elif configuration.in_doubt_policy == "resend" or email.replayed:

@@ -34,7 +34,9 @@ def migrate(database_url: str) -> list[str]:
 def _apply(database_url: str) -> list[str]:
     with get_backend(database_url) as backend:
         backend.break_lock()
-        missing = backend.to_apply(read_migrations(str(Path(__file__).parent)))
+        # yoyo takes every module of the directory for a migration, this one too.
+        written = read_migrations(str(Path(__file__).parent)).filter(lambda migration: migration.path.endswith(".sql"))
+        missing = backend.to_apply(written)
         with backend.lock():
             backend.apply_migrations(missing)
         return [migration.id for migration in missing]

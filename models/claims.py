@@ -19,6 +19,7 @@ Each outcome is one statement: the transition, the sending, the outbox event and
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -85,6 +86,8 @@ class ClaimedEmail:
     #: The intent to send is committed: from here on only evidence shows that it was not sent.
     intended: bool = False
     _token: str = field(default="", repr=False)
+    #: By this process's monotonic clock, which goes on while the process is suspended.
+    _held_until: float = 0.0
 
     @classmethod
     def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta, intent: bool) -> ClaimedEmail | None:
@@ -103,8 +106,13 @@ class ClaimedEmail:
             "intent": intent,
             "sent_id": new_id(),
         }
+        asked_at = time.monotonic()
         found = rows(_CLAIM, parameters)
-        return cls._from_row(found[0], attempt, token, intent) if found else None
+        if not found:
+            return None
+        email = cls._from_row(found[0], attempt, token, intent)
+        email._held_until = asked_at + lease.total_seconds()
+        return email
 
     @classmethod
     def _from_row(cls, row: tuple[Any, ...], attempt: int, token: str, intent: bool) -> ClaimedEmail:
@@ -142,6 +150,11 @@ class ClaimedEmail:
     def renew(self, lease: timedelta) -> None:
         """Keep the email for another ``lease``, or learn that it is lost."""
         self.write("UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING 1", lease=lease)
+
+    def ensure_held(self, *, at_least: timedelta, lease: timedelta) -> None:
+        """Make sure that the lease lasts for ``at_least``, renewing it if need be, or learn that it is lost."""
+        if time.monotonic() + at_least.total_seconds() > self._held_until:
+            self.renew(lease)
 
     def record_draft(self, draft_id: str) -> None:
         """Remember the draft: the recovery point before the attachments."""
@@ -228,14 +241,16 @@ class ClaimedEmail:
         )
 
     def settle_as_not_sent(self, evidence: dict[str, Any]) -> None:
-        """Note that the mail was proven absent: it is sent again at once."""
+        """Note that the mail was proven absent, its draft too: it is sent again from the beginning."""
         self._move(
             Status.RECEIVED,
-            "next_attempt_at = NULL, last_error = 'found absent after a lost answer'",
+            "next_attempt_at = NULL, draft_id = NULL, last_error = 'found absent after a lost answer'",
             """
             settled AS (
                 UPDATE sent_emails SET status = 'not_sent', updated_at = now(), response_metadata = {amended}
                 WHERE incoming_email_id IN (SELECT id FROM email)
+            ), uploads AS (
+                DELETE FROM file_uploads WHERE incoming_email_id IN (SELECT id FROM email)
             )
             """,
             evidence=evidence,
@@ -323,8 +338,11 @@ class ClaimedEmail:
     def write(self, sql: str, **parameters: Any) -> None:
         """Run one statement that returns a row exactly if this worker still holds the email (``{held}``)."""
         statement = sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
+        asked_at = time.monotonic()
         if not rows(statement, {"id": self.id, "token": self._token, **parameters}):
             raise LeaseLost(f"email {self.id} is no longer held by this worker")
+        if lease := parameters.get("lease"):
+            self._held_until = asked_at + lease.total_seconds()
 
 
 # What was seen of an earlier send is kept.

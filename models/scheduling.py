@@ -8,9 +8,11 @@ claims, not on what is waiting.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import NamedTuple
 
 from contracts import Event, EventType, event_body, event_id
@@ -115,7 +117,9 @@ _CLAIM = f"""
         UNION ALL
         SELECT (SELECT mailbox FROM incoming_emails
                 WHERE {_READY} AND route = %(route)s AND mailbox > turn.mailbox ORDER BY mailbox LIMIT 1), position + 1
-        FROM turn WHERE turn.mailbox IS NOT NULL AND position < %(turns)s
+        FROM turn WHERE turn.mailbox IS NOT NULL
+          -- Mailboxes that are full or paused use up turns without giving mail.
+          AND position < %(turns)s + (SELECT count(*) FROM mailboxes WHERE paused_until > now())
     ), open AS MATERIALIZED (
         SELECT turn.mailbox, turn.position,
                CASE WHEN m.refusal_count > 0 THEN 1 ELSE %(share)s END - coalesce(busy.in_flight, 0) AS room
@@ -125,6 +129,8 @@ _CLAIM = f"""
         SELECT email.id, open.position FROM open CROSS JOIN LATERAL (
             SELECT id FROM incoming_emails
             WHERE {_READY} AND route = %(route)s AND mailbox = open.mailbox
+              -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
+              AND (status = 'processing' OR coalesce(expires_at > now(), true))
             ORDER BY priority, id LIMIT greatest(open.room, 0) FOR UPDATE SKIP LOCKED
         ) email
         ORDER BY open.position LIMIT %(capacity)s
@@ -133,14 +139,14 @@ _CLAIM = f"""
     SET status = 'dispatched', attempt_count = e.attempt_count + (e.status = 'received')::int,
         lease_until = now() + %(lease)s, lease_token = NULL, updated_at = now()
     FROM picked WHERE e.id = picked.id
-    RETURNING e.id::text, e.publisher_message_id, e.mailbox, e.attempt_count, e.traceparent
+    RETURNING picked.position, e.id::text, e.publisher_message_id, e.mailbox, e.attempt_count, e.traceparent
 """
 
 
 def claim(
     route: Route, *, capacity: int, share: int, busy: dict[str, int], after: str, lease: timedelta
 ) -> list[Dispatch]:
-    """Lease at most ``capacity`` ready emails of a route, at most ``share`` in flight per mailbox, in turns.
+    """Lease at most ``capacity`` ready emails of a route, at most ``share`` in flight per mailbox, in order of turns.
 
     Args:
         busy: How many emails each mailbox has in flight already.
@@ -155,16 +161,14 @@ def claim(
         "share": share,
         "busy": list(busy),
         "busy_counts": list(busy.values()),
-        # Mailboxes that are full or paused use up turns without giving mail.
-        "turns": min(capacity, BATCH) + len(busy) + 100,
+        "turns": min(capacity, BATCH) + len(busy),
         "after": after,
         "lease": lease,
     }
-    claimed = [Dispatch(*row) for row in rows(_CLAIM, parameters)]
+    claimed = [Dispatch(*row) for _, *row in sorted(rows(_CLAIM, parameters), key=itemgetter(0))]
     if after and len(claimed) < min(capacity, BATCH):
-        for dispatch in claimed:
-            busy[dispatch.mailbox] = busy.get(dispatch.mailbox, 0) + 1
-        claimed += claim(route, capacity=capacity - len(claimed), share=share, busy=busy, after="", lease=lease)
+        now_busy = Counter(busy) + Counter(dispatch.mailbox for dispatch in claimed)
+        claimed += claim(route, capacity=capacity - len(claimed), share=share, busy=now_busy, after="", lease=lease)
     return claimed
 
 
@@ -191,9 +195,7 @@ def _expired(now: datetime, id: str, publisher_message_id: str, *delivery: str |
 
 
 _CLAIM_BACKUPS = """
-    WITH lapsed AS (
-        UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()
-    ), in_flight AS MATERIALIZED (
+    WITH in_flight AS MATERIALIZED (
         SELECT count(*) AS count FROM sent_emails WHERE backup_lease_until > now()
     ), picked AS MATERIALIZED (
         SELECT s.id FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
@@ -211,15 +213,16 @@ _CLAIM_BACKUPS = """
 
 def claim_backups(*, concurrency: int, lease: timedelta) -> list[DueBackup]:
     """Lease due backups, never more than ``concurrency`` at a time in the whole fleet."""
+    rows("UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()")
     return [DueBackup(*row) for row in rows(_CLAIM_BACKUPS, {"concurrency": concurrency, "lease": lease})]
 
 
 def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> None:
-    """End the leases of what could not be handed to a worker; the next sweep finds it."""
+    """End the leases of what could not be handed to a worker, no attempt spent; the next sweep finds it."""
     rows(
         """
         WITH backups AS (
-            UPDATE sent_emails SET backup_lease_until = now()
+            UPDATE sent_emails SET backup_lease_until = now(), backup_attempt_count = backup_attempt_count - 1
             WHERE incoming_email_id = ANY(%(backups)s::uuid[]) AND backup_lease_until IS NOT NULL
         )
         UPDATE incoming_emails SET lease_until = now()

@@ -31,9 +31,8 @@ class Upload:
     session_expires_at: datetime | None = None
 
 
-def plan(email: ClaimedEmail) -> list[Upload]:
+def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upload]:
     """Return the email's uploads in order, making their rows on the first call."""
-    attachments: Sequence[dict[str, Any]] = email.payload["attachments"]
     rows(
         """
         INSERT INTO file_uploads (id, incoming_email_id, position, filename, size)

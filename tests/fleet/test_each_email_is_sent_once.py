@@ -14,12 +14,12 @@ from fleet_support import BODY_MARK, Fate, a_mailbox, an_attachment, an_email, a
 from fleet_support import settled as settle
 
 from sandbox.world import World
-from vault import Keyring, UnknownKey, Vault, bind_to
+from vault import Keyring, Tampered, Vault, bind_to
 
 MEBIBYTE = 1024 * 1024
 SMALL_SIZES = [1, 10_000, 900_000, 2_900_000]
 LARGE_SIZES = [4 * MEBIBYTE, 9 * MEBIBYTE, 18 * MEBIBYTE]
-FOREIGN_KEY = "other:" + "A" * 43 + "="
+FOREIGN_KEY = "A" * 43 + "="
 
 
 class Campaign(NamedTuple):
@@ -54,9 +54,8 @@ def test_every_email_leaves_once(campaign: Campaign, world: World) -> None:
 @pytest.mark.parametrize("type", ["SendEmailReceived", "SendEmailSent"])
 def test_the_publisher_is_told_once(campaign: Campaign, world: World, type: str) -> None:
     def told() -> Counter[str]:
-        return Counter(each.body["incoming_email_id"] for each in world.events(type)) & Counter(
-            dict.fromkeys(campaign.ids, 9)
-        )
+        ids = (event.body["incoming_email_id"] for event in world.events(type))
+        return Counter(id for id in ids if id in campaign.ids)
 
     world.wait_until("every event has arrived", lambda: told().keys() == campaign.ids)
     assert set(told().values()) == {1}
@@ -91,7 +90,10 @@ def test_every_email_is_archived_once(campaign: Campaign, world: World) -> None:
 
 def _sealed(world: World, fate: Fate) -> tuple[bytes, str, str, str]:
     [(blob, *rest)] = world.rows(
-        "SELECT compressed_blob, key_id, graph_message_id, checksum FROM email_backups WHERE incoming_email_id = %(id)s",
+        """
+        SELECT compressed_blob, key_id, graph_message_id, checksum FROM email_backups
+        WHERE incoming_email_id = %(id)s
+        """,
         {"id": fate.id},
     )
     return bytes(blob), *rest
@@ -123,12 +125,9 @@ def test_the_archive_says_nothing_without_its_key(campaign: Campaign, world: Wor
 
         assert BODY_MARK.encode() not in blob
         assert not any(_inflates(blob[start:]) for start in range(200))
-        with pytest.raises(UnknownKey):
-            b"".join(
-                Vault(Keyring.parse(FOREIGN_KEY)).open(
-                    blob, key_id=key_id, associated_data=bind_to(fate.id, graph_message_id)
-                )
-            )
+        foreign = Vault(Keyring.parse(f"{key_id}:{FOREIGN_KEY}"))
+        with pytest.raises(Tampered):
+            b"".join(foreign.open(blob, key_id=key_id, associated_data=bind_to(fate.id, graph_message_id)))
 
 
 def _inflates(data: bytes) -> bool:

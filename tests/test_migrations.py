@@ -1,0 +1,180 @@
+"""The database's history: it applies to any database, once, whoever dies on the way, and the models describe it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import peewee
+import psycopg2
+import pytest
+
+import models
+import support
+from migrations.__main__ import migrate
+from models import rows
+from models.tables import TABLES
+from sandbox.world import new_database
+
+shared_database, tables = support.shared_database, support.tables
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = "0001.schema"
+
+
+@pytest.fixture
+def empty_database(servers: dict[str, str]) -> Iterator[str]:
+    with ExitStack() as stack:
+        yield new_database(servers["DATABASE_URL"], stack)
+
+
+def ask(url: str, sql: str) -> list[tuple[Any, ...]]:
+    connection = psycopg2.connect(url)
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchall() if cursor.description else []
+    finally:
+        connection.close()
+
+
+def applied(url: str) -> list[str]:
+    return [id for (id,) in ask(url, "SELECT migration_id FROM _yoyo_migration ORDER BY 1")]
+
+
+def release(url: str) -> subprocess.Popen[str]:
+    """Start the process type ``release``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "migrations"],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": url},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_every_sql_file_and_nothing_else_is_applied_to_an_empty_database(empty_database: str) -> None:
+    files = sorted(path.stem for path in (ROOT / "migrations").glob("*.sql"))
+    assert migrate(empty_database) == files
+    assert applied(empty_database) == files
+
+
+def test_applying_twice_changes_nothing(empty_database: str) -> None:
+    migrate(empty_database)
+    assert migrate(empty_database) == []
+
+
+def test_what_is_in_the_tables_stays_there_even_if_a_migration_has_to_run_again(empty_database: str) -> None:
+    # Given a filled database whose first migration ran, but was not marked before its process was killed
+    migrate(empty_database)
+    ask(
+        empty_database,
+        """
+        INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, route, mailbox, recipient_count)
+        VALUES (gen_random_uuid(), 'order-1', '{}', '', 'attachment', 'ann@example.com', 1)
+        """,
+    )
+    ask(empty_database, "DELETE FROM _yoyo_migration")
+    # When
+    assert FIRST in migrate(empty_database)
+    # Then
+    assert ask(empty_database, "SELECT publisher_message_id FROM incoming_emails") == [("order-1",)]
+
+
+def test_processes_that_start_at_once_apply_each_migration_once(empty_database: str) -> None:
+    # When
+    processes = [release(empty_database) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    # Then
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sorted("nothing" in line for line in said) == [False, True]
+    assert FIRST in applied(empty_database)
+
+
+def test_the_lock_row_of_a_killed_process_is_broken(empty_database: str) -> None:
+    migrate(empty_database)
+    ask(empty_database, "INSERT INTO yoyo_lock (locked, ctime, pid) VALUES (1, now(), 999999)")
+    ask(empty_database, "DELETE FROM _yoyo_migration")
+    assert FIRST in migrate(empty_database)
+    assert ask(empty_database, "SELECT * FROM yoyo_lock") == []
+
+
+def test_a_release_that_is_killed_while_it_waits_hinders_nobody(empty_database: str) -> None:
+    # Given a release that waits for another, and is killed
+    connection = psycopg2.connect(empty_database)
+    with connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(%s)", (0x6D6967726174,))
+        waiting = release(empty_database)
+        support.wait_until("it waits", lambda: waits(empty_database))
+        waiting.send_signal(signal.SIGKILL)
+        waiting.communicate(timeout=10)
+    connection.close()
+    # Then
+    assert FIRST in migrate(empty_database)
+
+
+def waits(url: str) -> bool:
+    return bool(ask(url, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+
+
+# The models describe the schema
+
+TYPES = {
+    peewee.UUIDField: "uuid",
+    peewee.TextField: "text",
+    peewee.SmallIntegerField: "smallint",
+    peewee.IntegerField: "integer",
+    peewee.BigIntegerField: "bigint",
+    models.tables.TimestampField: "timestamp with time zone",
+    models.tables.JsonTextField: "json",
+    models.tables.JsonField: "jsonb",
+    models.tables.ByteaField: "bytea",
+}
+
+
+def described(model: type[peewee.Model]) -> set[tuple[str, str, bool]]:
+    fields = model._meta.sorted_fields
+    return {(field.column_name, TYPES[_kind(field)], field.null) for field in fields}
+
+
+def _kind(field: peewee.Field) -> type[peewee.Field]:
+    return type(field.rel_field) if isinstance(field, peewee.ForeignKeyField) else type(field)
+
+
+@pytest.mark.parametrize("model", TABLES, ids=lambda model: model._meta.table_name)
+def test_each_model_has_the_columns_types_and_nulls_of_its_table(model: type[peewee.Model], tables: str) -> None:
+    columns = rows(
+        """
+        SELECT column_name, data_type, is_nullable = 'YES' FROM information_schema.columns
+        WHERE table_schema = 'public' AND table_name = %(table)s
+        """,
+        {"table": model._meta.table_name},
+    )
+    assert described(model) == set(columns)
+
+
+@pytest.mark.parametrize("model", TABLES, ids=lambda model: model._meta.table_name)
+def test_each_model_has_the_unique_and_foreign_keys_of_its_table(model: type[peewee.Model], tables: str) -> None:
+    keys = rows(
+        """
+        SELECT c.contype, a.attname FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid
+        WHERE a.attnum = ANY(c.conkey) AND c.conrelid = %(table)s::regclass AND c.contype IN ('u', 'f')
+          AND (c.contype = 'f' OR cardinality(c.conkey) = 1)
+        """,
+        {"table": model._meta.table_name},
+    )
+    fields = model._meta.sorted_fields
+    foreign = {("f", field.column_name) for field in fields if isinstance(field, peewee.ForeignKeyField)}
+    unique = {("u", field.column_name) for field in fields if field.unique}
+    assert foreign | unique == set(keys)
+
+
+def test_every_table_has_a_model(tables: str) -> None:
+    found = rows("SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'")
+    ours = {name for (name,) in found if "yoyo" not in name}
+    assert ours == {model._meta.table_name for model in TABLES}

@@ -1,0 +1,401 @@
+"""What the scheduler claims, in whose turn, and what else falls due."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+import models
+import support
+from models import ClaimedEmail, Route, database, mailboxes, scheduling
+from models.scheduling import Dispatch, DueBackup
+from support import LEASE, NOW, WITHIN, claim, dispatch, email_row, everything, lapse, make_due, rows
+from support import seconds_until, store, table
+
+shared_database, tables = support.shared_database, support.tables
+pytestmark = pytest.mark.usefixtures("tables")
+
+MINUTE = timedelta(minutes=1)
+FILE = {"name": "a.pdf", "size": 5, "urlOrId": "https://files.example/a.pdf"}
+
+
+def fill(mailbox_counts: dict[str, int], **changes: object) -> None:
+    """Store so many emails of each mailbox."""
+    models.store(
+        [
+            support.arrival(**{"publisher_message_id": f"{mailbox}-{n}", "from": f"{mailbox}@example.com", **changes})
+            for mailbox, count in mailbox_counts.items()
+            for n in range(count)
+        ],
+        publish_within=WITHIN,
+    )
+
+
+def senders(claimed: list[Dispatch]) -> list[str]:
+    return [dispatch.mailbox.split("@")[0] for dispatch in claimed]
+
+
+def wake_due() -> int:
+    with scheduling.sweep():
+        return scheduling.wake_due()
+
+
+# Claiming
+
+
+def test_a_dispatch_leases_the_email_counts_the_attempt_and_carries_what_the_worker_needs() -> None:
+    # Given
+    id = store()
+    # When
+    (claimed,) = dispatch()
+    # Then
+    assert claimed == Dispatch(id, "order-1", "ann@example.com", 1, None)
+    row = email_row(id)
+    assert (row["status"], row["attempt_count"], row["lease_token"]) == ("dispatched", 1, None)
+    assert 110 < seconds_until("incoming_emails", "lease_until", "id", id) <= 120
+    assert dispatch() == []
+
+
+def test_mail_with_attachments_takes_the_other_route() -> None:
+    plain, attached = store(), store(publisher_message_id="order-2", attachments=[FILE])
+    assert [d.incoming_email_id for d in dispatch(Route.ATTACHED)] == [attached]
+    assert [d.incoming_email_id for d in dispatch(Route.PLAIN)] == [plain]
+
+
+@pytest.mark.parametrize("capacity", [0, -3])
+def test_without_capacity_nothing_is_claimed(capacity: int) -> None:
+    store()
+    before = everything()
+    assert dispatch(capacity=capacity) == []
+    assert everything() == before
+
+
+def test_no_more_than_the_capacity_is_claimed() -> None:
+    fill({"a": 9, "b": 9})
+    assert len(dispatch(capacity=7)) == 7
+    routes, busy = scheduling.in_flight()
+    assert (routes[Route.PLAIN], routes[Route.ATTACHED], sum(busy.values())) == (7, 0, 7)
+
+
+def test_a_mailbox_never_has_more_than_its_share_in_flight() -> None:
+    fill({"a": 9, "b": 1, "c": 9})
+    assert Counter(senders(dispatch(share=3))) == {"a": 3, "b": 1, "c": 3}
+    _, busy = scheduling.in_flight()
+    assert dispatch(share=3, busy=busy) == []
+    assert Counter(senders(dispatch(share=4, busy=busy))) == {"a": 1, "c": 1}
+
+
+def test_a_paused_mailbox_is_passed_over_until_its_pause_ends() -> None:
+    fill({"a": 1, "b": 1})
+    mailboxes.pause("A@example.com", MINUTE, why="429")
+    assert senders(dispatch()) == ["b"]
+    rows("UPDATE mailboxes SET paused_until = now()")
+    assert senders(dispatch()) == ["a"]
+
+
+def test_many_paused_mailboxes_do_not_keep_the_others_from_their_turn() -> None:
+    # Given more paused mailboxes with mail than one claim takes turns
+    fill({f"a{n:03}": 1 for n in range(400)} | {"z": 1})
+    for n in range(400):
+        mailboxes.pause(f"a{n:03}@example.com", MINUTE, why="429")
+    # Then
+    assert senders(dispatch(capacity=4)) == ["z"]
+
+
+def test_many_full_mailboxes_do_not_keep_the_others_from_their_turn() -> None:
+    fill({f"a{n:03}": 2 for n in range(300)} | {"z": 1})
+    dispatch(capacity=300, share=1)
+    _, busy = scheduling.in_flight()
+    assert senders(dispatch(capacity=4, share=1, busy=busy)) == ["z"]
+
+
+def test_a_mailbox_that_refused_is_probed_by_one_email_at_a_time() -> None:
+    fill({"a": 5})
+    mailboxes.refuse("a@example.com", why="403", first_wait=NOW, longest_wait=NOW)
+    assert len(dispatch()) == 1
+    _, busy = scheduling.in_flight()
+    assert dispatch(busy=busy) == []
+
+
+def test_turns_begin_after_the_mailbox_that_was_served_last_and_wrap_around() -> None:
+    fill({"a": 2, "b": 2, "c": 2, "d": 2})
+    assert senders(dispatch(capacity=2, share=1, after="b@example.com")) == ["c", "d"]
+    _, busy = scheduling.in_flight()
+    assert senders(dispatch(capacity=2, share=1, busy=busy, after="d@example.com")) == ["a", "b"]
+    _, busy = scheduling.in_flight()
+    assert sorted(senders(dispatch(capacity=9, share=2, busy=busy, after="c@example.com"))) == ["a", "b", "c", "d"]
+
+
+def test_claims_come_in_the_order_of_turns_so_that_the_last_one_is_the_cursor() -> None:
+    names = [f"m{n:02}" for n in range(60)]
+    fill(dict.fromkeys(names, 2))
+    assert senders(dispatch(capacity=40, share=1)) == names[:40]
+    assert senders(dispatch(capacity=40, share=1, after="m39@example.com")) == names[40:] + names[:20]
+
+
+def test_wrapping_around_does_not_change_the_callers_counts() -> None:
+    fill({"a": 2, "b": 2})
+    busy: dict[str, int] = {}
+    dispatch(busy=busy, after="a@example.com")
+    assert busy == {}
+
+
+def test_one_backlog_does_not_delay_another_mailbox() -> None:
+    fill({"a": 200})
+    fill({"b": 1})
+    assert "b" in senders(dispatch(capacity=8, share=4))
+
+
+def test_within_a_mailbox_priority_comes_first_and_then_age() -> None:
+    for n, priority in enumerate(["bulk", "normal", "high", "normal", "high"]):
+        store(publisher_message_id=f"{priority}-{n}", priority=priority)
+    order = [dispatch(capacity=1)[0].publisher_message_id for _ in range(5)]
+    assert order == ["high-2", "high-4", "normal-1", "normal-3", "bulk-0"]
+
+
+def test_mail_that_is_not_yet_due_is_left_alone() -> None:
+    store(publisher_message_id="later", send_at=(datetime.now(UTC) + MINUTE).isoformat())
+    id = store(publisher_message_id="retried")
+    claim(id).retry(MINUTE, "503")
+    before = everything()
+    assert dispatch() == []
+    assert wake_due() == 0
+    assert everything() == before
+
+
+def test_due_mail_is_woken_once() -> None:
+    id = store()
+    claim(id).retry(MINUTE, "503")
+    make_due(id)
+    assert (wake_due(), wake_due()) == (1, 0)
+    assert [(d.incoming_email_id, d.attempt) for d in dispatch()] == [(id, 2)]
+
+
+def test_mail_in_doubt_is_dispatched_again_without_a_new_attempt() -> None:
+    id = store()
+    claim(id).mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
+    make_due(id)
+    wake_due()
+    assert [d.attempt for d in dispatch()] == [1]
+    assert email_row(id)["status"] == "dispatched"
+
+
+def test_two_schedulers_at_once_never_exceed_the_capacity(tables: str) -> None:
+    # Given
+    fill({f"m{n}": 10 for n in range(10)})
+
+    def schedule() -> int:
+        claimed = 0
+        for _ in range(10):
+            with scheduling.sweep():
+                routes, busy = scheduling.in_flight()
+                claimed += len(
+                    scheduling.claim(
+                        Route.PLAIN, capacity=25 - routes[Route.PLAIN], share=4, busy=busy, after="", lease=LEASE
+                    )
+                )
+        models.disconnect()
+        return claimed
+
+    # When
+    with ThreadPoolExecutor(4) as threads:
+        claimed = sum(threads.map(lambda _: schedule(), range(4)))
+    # Then
+    assert claimed == 25
+    assert scheduling.in_flight()[0][Route.PLAIN] == 25
+
+
+# The cost of a claim
+
+
+@pytest.fixture
+def backlog(database: str) -> None:
+    """100,000 waiting emails of 1,000 mailboxes, beside as many that are not yet due and twice as many that are done."""
+    rows(
+        """
+        INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, status, route, mailbox,
+                                     recipient_count, next_attempt_at)
+        SELECT gen_random_uuid(), n::text, '{}', '', CASE WHEN mod(n, 2) = 0 THEN 'received' ELSE 'processed' END,
+               'no-attachment', 'm' || lpad((mod(n / 2, 1000))::text, 4, '0') || '@example.com', 1,
+               CASE WHEN mod(n, 4) = 2 THEN now() + interval '1 hour' END
+        FROM generate_series(1, 400000) AS n
+        """
+    )
+    rows("ANALYZE")
+
+
+@contextmanager
+def explained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Collect the plans of what is executed in the block."""
+    plans: list[str] = []
+    execute = database.execute_sql
+
+    def explain(sql: str, parameters: object = None) -> object:
+        if "incoming_emails" in sql:
+            plan = execute("EXPLAIN " + sql, parameters).fetchall()
+            plans.append("\n".join(line for (line,) in plan))
+        return execute(sql, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "execute_sql", explain)
+        yield plans
+
+
+def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
+    backlog: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # When 64 are claimed
+    with explained(monkeypatch) as plans:
+        claimed = dispatch(capacity=64, share=4, after="m0500@example.com")
+    # Then
+    assert len(claimed) == 64
+    assert "incoming_emails_ready" in plans[0]
+    assert "Seq Scan on incoming_emails" not in plans[0]
+    # When the rest of a sweep is done
+    with explained(monkeypatch) as plans, scheduling.sweep():
+        scheduling.expire_leases()
+        scheduling.expire_overdue(WITHIN)
+        scheduling.wake_due()
+        scheduling.in_flight()
+        scheduling.claim_backups(concurrency=8, lease=LEASE)
+        scheduling.next_due_at()
+    # Then
+    assert len(plans) >= 6
+    assert "Seq Scan on incoming_emails" not in "\n".join(plans)
+
+
+# Expiry
+
+
+def test_mail_that_is_overdue_expires_with_one_event_and_is_never_dispatched() -> None:
+    # Given
+    id = store(expires_at=(datetime.now(UTC) + MINUTE).isoformat())
+    rows("UPDATE incoming_emails SET expires_at = now()")
+    # When
+    with scheduling.sweep():
+        (event,) = scheduling.expire_overdue(WITHIN)
+        assert scheduling.expire_overdue(WITHIN) == []
+    # Then
+    assert (event.type, event.incoming_email_id) == ("SendEmailExpired", id)
+    assert event.id in {row["id"] for row in table("outbox_events")}
+    assert email_row(id)["status"] == "expired"
+    assert dispatch() == []
+
+
+def test_mail_in_a_workers_hands_does_not_expire() -> None:
+    id = store(expires_at=(datetime.now(UTC) + MINUTE).isoformat())
+    claim(id)
+    rows("UPDATE incoming_emails SET expires_at = now()")
+    with scheduling.sweep():
+        assert scheduling.expire_overdue(WITHIN) == []
+    assert email_row(id)["status"] == "processing"
+
+
+# What is due next
+
+
+def test_nothing_is_due_where_nothing_waits() -> None:
+    store()
+    rows("UPDATE outbox_events SET published_at = now()")
+    assert scheduling.next_due_at() is None
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE incoming_emails SET next_attempt_at = {at}",
+        "UPDATE incoming_emails SET status = 'dispatched', lease_until = {at}",
+        "UPDATE incoming_emails SET expires_at = {at}",
+        "UPDATE outbox_events SET published_at = NULL, claimed_until = {at}",
+        "INSERT INTO mailboxes (mailbox, paused_until) VALUES ('ann@example.com', {at})",
+        "UPDATE sent_emails SET backup_due_at = {at}",
+        "UPDATE sent_emails SET backup_due_at = now() - interval '1 hour', backup_lease_until = {at}",
+    ],
+)
+def test_the_scheduler_wakes_for_whatever_falls_due(statement: str) -> None:
+    # Given an email that is done, and one thing that falls due in an hour
+    id = store()
+    claim(id).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    rows("UPDATE outbox_events SET published_at = now()")
+    rows("UPDATE sent_emails SET backup_due_at = NULL")
+    if "expires_at" in statement:
+        rows("UPDATE incoming_emails SET status = 'received'")
+    assert scheduling.next_due_at() is None
+    # When
+    rows(statement.format(at="now() + interval '1 hour'"))
+    # Then
+    due_at = scheduling.next_due_at()
+    assert due_at is not None
+    assert timedelta(minutes=59) < due_at - datetime.now(UTC) < timedelta(minutes=61)
+
+
+# Taking back
+
+
+def test_what_could_not_be_published_is_claimed_again_without_an_attempt_spent() -> None:
+    # Given
+    sent, plain = store(publisher_message_id="sent"), store(publisher_message_id="plain")
+    claim(sent).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    lapse(plain)
+    dispatches, backups = dispatch(), claim_backups()
+    assert [backup.attempt for backup in backups] == [1]
+    # When
+    scheduling.take_back(dispatches, backups)
+    with scheduling.sweep():
+        scheduling.expire_leases()
+    # Then
+    assert [(d.incoming_email_id, d.attempt) for d in dispatch()] == [(plain, 1)]
+    assert claim_backups() == [DueBackup(sent, 1)]
+
+
+def test_what_a_worker_has_claimed_meanwhile_is_not_taken_back() -> None:
+    id = store()
+    dispatches = dispatch()
+    assert ClaimedEmail.claim(id, 1, lease=LEASE, intent=True)
+    before = everything()
+    scheduling.take_back(dispatches, [])
+    assert everything() == before
+
+
+# Backups
+
+
+def claim_backups(concurrency: int = 100) -> list[DueBackup]:
+    with scheduling.sweep():
+        return scheduling.claim_backups(concurrency=concurrency, lease=LEASE)
+
+
+def sent_many(count: int) -> list[str]:
+    ids = [store(publisher_message_id=f"sent-{n}") for n in range(count)]
+    for id in ids:
+        claim(id).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    return ids
+
+
+def test_due_backups_are_leased_up_to_the_concurrency_of_the_fleet() -> None:
+    ids = sent_many(5)
+    first = claim_backups(concurrency=3)
+    assert [backup.incoming_email_id for backup in first] == ids[:3]
+    assert claim_backups(concurrency=3) == []
+    assert len(claim_backups(concurrency=4)) == 1
+
+
+def test_backups_of_a_paused_mailbox_and_backups_not_yet_due_wait() -> None:
+    sent_many(1)
+    mailboxes.pause("ann@example.com", MINUTE, why="429")
+    assert claim_backups() == []
+    rows("UPDATE mailboxes SET paused_until = NULL")
+    rows("UPDATE sent_emails SET backup_due_at = now() + interval '1 hour'")
+    assert claim_backups() == []
+
+
+def test_a_backup_whose_worker_died_is_leased_again_by_the_sweep_that_sees_it() -> None:
+    (id,) = sent_many(1)
+    claim_backups()
+    rows("UPDATE sent_emails SET backup_lease_until = now()")
+    assert claim_backups() == [DueBackup(id, 2)]

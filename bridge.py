@@ -21,6 +21,7 @@ import pika.exceptions
 import runtime
 import telemetry
 from actors.ingest import Delivery, ingest
+from crash_points import CrashPoint
 from models import DatabaseAway
 from outbox import Unconfirmed
 
@@ -72,8 +73,11 @@ class Bridge:
             runtime.declare(channel)
             channel.basic_qos(prefetch_count=PREFETCH)
             for batch in self._batches(channel):
+                runtime.crash_point(CrashPoint.BRIDGE_CONSUMED)
                 ingest([_delivery(properties, body) for _, properties, body in batch])
+                runtime.crash_point(CrashPoint.BRIDGE_INGESTED)
                 channel.basic_ack(batch[-1][0].delivery_tag, multiple=True)
+                runtime.crash_point(CrashPoint.BRIDGE_ACKNOWLEDGED)
                 self._pause = _FIRST_PAUSE
         finally:
             if connection.is_open:
@@ -94,12 +98,7 @@ class Bridge:
 
 def _delivery(properties: Any, body: bytes) -> Delivery:
     traceparent = (properties.headers or {}).get("traceparent")
-    return Delivery(
-        body,
-        correlation_id=properties.correlation_id,
-        reply_to=properties.reply_to,
-        traceparent=traceparent if isinstance(traceparent, str) else None,
-    )
+    return Delivery.of(body, properties.correlation_id, properties.reply_to, traceparent)
 
 
 def main() -> None:

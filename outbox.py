@@ -119,10 +119,12 @@ class Publisher:
             self.submit(messages).result()
 
     def close(self) -> None:
-        """Publish what was handed over and end the connection."""
-        if self._thread:
-            self._waiting.put(None)
-            self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+        """Publish what was handed over and end the connection. Whoever still comes afterwards opens another."""
+        with self._start:
+            if self._thread:
+                self._waiting.put(None)
+                self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+                self._thread = None
 
     def _ensure_started(self) -> None:
         with self._start:
@@ -171,6 +173,11 @@ class Publisher:
             self._failed_at = time.monotonic()
             self._disconnect()
             raise Unconfirmed(f"RabbitMQ did not confirm ({type(error).__name__})") from error
+        except Exception as error:
+            # pika refuses with whatever came to its mind what it cannot encode; the thread must outlive that.
+            log.error("a batch could not be published: %s", type(error).__name__)
+            self._disconnect()
+            raise Unconfirmed(f"a message cannot be published ({type(error).__name__})") from error
         if self._returned:
             self._disconnect()  # the next connection declares what is missing
             raise Unconfirmed(f"RabbitMQ has no queue named {', '.join(sorted(set(self._returned)))}")
@@ -261,10 +268,12 @@ class Batcher(Generic[Item]):
             self._waiting.put(item)
 
     def close(self) -> None:
-        """Pass on what was handed over."""
-        if self._thread:
-            self._waiting.put(None)
-            self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+        """Pass on what was handed over. Whatever still comes afterwards is passed on as well."""
+        with self._start:
+            if self._thread:
+                self._waiting.put(None)
+                self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+                self._thread = None
 
     def _run(self) -> None:
         open = True

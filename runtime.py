@@ -29,6 +29,7 @@ import telemetry
 from attachments import AttachmentSource
 from broker import DeadLettering, FleetBroker
 from contracts import Event
+from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
 from outbox import Batcher, Outgoing, Publisher
 from vault import InvalidKeyring, Keyring, Vault
@@ -126,6 +127,7 @@ def publish_events(events: Sequence[Event]) -> None:
         Unconfirmed, DatabaseAway: Some may have been published without being marked. They keep their ``message_id``.
     """
     publisher.publish([message for event in events for message in outbox.event_messages(event)])
+    crash_point(CrashPoint.EVENTS_PUBLISHED)
     models.mark_published([event.id for event in events])
     for event in events:
         telemetry.PUBLISHED.labels(event.type).inc()
@@ -177,6 +179,7 @@ def close() -> None:
 _TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
 
 configuration, _keyring = _load()
+crash_point = CrashPoints(configuration.crash_directory)
 telemetry.configure_logging(configuration.log_level)
 models.connect(configuration.database_url.get_secret_value(), "mailfleet")
 

@@ -197,6 +197,11 @@ class Settings(BaseSettings):
         "Where the processes of a worker type add up their metrics; `bin/start` makes one per start.",
         default=None,
     )
+    crash_directory: Path | None = _setting(
+        "CRASH_DIRECTORY",
+        "For tests: a file in it has the process killed at the line of that name. Refused unless Graph is on loopback.",
+        default=None,
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
         "LOG_LEVEL", "Least severe log line that is written.", default="INFO"
     )
@@ -232,6 +237,8 @@ class Settings(BaseSettings):
             yield "RETRY_BACKOFF_MAX_SECONDS must not be less than RETRY_BACKOFF_MIN_SECONDS"
         if self.in_doubt_grace < self.in_doubt_settle:
             yield "IN_DOUBT_GRACE_SECONDS must not be less than IN_DOUBT_SETTLE_SECONDS"
+        if self.crash_directory and urlsplit(self.graph_base_url).hostname not in LOOPBACK_HOSTS:
+            yield "CRASH_DIRECTORY is for tests, where Graph is on loopback"
         for name in ("send_plain_concurrency", "send_attached_concurrency", "backup_concurrency", "max_attempts"):
             if getattr(self, name) < 1:
                 yield f"{name.upper()} must be 1 or more"

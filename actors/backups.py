@@ -15,6 +15,7 @@ from dramatiq.middleware import CurrentMessage
 import limiter as limits
 import runtime
 from actors.waiting import after_refusal, after_throttling, backoff
+from crash_points import CrashPoint
 from graph_client.errors import GraphError, ItemNotFound, PermanentError, Throttled
 from models import ClaimedBackup, DatabaseAway, Sealed
 from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, LIMITER_REFUSALS, Step, mail_context, mail_log
@@ -38,6 +39,7 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
         return
     with mail_context(incoming_email_id=backup.incoming_email_id, publisher_message_id=backup.publisher_message_id):
         try:
+            runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
             _archive(backup)
         except limits.Refused as refused:
             LIMITER_REFUSALS.labels(getattr(refused, "budget", "unavailable")).inc()
@@ -61,6 +63,7 @@ def _archive(backup: ClaimedBackup) -> None:
         runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks,
     ):
         sealed = runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
+    runtime.crash_point(CrashPoint.BACKUP_FETCHED)
     backup.store(
         message_id,
         Sealed(
@@ -73,6 +76,7 @@ def _archive(backup: ClaimedBackup) -> None:
         ),
         retention=runtime.configuration.backup_retention,
     )
+    runtime.crash_point(CrashPoint.BACKUP_STORED)
     ARCHIVED_BYTES.inc(sealed.size_bytes)
     mail_log(
         Step.ARCHIVED, incoming_email_id=backup.incoming_email_id, graph_message_id=message_id, bytes=sealed.size_bytes
@@ -100,13 +104,15 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception) -> None:
         mail_log(Step.RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error))
         return
     message = CurrentMessage.get_current_message()
-    backup.fail(
+    given_up = backup.fail(
         reason="backup_failed",
         error=str(error),
         message_id=message.message_id,
         queue_name=message.queue_name,
         actor_name=message.actor_name,
     )
+    if not given_up:
+        return
     DEAD_LETTERS.labels(message.queue_name, "backup_failed").inc()
     mail_log(Step.FAILED, incoming_email_id=backup.incoming_email_id, reason="backup_failed", attempt=backup.attempt)
     raise error

@@ -15,6 +15,7 @@ import runtime
 from actors.composition import graph_message
 from actors.graph_calls import graph_call
 from attachments import AttachmentStream
+from crash_points import CrashPoint
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, UploadSession
 from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
 from models import ClaimedEmail, uploads
@@ -48,7 +49,9 @@ def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
     if draft_id is None:
         with graph_call(email):
             draft_id = runtime.graph.create_draft(email.mailbox, graph_message(email.id, email.payload)).id
+    runtime.crash_point(CrashPoint.DRAFT_CREATED)
     email.record_draft(draft_id)
+    runtime.crash_point(CrashPoint.DRAFT_RECORDED)
     mail_log(Step.DRAFTED, incoming_email_id=email.id)
     return draft_id
 
@@ -84,8 +87,10 @@ def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict
 
 
 def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
+    runtime.crash_point(CrashPoint.ATTACHMENT_ATTACHED)
     upload.uploaded, upload.uploaded_bytes = True, upload.size
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+    runtime.crash_point(CrashPoint.UPLOAD_RECORDED)
     mail_log(Step.UPLOADED, incoming_email_id=email.id, position=upload.position, bytes=upload.size)
 
 
@@ -112,6 +117,7 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
     while content := stream.read(UPLOAD_RANGE_BYTES):
         with graph_call(email, upload_bytes=len(content)):
             following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
+        runtime.crash_point(CrashPoint.RANGE_UPLOADED)
         if following is None:
             return
         if following != upload.uploaded_bytes + len(content):
@@ -131,6 +137,7 @@ def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dic
         session = runtime.graph.create_upload_session(
             email.mailbox, draft_id, size_bytes=upload.size, **_described(attachment)
         )
+    runtime.crash_point(CrashPoint.SESSION_CREATED)
     upload.session_url, upload.session_expires_at, upload.uploaded_bytes = session.url, session.expires_at, 0
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
     return session

@@ -23,12 +23,15 @@ import models
 import runtime
 import telemetry
 from contracts import Event, EventType, Unacceptable
+from crash_points import CrashPoint
 from models import Arrival, Reception
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, event_messages
 from telemetry import Step, mail_log
 
 #: AMQP frames a message's headers once; a long detail would not fit every client's frame.
 _MAX_DETAIL_BYTES = 2000
+#: AMQP's longest property, in bytes; as many characters are never fewer bytes.
+_MAX_PROPERTY = 255
 _AWAY_PAUSE = timedelta(seconds=2)
 
 
@@ -40,6 +43,11 @@ class Delivery(NamedTuple):
     reply_to: str | None = None
     traceparent: str | None = None
 
+    @classmethod
+    def of(cls, body: bytes, correlation_id: Any, reply_to: Any, traceparent: Any) -> Delivery:
+        """Keep of the properties what can be stored and carried back: AMQP lets a client put any bytes there."""
+        return cls(body, *map(_carried, (correlation_id, reply_to, traceparent)))
+
 
 class _Rejection(NamedTuple):
     delivery: Delivery
@@ -47,6 +55,10 @@ class _Rejection(NamedTuple):
     detail: str
     publisher_message_id: str | None
     incoming_email_id: str | None = None
+
+
+def _carried(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= _MAX_PROPERTY else None
 
 
 @dramatiq.actor(queue_name="ingest", found_again=False)
@@ -57,7 +69,7 @@ def ingest_emails(deliveries: list[dict[str, Any]]) -> None:
         deliveries: Each ``{"email": {…}}`` as in ``SendEmail``, optionally with ``correlation_id``, ``reply_to`` and
             ``traceparent``.
     """
-    read = [_delivery(**delivery) for delivery in deliveries]
+    read = [_produced(**delivery) for delivery in deliveries]
     while True:
         try:
             return ingest(read)
@@ -66,10 +78,8 @@ def ingest_emails(deliveries: list[dict[str, Any]]) -> None:
             time.sleep(_AWAY_PAUSE.total_seconds())
 
 
-def _delivery(
-    email: Any, correlation_id: str | None = None, reply_to: str | None = None, traceparent: str | None = None
-) -> Delivery:
-    return Delivery(orjson.dumps(email), correlation_id, reply_to, traceparent)
+def _produced(email: Any, correlation_id: Any = None, reply_to: Any = None, traceparent: Any = None) -> Delivery:
+    return Delivery.of(orjson.dumps(email), correlation_id, reply_to, traceparent)
 
 
 def ingest(deliveries: Sequence[Delivery]) -> None:
@@ -126,7 +136,9 @@ def _announce(events: list[Event], rejections: list[_Rejection]) -> None:
         messages += _rejection_messages(rejection)
     if events:
         runtime.wake("schedule_emails")
+    runtime.crash_point(CrashPoint.INGEST_STORED)
     runtime.publisher.publish(messages)
+    runtime.crash_point(CrashPoint.INGEST_PUBLISHED)
     if events:
         models.mark_published([event.id for event in events])
     for event in events:

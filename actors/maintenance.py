@@ -20,6 +20,7 @@ from periodiq import cron
 import models
 import runtime
 from broker import MIRROR_QUEUE
+from crash_points import CrashPoint
 from models import backups, dead_letters
 from models.dead_letters import Copy
 from models.ids import as_uuid
@@ -59,6 +60,7 @@ def _mirror_batch(channel: Any) -> bool:
     copies = [_copy(properties, body) for _, properties, body in taken]
     with models.transaction():
         missing = [copy for copy in copies if dead_letters.mirror([copy])]
+    runtime.crash_point(CrashPoint.MIRROR_STORED)
     channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
     for copy in missing:
         MIRRORED.labels(copy.queue_name).inc()

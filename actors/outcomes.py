@@ -26,6 +26,7 @@ import limiter as limits
 import runtime
 from actors.waiting import after_refusal, after_throttling, backoff
 from attachments import AttachmentRefused, SourceUnavailable
+from crash_points import CrashPoint
 from graph_client.errors import (
     ConfigurationError,
     GraphError,
@@ -82,6 +83,7 @@ def record_sent(
         sent_at=sent_at,
         evidence=evidence,
     )
+    runtime.crash_point(CrashPoint.SEND_RECORDED)
     runtime.events.add([event])
     mail_log(Step.SENT, incoming_email_id=email.id, graph_message_id=graph_message_id, attempt=email.attempt)
 
@@ -215,6 +217,7 @@ def _fail(email: ClaimedEmail, error: Exception, *, because: Exception | None = 
         actor_name=message.actor_name,
         publish_within=PUBLISH_WITHIN,
     )
+    runtime.crash_point(CrashPoint.FAILURE_RECORDED)
     runtime.events.add([event])
     DEAD_LETTERS.labels(message.queue_name, reason).inc()
     mail_log(Step.FAILED, incoming_email_id=email.id, reason=reason, attempt=email.attempt)

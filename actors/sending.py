@@ -28,6 +28,7 @@ from actors.drafts import prepare_draft
 from actors.graph_calls import graph_call
 from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
+from crash_points import CrashPoint
 from models import ClaimedEmail
 from telemetry import Step, mail_context, mail_log
 
@@ -61,7 +62,9 @@ def send_attached(incoming_email_id: str, attempt: int, **_dispatch: Any) -> Non
 def _send_at_once(email: ClaimedEmail) -> None:
     message = graph_message(email.id, email.payload)
     with graph_call(email, sends=True):
+        runtime.crash_point(CrashPoint.SEND_INTENDED)
         answer = runtime.graph.send_mail(email.mailbox, message)
+        runtime.crash_point(CrashPoint.SEND_ANSWERED)
     outcomes.record_sent(email, evidence={"asked": "sendMail", "seen": "202", "request_id": answer.request_id})
 
 
@@ -69,7 +72,9 @@ def _send_draft(email: ClaimedEmail) -> None:
     draft_id = prepare_draft(email)
     with graph_call(email, sends=True):
         email.record_intent(runtime.configuration.lease)
+        runtime.crash_point(CrashPoint.SEND_INTENDED)
         answer = runtime.graph.send_draft(email.mailbox, draft_id)
+        runtime.crash_point(CrashPoint.SEND_ANSWERED)
     evidence = {"asked": "send", "seen": "202", "request_id": answer.request_id}
     outcomes.record_sent(email, graph_message_id=draft_id, evidence=evidence)
 
@@ -93,6 +98,7 @@ def settle(email: ClaimedEmail, since: datetime) -> None:
     configuration = runtime.configuration
     with graph_call(email):
         found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - _CLOCKS_DIFFER)
+    runtime.crash_point(CrashPoint.SETTLE_FOUND)
     sent = [message for message in found if not message.is_draft]
     # Another draft with this tag is one that a worker made and did not live to record; it may lack attachments.
     drafts = [message for message in found if message.is_draft and email.draft_id in (None, message.id)]
@@ -129,6 +135,7 @@ def _claimed(incoming_email_id: str, attempt: int, *, intent: bool) -> Iterator[
         mail_log(Step.CLAIMED, incoming_email_id=email.id, attempt=attempt)
         receipts.add([(email.id, attempt)])
         try:
+            runtime.crash_point(CrashPoint.SEND_CLAIMED)
             yield email
         except Exception as error:
             outcomes.record(email, error)

@@ -101,22 +101,29 @@ class ClaimedBackup:
             },
         )
 
-    def fail(self, *, reason: str, error: str, message_id: str, queue_name: str, actor_name: str) -> None:
-        """Give up: one dead letter. The mail itself is sent and stays so."""
-        rows(
+    def fail(self, *, reason: str, error: str, message_id: str, queue_name: str, actor_name: str) -> bool:
+        """Give up: one dead letter. The mail itself is sent and stays so.
+
+        Returns:
+            Whether it was this attempt's to give up; False: another has stored the copy or is at it.
+        """
+        given_up = rows(
             """
             WITH sent AS (
                 UPDATE sent_emails
                 SET backup_due_at = NULL, backup_lease_until = NULL, backup_error = %(error)s, updated_at = now()
-                WHERE incoming_email_id = %(id)s
+                WHERE incoming_email_id = %(id)s AND backup_attempt_count = %(attempts)s AND backup_due_at IS NOT NULL
+                RETURNING incoming_email_id
             )
             INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox,
                              message_id, queue_name, actor_name)
-            VALUES (%(dlq_id)s, %(id)s, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
-                    %(message_id)s, %(queue_name)s, %(actor_name)s)
+            SELECT %(dlq_id)s, incoming_email_id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
+                   %(message_id)s, %(queue_name)s, %(actor_name)s
+            FROM sent
             ON CONFLICT (message_id) DO UPDATE
             SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
                 last_error = excluded.last_error, mailbox = excluded.mailbox
+            RETURNING 1
             """,
             {
                 "dlq_id": new_id(),
@@ -130,6 +137,7 @@ class ClaimedBackup:
                 "actor_name": actor_name,
             },
         )
+        return bool(given_up)
 
 
 class StoredBackup(NamedTuple):

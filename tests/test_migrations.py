@@ -14,9 +14,9 @@ from typing import Any
 import peewee
 import psycopg2
 import pytest
+import support
 
 import models
-import support
 from migrations.__main__ import migrate
 from models import rows
 from models.tables import TABLES

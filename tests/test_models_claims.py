@@ -9,13 +9,26 @@ from typing import Any
 
 import orjson
 import pytest
+import support
+from support import (
+    LEASE,
+    NOW,
+    WITHIN,
+    claim,
+    dispatch,
+    email_row,
+    everything,
+    lapse,
+    make_due,
+    seconds_until,
+    sending,
+    store,
+    table,
+)
 
 import models
-import support
 from models import ClaimedEmail, LeaseLost, scheduling, uploads
 from models.claims import MAX_ERROR_CHARACTERS
-from support import LEASE, NOW, WITHIN, claim, dispatch, email_row, everything, lapse, make_due, rows, seconds_until
-from support import sending, store, table
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")

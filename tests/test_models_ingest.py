@@ -9,12 +9,12 @@ from typing import Any
 
 import orjson
 import pytest
+import support
+from support import WITHIN, arrival, everything, rows, seconds_until, send_email, store_many, table
 
 import models
-import support
 from contracts import EventType, event_id
 from models import Arrival, Reception
-from support import WITHIN, arrival, everything, rows, seconds_until, send_email, store_many, table
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")

@@ -9,13 +9,26 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import support
+from support import (
+    LEASE,
+    NOW,
+    WITHIN,
+    claim,
+    dispatch,
+    email_row,
+    everything,
+    lapse,
+    make_due,
+    rows,
+    seconds_until,
+    store,
+    table,
+)
 
 import models
-import support
 from models import ClaimedEmail, Route, database, mailboxes, scheduling
 from models.scheduling import Dispatch, DueBackup
-from support import LEASE, NOW, WITHIN, claim, dispatch, email_row, everything, lapse, make_due, rows
-from support import seconds_until, store, table
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")

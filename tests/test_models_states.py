@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from support import rows
 
 import models
 from models.states import FINAL, SETTLED, TRANSITIONS, IllegalTransition, Sending, Status, check
-from support import rows
 
 LEGAL = {
     ("received", "dispatched"),

@@ -131,14 +131,13 @@ class Writer:
             "alert", "alerts", "504, and not sent",
             trouble=lambda graph: graph.fail(504, mailbox=_mailbox("alerts"), operation="send_mail"),
         )  # fmt: skip
+        for number in range(1, 5):
+            yield self._mail(
+                f"payslip-{number}", "payroll", f"mailbox throttled: 429, wait {THROTTLED_SECONDS} s",
+                trouble=_throttle if number == 1 else None,
+            )  # fmt: skip
         yield self._mail(
-            "payslip-1", "payroll", f"Graph throttles: 429, wait {THROTTLED_SECONDS} s",
-            trouble=lambda graph: graph.throttle(_mailbox("payroll"), retry_after=str(THROTTLED_SECONDS)),
-        )  # fmt: skip
-        for number in range(2, 5):
-            yield self._mail(f"payslip-{number}", "payroll", "from the throttled mailbox too")
-        yield self._mail(
-            "contract", "people", "its mailbox refuses for a while: 503 twice",
+            "contract", "people", "mailbox busy: 503 twice",
             files=(File("contract.pdf", 80 * _KB, "application/pdf"),),
             trouble=lambda graph: graph.unavailable(_mailbox("people"), times=2, operation="create_draft"),
         )  # fmt: skip
@@ -198,6 +197,10 @@ class Writer:
             "is_inline": file.inline,
             "content_id": file.name if file.inline else None,
         }
+
+
+def _throttle(graph: Simulator) -> None:
+    graph.throttle(_mailbox("payroll"), retry_after=str(THROTTLED_SECONDS))
 
 
 def _mailbox(name: str) -> str:

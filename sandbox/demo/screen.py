@@ -165,7 +165,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     "what it is": {},
     "status": {"no_wrap": True},
     "tries": {"justify": "right"},
-    "MIME / archived": {"justify": "right", "no_wrap": True},
+    "size, archived": {"justify": "right", "no_wrap": True},
     "events": {"no_wrap": True},
     "what happened": {},
 }
@@ -174,7 +174,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
 def _sizes(row: Row | None) -> str:
     if not row or row.size_bytes is None or row.sealed_bytes is None:
         return ""
-    return f"{_size(row.size_bytes)} / {_size(row.sealed_bytes)}"
+    return f"{_size(row.size_bytes)}, {_size(row.sealed_bytes)}"
 
 
 def _size(size_bytes: int) -> str:
@@ -192,7 +192,7 @@ def _happened(finding: Finding) -> str:
     """Tell a mail's story from its row: what Graph was asked, what was seen, how long it took."""
     row = finding.row
     if row is None:
-        return "kept in send_email.rejected; the publisher was told"
+        return "kept in send_email.rejected"
     if row.status == Ending.FAILED:
         return f"dead letter: {row.dead_letter}"
     if row.status == Ending.EXPIRED:
@@ -200,10 +200,10 @@ def _happened(finding: Finding) -> str:
     looked_up = [each["seen"] for each in row.evidence if each.get("asked") == "messages by tag"]
     took = f"{(row.sent_at - row.created_at).total_seconds():.1f} s" if row.sent_at else "some time"
     if not looked_up:
-        return f"delivered once, after {took}"
+        return f"sent after {took}"
     if looked_up[-1].startswith("1 sent"):
-        return "in doubt; looked up, found in the mailbox, not repeated"
-    return f"in doubt; looked up {len(looked_up)} times, absent; sent again, after {took}"
+        return "looked up: it was sent; not repeated"
+    return f"looked up: absent; sent after {took}"
 
 
 def dead_letter_table(rows: Iterable[Sequence[Any]]) -> Table:

@@ -1,0 +1,122 @@
+"""The archive's rows: one per Graph message, kept as long as they must be."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import support
+from support import LEASE, NOW, WITHIN, claim, email_row, everything, rows, seconds_until, store, table
+
+from models import ClaimedBackup, Sealed, backups, scheduling
+
+shared_database, tables = support.shared_database, support.tables
+pytestmark = pytest.mark.usefixtures("tables")
+
+YEAR = timedelta(days=365)
+SEALED = Sealed(b"sealed", "gzip", 100, 6, "ab" * 32, "k1")
+
+
+def leased(publisher_id: str = "order-1") -> ClaimedBackup:
+    """A sent email whose backup is in a worker's hands."""
+    id = store(publisher_message_id=publisher_id)
+    claim(id).record_sent(backup_delay=NOW, publish_within=WITHIN, graph_message_id="draft-id")
+    return claim_again(id)
+
+
+def claim_again(id: str) -> ClaimedBackup:
+    rows("UPDATE sent_emails SET backup_lease_until = now() WHERE backup_lease_until IS NOT NULL")
+    rows("UPDATE sent_emails SET backup_due_at = now() WHERE backup_due_at IS NOT NULL")
+    with scheduling.sweep():
+        due = scheduling.claim_backups(concurrency=100, lease=LEASE)
+    (attempt,) = [backup.attempt for backup in due if backup.incoming_email_id == id]
+    backup = ClaimedBackup.claim(id, attempt, lease=LEASE)
+    assert backup is not None
+    return backup
+
+
+def fail(backup: ClaimedBackup) -> bool:
+    return backup.fail(
+        reason="backup_failed", error="404", message_id="m-1", queue_name="backup", actor_name="backup_email"
+    )
+
+
+def test_a_stored_backup_is_done_and_known_by_every_id() -> None:
+    # Given
+    backup = leased()
+    # When
+    backup.store("graph-1", SEALED, retention=YEAR)
+    # Then
+    (sent,), (row,) = table("sent_emails"), table("email_backups")
+    assert (sent["graph_message_id"], sent["backup_due_at"], sent["backup_lease_until"]) == ("graph-1", None, None)
+    assert 364 * 86400 < seconds_until("email_backups", "expires_at", "id", row["id"]) <= 365 * 86400
+    for id in (row["id"], backup.incoming_email_id, "order-1", "graph-1"):
+        found = backups.find_backup(id)
+        assert found is not None
+        assert (found.id, found.mailbox, found.size, found.key_id) == (row["id"], "ann@example.com", 100, "k1")
+    assert backups.sealed_blob(row["id"]) == b"sealed"
+    assert backups.find_backup("unknown") is None
+    assert ClaimedBackup.claim(backup.incoming_email_id, backup.attempt, lease=LEASE) is None
+
+
+def test_a_second_copy_of_the_same_message_is_ignored() -> None:
+    backup = leased()
+    backup.store("graph-1", SEALED, retention=YEAR)
+    before = table("email_backups")
+    backup.store("graph-1", SEALED._replace(blob=b"other", checksum="cd" * 32), retention=YEAR)
+    assert table("email_backups") == before
+
+
+def test_only_the_dispatched_attempt_can_claim() -> None:
+    backup = leased()
+    for attempt in (0, 2):
+        assert ClaimedBackup.claim(backup.incoming_email_id, attempt, lease=LEASE) is None
+
+
+def test_a_backup_that_waits_gives_its_attempt_back_and_one_that_failed_spends_it() -> None:
+    backup = leased()
+    backup.snooze(timedelta(minutes=1), "busy")
+    assert claim_again(backup.incoming_email_id).attempt == 1
+    claim_again(backup.incoming_email_id).retry(timedelta(minutes=1), "503")
+    (sent,) = table("sent_emails")
+    assert (sent["backup_attempt_count"], sent["backup_error"], sent["backup_lease_until"]) == (2, "503", None)
+
+
+def test_an_outcome_of_an_earlier_attempt_changes_nothing() -> None:
+    late = leased()
+    current = claim_again(late.incoming_email_id)
+    before = everything()
+    late.snooze(NOW, "busy")
+    late.retry(NOW, "503")
+    assert not fail(late)
+    assert everything() == before
+    current.store("graph-1", SEALED, retention=YEAR)
+    before = everything()
+    late.retry(NOW, "503")
+    assert not fail(current)
+    assert everything() == before
+
+
+def test_a_backup_that_is_given_up_has_one_dead_letter_and_the_mail_stays_sent() -> None:
+    backup = leased()
+    assert fail(backup)
+    (letter,), (sent,) = table("dlq"), table("sent_emails")
+    assert (letter["reason"], letter["queue_name"], letter["mailbox"]) == ("backup_failed", "backup", "ann@example.com")
+    assert (sent["status"], sent["backup_due_at"], sent["backup_error"]) == ("sent", None, "404")
+    assert email_row(backup.incoming_email_id)["status"] == "processed"
+
+
+def test_expired_backups_are_purged_in_batches_and_others_are_kept() -> None:
+    for n in range(5):
+        leased(f"order-{n}").store(f"graph-{n}", SEALED, retention=YEAR if n else timedelta(seconds=-1))
+    rows("UPDATE email_backups SET expires_at = now() WHERE graph_message_id IN ('graph-1', 'graph-2')")
+    assert [backups.purge_expired(2), backups.purge_expired(2), backups.purge_expired(2)] == [2, 1, 0]
+    assert {row["graph_message_id"] for row in table("email_backups")} == {"graph-3", "graph-4"}
+
+
+def test_backups_are_listed_by_mailbox_the_newest_first() -> None:
+    for n in range(3):
+        leased(f"order-{n}").store(f"graph-{n}", SEALED, retention=YEAR)
+    assert [backup.publisher_message_id for backup in backups.stored_backups()] == ["order-2", "order-1", "order-0"]
+    assert len(backups.stored_backups(mailbox="ann@example.com", limit=2)) == 2
+    assert backups.stored_backups(mailbox="ben@example.com") == []

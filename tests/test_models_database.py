@@ -1,0 +1,136 @@
+"""The connection to PostgreSQL: what happens when it is cut, and that the next statement has another."""
+
+from __future__ import annotations
+
+import threading
+
+import peewee
+import psycopg2
+import pytest
+import support
+from support import email_row, store
+
+import models
+from models import DatabaseAway, rows, transaction
+
+shared_database, tables = support.shared_database, support.tables
+
+
+def backend() -> int:
+    return int(rows("SELECT pg_backend_pid()")[0][0])
+
+
+def terminate(url: str, pid: int) -> None:
+    """Have the server close a connection, and wait until it has."""
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        assert cursor.fetchone() == (True,)
+    connection.close()
+
+
+def test_a_connection_that_the_server_closed_is_reported_and_replaced(tables: str) -> None:
+    pid = backend()
+    terminate(tables, pid)
+    with pytest.raises(DatabaseAway):
+        rows("SELECT 1")
+    assert backend() != pid
+
+
+def test_a_transaction_whose_connection_is_closed_takes_no_effect_and_the_next_one_works(tables: str) -> None:
+    # Given
+    id = store()
+
+    def fail_in_between() -> None:
+        with transaction():
+            rows("UPDATE incoming_emails SET mailbox = 'changed'")
+            terminate(tables, backend())
+            rows("SELECT 1")
+
+    # When
+    with pytest.raises(DatabaseAway):
+        fail_in_between()
+    # Then
+    assert not models.database.in_transaction()
+    assert email_row(id)["mailbox"] == "ann@example.com"
+    with transaction():
+        rows("UPDATE incoming_emails SET mailbox = 'changed'")
+    assert email_row(id)["mailbox"] == "changed"
+
+
+def test_a_connection_that_is_closed_before_the_commit_is_reported(tables: str) -> None:
+    id = store()
+
+    def fail_at_the_commit() -> None:
+        with transaction():
+            rows("UPDATE incoming_emails SET mailbox = 'changed'")
+            terminate(tables, backend())
+
+    with pytest.raises(DatabaseAway):
+        fail_at_the_commit()
+    assert email_row(id)["mailbox"] == "ann@example.com"
+
+
+def test_a_connection_that_is_closed_before_the_transaction_begins_is_reported(tables: str) -> None:
+    def fail_at_the_begin() -> None:
+        terminate(tables, backend())
+        with transaction():
+            rows("SELECT 1")
+
+    with pytest.raises(DatabaseAway):
+        fail_at_the_begin()
+    assert rows("SELECT 1") == [(1,)]
+
+
+def test_a_batch_whose_connection_is_closed_is_reported_and_may_be_stored_again(tables: str) -> None:
+    terminate(tables, backend())
+    with pytest.raises(DatabaseAway):
+        store()
+    assert email_row(store())["status"] == "received"
+
+
+def test_a_read_only_server_counts_as_away(tables: str) -> None:
+    rows("SET default_transaction_read_only = on")
+    with pytest.raises(DatabaseAway, match="read-only"):
+        store()
+    assert email_row(store())["status"] == "received"  # on another connection
+
+
+def test_a_server_that_cannot_be_reached_counts_as_away_and_no_secret_is_told(tables: str) -> None:
+    models.disconnect()
+    models.connect("postgresql://ann:hunter2@127.0.0.1:1/mail", "tests")
+    with pytest.raises(DatabaseAway) as away:
+        rows("SELECT 1")
+    assert "hunter2" not in str(away.value)
+    models.connect(tables, "tests")
+    assert rows("SELECT 1") == [(1,)]
+
+
+def test_a_statement_that_runs_too_long_counts_as_away(tables: str) -> None:
+    rows("SET statement_timeout = '10ms'")
+    with pytest.raises(DatabaseAway):
+        rows("SELECT pg_sleep(5)")
+    assert rows("SHOW statement_timeout") == [("30s",)]
+
+
+def test_a_mistake_of_ours_is_not_taken_for_an_outage(tables: str) -> None:
+    pid = backend()
+    with pytest.raises(peewee.ProgrammingError):
+        rows("SELECT nonsense")
+    with pytest.raises(peewee.IntegrityError):
+        rows("INSERT INTO audit_log (id, who, action, subject) VALUES (NULL, 'a', 'b', 'c')")
+    assert backend() == pid
+
+
+def test_each_thread_has_its_own_connection(tables: str) -> None:
+    pids = {backend()}
+    thread = threading.Thread(target=lambda: (pids.add(backend()), models.disconnect()))
+    thread.start()
+    thread.join()
+    assert len(pids) == 2
+
+
+def test_instants_are_aware_and_in_utc(tables: str) -> None:
+    ((now,),) = rows("SELECT now()")
+    assert now.utcoffset().total_seconds() == 0

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-import pika
 import pika.exceptions
 
 import runtime
@@ -23,7 +22,7 @@ import telemetry
 from actors.ingest import Delivery, ingest
 from crash_points import CrashPoint
 from models import DatabaseAway
-from outbox import Unconfirmed
+from outbox import Unconfirmed, connect
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Bridge:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _consume(self) -> None:
-        connection = pika.BlockingConnection(runtime.rabbitmq)
+        connection = connect(runtime.rabbitmq)
         try:
             channel = connection.channel()
             runtime.declare(channel)

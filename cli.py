@@ -7,17 +7,21 @@ usage. Everything else is imported where it is used, so that ``--help`` does not
 from __future__ import annotations
 
 import getpass
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from models.dead_letters import Filter, Letter
 
 Command = Callable[..., Any]
@@ -56,6 +60,8 @@ def _connected(command: Command) -> Command:
 
 @contextmanager
 def _problems_as_sentences() -> Iterator[None]:
+    import peewee
+
     import limiter
     import models
     import operations
@@ -72,6 +78,10 @@ def _problems_as_sentences() -> Iterator[None]:
         vault.VaultError,
     ) as error:
         raise click.ClickException(str(error)) from None
+    except peewee.ProgrammingError:
+        raise click.ClickException("the database's schema is another version's; see mailfleet doctor") from None
+    except UnicodeEncodeError as error:
+        raise click.UsageError(f"some text cannot be encoded: {error.reason}") from None
 
 
 def _who() -> str:
@@ -90,7 +100,7 @@ def _print_json(value: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return value._asdict()
-    return str(value)
+    return value.total_seconds() if isinstance(value, timedelta) else str(value)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:
@@ -110,14 +120,19 @@ def _table(columns: list[str], rows: list[list[Any]]) -> None:
     console.print(table)
 
 
-def _shown(value: Any) -> str:
-    from rich.markup import escape
+def _shown(value: Any) -> Text:
+    from rich.text import Text
 
     if isinstance(value, datetime):
-        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"))
     if isinstance(value, timedelta):
-        return f"{value.total_seconds():.1f} s"
-    return "" if value is None else escape(str(value))
+        return Text(f"{value.total_seconds():.1f} s")
+    return Text("" if value is None else _harmless(str(value)))
+
+
+def _harmless(text: str) -> str:
+    """Return text of unknown origin without what would direct a terminal."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
 
 
 # Emails
@@ -201,14 +216,16 @@ def dlq() -> None:
     """Look at dead letters, replay or discard them."""
 
 
-def _filter_options(command: Command) -> Command:
+def _filter_options(command: Command, limit: int | None = None) -> Command:
     instant = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
     for option in (
         click.option("--reason", help="Only with this reason."),
         click.option("--mailbox", help="Only of this sending mailbox."),
         click.option("--since", type=instant, help="Only from this instant on (UTC)."),
         click.option("--until", type=instant, help="Only before this instant (UTC)."),
-        click.option("--limit", type=click.IntRange(1, 100_000), default=1000, show_default=True),
+        click.option(
+            "--limit", type=click.IntRange(1, 100_000), default=limit, show_default=True, help="At most so many."
+        ),
         _json_option,
     ):
         command = option(command)
@@ -232,7 +249,7 @@ def _utc(instant: datetime | None) -> datetime | None:
 
 
 @dlq.command("list")
-@_filter_options
+@partial(_filter_options, limit=1000)
 @_connected
 def dlq_list(limit: int, as_json: bool, **filters: Any) -> None:
     """List the open dead letters, oldest first."""
@@ -265,13 +282,13 @@ def dlq_show(id: str, as_json: bool) -> None:
         _print_json({**letter._asdict(), "message": message})
     else:
         _table(["", ""], [[name, value] for name, value in letter._asdict().items() if value is not None])
-        click.echo(message or "RabbitMQ's copy of the message has not arrived yet.")
+        click.echo(_harmless(message) if message else "RabbitMQ's copy of the message has not arrived yet.")
 
 
 def _resolving(replay: bool) -> Command:
     def resolve(
         ids: tuple[str, ...],
-        limit: int,
+        limit: int | None,
         as_json: bool,
         dry_run: bool,
         all_letters: bool,
@@ -385,22 +402,23 @@ def backups_export(id: str, output: Path | None) -> None:
 
 
 def _write_whole(path: Path, chunks: Iterator[bytes]) -> None:
-    """Write a file that is either whole or not there: only the last chunk proves that the backup is genuine."""
-    part = path.with_name(path.name + ".part")
+    """Make a file that is either whole or not there: only the last chunk proves that the backup is genuine."""
     try:
-        with part.open("xb") as file:
-            part.chmod(0o600)
-            for chunk in chunks:
-                file.write(chunk)
-        part.replace(path)
-    except FileExistsError:
-        raise click.ClickException(f"{part} exists already") from None
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        with NamedTemporaryFile(dir=path.parent, prefix=".mailfleet-") as part:
+            part.writelines(chunks)
+            part.flush()
+            os.link(part.name, path)  # unlike a rename it replaces nothing
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror}") from None
 
 
 # Limits
+
+
+def _checked_mailbox(_context: click.Context, _argument: click.Parameter, mailbox: str | None) -> str | None:
+    if mailbox is not None and not all(mailbox.partition("@")):
+        raise click.BadParameter("a mailbox is named by its address")
+    return mailbox
 
 
 @main.group()
@@ -409,7 +427,7 @@ def limits() -> None:
 
 
 @limits.command("show")
-@click.argument("mailbox", required=False)
+@click.argument("mailbox", required=False, callback=_checked_mailbox)
 @_json_option
 @_connected
 def limits_show(mailbox: str | None, as_json: bool) -> None:
@@ -431,7 +449,7 @@ def limits_show(mailbox: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("mailbox")
+@click.argument("mailbox", callback=_checked_mailbox)
 @click.option("--why", default="paused by hand", show_default=True)
 @_connected
 def pause(mailbox: str, why: str) -> None:
@@ -443,7 +461,7 @@ def pause(mailbox: str, why: str) -> None:
 
 
 @main.command()
-@click.argument("mailbox")
+@click.argument("mailbox", callback=_checked_mailbox)
 @_connected
 def resume(mailbox: str) -> None:
     """Send from MAILBOX again, whoever paused it."""

@@ -15,6 +15,7 @@ from typing import Any
 import pika.exceptions
 from dramatiq.errors import BrokerError
 from periodiq import Scheduler
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 import actors
 import runtime
@@ -42,7 +43,7 @@ def main() -> None:
             scheduler = Scheduler(actors=periodic)
             scheduler.schedule()
             scheduler.loop()
-        except (BrokerError, pika.exceptions.AMQPError, OSError) as error:
+        except (BrokerError, pika.exceptions.AMQPError, AMQPConnectorException, OSError) as error:
             log.warning("RabbitMQ is away: %s", type(error).__name__)
             time.sleep(_PAUSE_SECONDS)
 

@@ -6,13 +6,17 @@ sends anything: they change what the tables say, and the fleet acts on that.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pika
 import pika.exceptions
+from dramatiq import DecodeError, Message
 
 import actors  # noqa: F401  declares the queues
 import contracts
@@ -24,7 +28,7 @@ from models import audit, backups, dead_letters, inspection, mailboxes
 from models.backups import StoredBackup
 from models.dead_letters import Filter, Letter
 from models.mailboxes import Pause
-from outbox import Outgoing
+from outbox import Outgoing, Unconfirmed, connect
 from telemetry import Step, mail_log
 from vault import bind_to
 
@@ -72,7 +76,7 @@ def dead_letter(id: str) -> tuple[Letter, bytes | None]:
     return letter, dead_letters.body_of(letter.id)
 
 
-def find_dead_letters(filter: Filter, limit: int) -> list[Letter]:
+def find_dead_letters(filter: Filter, limit: int | None) -> list[Letter]:
     """Return the open dead letters that match, oldest first."""
     return dead_letters.find_open(filter, limit)
 
@@ -94,13 +98,13 @@ def resolve(
         on_each: Told of every letter what became of it, in a word or a sentence.
     """
     resolved = 0
-    for letter in letters:
+    for number, letter in enumerate(letters):
+        if per_second and number:
+            time.sleep(1 / per_second)
         outcome = _resolve(letter, replay=replay, who=who)
         resolved += outcome in ("replayed", "discarded")
         if on_each:
             on_each(letter, outcome)
-        if per_second:
-            time.sleep(1 / per_second)
     if replay and resolved:
         runtime.wake("schedule_emails")
     return resolved
@@ -111,7 +115,7 @@ def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
     try:
         if replay and letter.incoming_email_id is None:
             _publish_again(letter)
-    except NotReplayable as reason:
+    except (NotReplayable, Unconfirmed) as reason:
         return str(reason)
     with models.transaction():
         if not dead_letters.resolve(letter.id, replayed=replay, who=who):
@@ -123,12 +127,16 @@ def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
 
 
 def _publish_again(letter: Letter) -> None:
-    """Put a message that belongs to no email back on its queue; every actor bears a repeat."""
-    body = dead_letters.body_of(letter.id)
-    if body is None or letter.reason == "unreadable":
-        raise NotReplayable("no actor can read it: discard it")
+    """Put a message that belongs to no email back on its queue; every actor bears a repeat.
+
+    It gets a new id: should it fail again, that is another dead letter.
+    """
+    try:
+        message = Message.decode(dead_letters.body_of(letter.id) or b"").copy(message_id=str(uuid.uuid4()))
+    except DecodeError:
+        raise NotReplayable("no actor can read it: discard it") from None
     properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
-    runtime.publisher.publish([Outgoing("", letter.queue_name, body, properties, mandatory=True)])
+    runtime.publisher.publish([Outgoing("", letter.queue_name, message.encode(), properties, mandatory=True)])
 
 
 # Backups
@@ -136,7 +144,7 @@ def _publish_again(letter: Letter) -> None:
 
 def list_backups(*, mailbox: str | None, limit: int) -> list[StoredBackup]:
     """Return the newest backups, of one mailbox or of all."""
-    return backups.stored_backups(mailbox=mailbox, limit=limit)
+    return backups.stored_backups(mailbox=mailbox.lower() if mailbox else None, limit=limit)
 
 
 def export_backup(id: str, *, who: str) -> tuple[StoredBackup, Iterator[bytes]]:
@@ -180,8 +188,10 @@ def resume(mailbox: str, *, who: str) -> bool:
 
 
 def pauses() -> list[Pause]:
-    """Return every pause that stands."""
-    return mailboxes.pauses()
+    """Return every pause that stands, the tenant's first."""
+    until = runtime.limiter.tenant_paused_until()
+    tenants = [Pause("every mailbox", until, "Graph asked to wait or refused us", "mailfleet")] if until else []
+    return tenants + mailboxes.pauses()
 
 
 def limits(mailbox: str | None) -> list[BudgetUsage]:
@@ -200,33 +210,50 @@ class Finding(NamedTuple):
     detail: str
 
 
+#: What has not answered by then is as good as away. A handshake with RabbitMQ is given up as late.
+_PATIENCE = timedelta(seconds=10)
+
+
 def doctor() -> list[Finding]:
-    """Check everything that the fleet needs; each check answers within seconds, whatever is broken."""
-    return [_check(subject, check) for subject, check in _CHECKS.items()]
+    """Check everything that the fleet needs, within `_PATIENCE` whatever is broken."""
+    return _check_all(_CHECKS)
 
 
 def ready() -> list[Finding]:
     """Check that the servers answer: what decides whether a process can work now."""
-    return [_check(subject, check) for subject, check in _SERVERS.items()]
+    return _check_all(_SERVERS)
+
+
+def _check_all(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
+    """Make all checks at the same time: one that hangs holds up no other, nor the end of the process."""
+    found: dict[str, Finding] = {}
+
+    def note(subject: str) -> None:
+        found[subject] = _check(subject, checks[subject])
+
+    threads = [threading.Thread(target=note, args=[subject], daemon=True) for subject in checks]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    late = f"no answer within {_PATIENCE.total_seconds():g} s"
+    return [found.get(subject, Finding(subject, False, late)) for subject in checks]
 
 
 def _check(subject: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(subject, True, check())
-    except _Unwell as unwell:
+    except (_Unwell, models.DatabaseAway, GraphError, Unavailable) as unwell:
         return Finding(subject, False, str(unwell))
-    except Exception as error:
-        return Finding(subject, False, f"{type(error).__name__}: {_harmless(error)}")
+    except Exception as error:  # its text may quote a secret
+        return Finding(subject, False, f"away, or refuses us ({type(error).__name__})")
+    finally:
+        models.disconnect()
 
 
 class _Unwell(Exception):
     pass
-
-
-def _harmless(error: Exception) -> str:
-    """Return what an error says if it is one of ours, which never quote a secret."""
-    ours = (models.DatabaseAway, GraphError, Unavailable)
-    return str(error) if isinstance(error, ours) else "see the log of the server"
 
 
 def _check_postgresql() -> str:
@@ -244,7 +271,7 @@ def _missing_migrations() -> list[str]:
 
 
 def _check_rabbitmq() -> str:
-    with pika.BlockingConnection(runtime.rabbitmq) as connection:
+    with connect(runtime.rabbitmq) as connection:
         idle = [queue for queue in _worked_queues() if not _has_consumer(connection, queue)]
     if idle:
         raise _Unwell(f"answers, but nobody works on {', '.join(idle)}")
@@ -264,7 +291,7 @@ def _has_consumer(connection: Any, queue: str) -> bool:
 
 
 def _reach_rabbitmq() -> str:
-    pika.BlockingConnection(runtime.rabbitmq).close()
+    connect(runtime.rabbitmq).close()
     return "answers"
 
 
@@ -274,7 +301,7 @@ def _reach_redis() -> str:
 
 
 def _check_redis() -> str:
-    policy = runtime.redis.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
+    policy = runtime.redis.info("memory")["maxmemory_policy"]  # hosted servers do not let CONFIG GET be called
     if policy != "noeviction":
         raise _Unwell(f"maxmemory-policy is {policy}: limits would be forgotten; set noeviction")
     return "answers, and evicts nothing"

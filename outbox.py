@@ -20,6 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import pika
 import pika.exceptions
 import pika.spec
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 from contracts import Event, EventType
 
@@ -76,6 +77,18 @@ def connection_parameters(url: str, client: str) -> pika.URLParameters:
     parameters.stack_timeout = 10
     parameters.client_properties = {"connection_name": client}
     return parameters
+
+
+def connect(parameters: pika.URLParameters) -> pika.BlockingConnection:
+    """Open a connection of the caller's own.
+
+    Raises:
+        AMQPError, OSError: RabbitMQ is away. pika's own error for a handshake that hangs would be neither.
+    """
+    try:
+        return pika.BlockingConnection(parameters)
+    except AMQPConnectorException as error:
+        raise pika.exceptions.AMQPConnectionError("the handshake was not finished in time") from error
 
 
 class _Batch(NamedTuple):
@@ -169,6 +182,8 @@ class Publisher:
             self._returned.clear()
             self._send(channel, messages)
             self._await_confirms()
+        except Unconfirmed:
+            raise
         except (pika.exceptions.AMQPError, OSError) as error:
             self._failed_at = time.monotonic()
             self._disconnect()
@@ -193,21 +208,22 @@ class Publisher:
 
     def _await_confirms(self) -> None:
         deadline = time.monotonic() + CONFIRM_WITHIN.total_seconds()
-        while self._pending and not self._nacked:
-            if time.monotonic() > deadline:
-                raise pika.exceptions.AMQPConnectionError("confirmation overdue")
-            # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come.
-            self._connection._flush_output(lambda: not self._pending or self._nacked)
-        if self._nacked:
+        # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come. By itself it
+        # would wait for as long as the connection lives, whatever became of the channel.
+        self._connection._flush_output(
+            lambda: not self._pending or self._nacked or self._channel.is_closed or time.monotonic() > deadline
+        )
+        if self._nacked or self._channel.is_closed:
             raise pika.exceptions.AMQPChannelError("message refused")
+        if self._pending:
+            raise pika.exceptions.AMQPConnectionError("confirmation overdue")
 
     def _open_channel(self) -> Any:
-        if self._connection is not None:
-            self._connection.process_data_events(0)  # notices a connection that the server has closed meanwhile
+        if self._still_open():
             return self._channel
         if time.monotonic() - self._failed_at < _RECONNECT_PAUSE.total_seconds():
-            raise pika.exceptions.AMQPConnectionError("RabbitMQ was away a moment ago")
-        self._connection = pika.BlockingConnection(self._parameters)
+            raise Unconfirmed("RabbitMQ was away a moment ago")
+        self._connection = connect(self._parameters)
         channel = self._channel = self._connection.channel()
         self._declare(channel)
         self._published, self._pending, self._nacked = 0, set(), False
@@ -215,6 +231,13 @@ class Publisher:
         channel._impl.confirm_delivery(self._on_confirmation)
         channel._impl.add_on_return_callback(self._on_return)
         return channel
+
+    def _still_open(self) -> bool:
+        """Notice, before anything is published, what the server has closed meanwhile."""
+        self._keep_alive()
+        if self._connection is not None and self._channel.is_closed:
+            self._disconnect()
+        return self._connection is not None
 
     def _on_confirmation(self, frame: Any) -> None:
         tag, multiple = frame.method.delivery_tag, frame.method.multiple

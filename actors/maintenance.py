@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import dramatiq
 import orjson
-import pika
 import pika.exceptions
 from periodiq import cron
 
@@ -24,13 +24,15 @@ from crash_points import CrashPoint
 from models import backups, dead_letters
 from models.dead_letters import Copy
 from models.ids import as_uuid
-from outbox import Unconfirmed
+from outbox import Unconfirmed, connect
 from telemetry import MIRRORED, Step, mail_log
 
 log = logging.getLogger(__name__)
 
 _BATCH = 100
 _PURGE_BATCH = 1000
+#: RabbitMQ moves a dead letter a moment after it was refused.
+_QUIET = timedelta(seconds=1)
 #: A body beyond this is of no use in a table that people read.
 _MAX_BODY_BYTES = 1_000_000
 
@@ -40,10 +42,11 @@ def mirror_dead_letters() -> None:
     """Read RabbitMQ's copies of dead letters into the ``dlq`` table."""
     runtime.waking("mirror_dead_letters")
     try:
-        connection = pika.BlockingConnection(runtime.rabbitmq)
+        connection = connect(runtime.rabbitmq)
         try:
             channel = connection.channel()
             runtime.declare(channel)
+            channel.basic_qos(prefetch_count=_BATCH)
             while _mirror_batch(channel):
                 pass
         finally:
@@ -69,11 +72,15 @@ def _mirror_batch(channel: Any) -> bool:
 
 
 def _take(channel: Any) -> Iterator[tuple[Any, Any, bytes]]:
-    for _ in range(_BATCH):
-        method, properties, body = channel.basic_get(MIRROR_QUEUE)
+    """Yield what is there, at most a batch, until nothing more comes for a moment."""
+    for count, (method, properties, body) in enumerate(
+        channel.consume(MIRROR_QUEUE, inactivity_timeout=_QUIET.total_seconds()), 1
+    ):
         if method is None:
             return
         yield method, properties, body
+        if count == _BATCH:
+            return
 
 
 def _copy(properties: Any, body: bytes) -> Copy:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import Any
 
 import uvicorn
 
@@ -16,6 +18,10 @@ from console.app import make_app
 _GRACE_SECONDS = 10
 
 
+def _end(*_signal: Any) -> None:
+    sys.exit(0)
+
+
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     configuration = runtime.configuration
@@ -25,12 +31,16 @@ def main() -> None:
     except ValueError as problem:
         sys.exit(f"The settings are not usable:\n  - {problem}")
     telemetry.serve_own_metrics(configuration.metrics_port)
+    # uvicorn stops by itself and then passes the signal on to whoever was there before.
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     uvicorn.run(
         make_app(Access(tokens)),
         host="0.0.0.0",  # noqa: S104  a process type is reached through its platform's router; tokens guard it
         port=configuration.port,
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # who asks is who connects, whatever FORWARDED_ALLOW_IPS says
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
 

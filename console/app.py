@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import Depends, FastAPI, Response
+import pika.exceptions
+from fastapi import Depends, FastAPI, HTTPException, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+import models
 import operations
 from console.access import Access
 from console.fleet_metrics import FleetCollector
+
+_LOOKING = ["GET", "HEAD"]
 
 
 def make_app(access: Access) -> FastAPI:
@@ -19,21 +21,25 @@ def make_app(access: Access) -> FastAPI:
     registry = CollectorRegistry()
     registry.register(FleetCollector())
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=_LOOKING)
     def healthz() -> dict[str, str]:
         """Say that the process lives. Open to all: it tells nothing else."""
         return {"status": "alive"}
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=_LOOKING)
     def readyz() -> JSONResponse:
         """Say whether the servers answer. Open to all: it names no address and no secret."""
         findings = operations.ready()
         body = {finding.subject: "ok" if finding.fine else "away" for finding in findings}
         return JSONResponse(body, 200 if all(finding.fine for finding in findings) else 503)
 
-    @app.get("/metrics")
-    def metrics(_who: Annotated[str, Depends(access.viewer)]) -> Response:
+    # An annotation could not name ``access``: FastAPI reads annotations outside of this function.
+    @app.api_route("/metrics", methods=_LOOKING, dependencies=[Depends(access.viewer)])
+    def metrics() -> Response:
         """Return the fleet-wide gauges in Prometheus's text format."""
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        try:
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        except (models.DatabaseAway, pika.exceptions.AMQPError, OSError):
+            raise HTTPException(503, "a server is away: /readyz names it") from None
 
     return app

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-import pika
 import pika.exceptions
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -13,6 +12,7 @@ from prometheus_client.registry import Collector
 import runtime
 from models import inspection
 from models.states import Status
+from outbox import connect
 
 QUEUES = ("send_email", "send_email.rejected", *sorted(runtime.fleet_broker.queues))
 
@@ -38,7 +38,7 @@ def _backlog() -> Iterator[Metric]:
     yield waiting
     age = (datetime.now(UTC) - backlog.oldest_waiting).total_seconds() if backlog.oldest_waiting else 0
     for name, help, value in (
-        ("emails_oldest_waiting_age_seconds", "Age of the oldest email that was not dispatched yet.", age),
+        ("emails_oldest_waiting_age_seconds", "Age of the oldest email that could go out now.", age),
         ("emails_in_doubt", "Emails whose send may or may not have happened.", backlog.in_doubt),
         ("outbox_events_unpublished", "Events that RabbitMQ has not confirmed yet.", backlog.unpublished_events),
         ("dead_letters_open", "Dead letters that nobody has replayed or discarded.", backlog.open_dead_letters),
@@ -49,7 +49,7 @@ def _backlog() -> Iterator[Metric]:
 
 def _queue_depths() -> Metric:
     depths = GaugeMetricFamily("mailfleet_queue_messages_ready", "Messages ready in a queue.", labels=["queue"])
-    with pika.BlockingConnection(runtime.rabbitmq) as connection:
+    with connect(runtime.rabbitmq) as connection:
         for queue in QUEUES:
             try:
                 declared = connection.channel().queue_declare(queue, passive=True)

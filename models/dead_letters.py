@@ -93,7 +93,7 @@ _MATCHING = """
 """
 
 
-def _parameters(filter: Filter, limit: int) -> dict[str, Any]:
+def _parameters(filter: Filter, limit: int | None) -> dict[str, Any]:
     return {
         "reason": filter.reason,
         "mailbox": filter.mailbox.lower() if filter.mailbox else None,
@@ -104,7 +104,7 @@ def _parameters(filter: Filter, limit: int) -> dict[str, Any]:
     }
 
 
-def find_open(filter: Filter, limit: int) -> list[Letter]:
+def find_open(filter: Filter, limit: int | None) -> list[Letter]:
     """Return the open dead letters that match, oldest first."""
     return [Letter(*row) for row in rows(_SELECT + _MATCHING, _parameters(filter, limit))]
 

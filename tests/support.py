@@ -227,6 +227,7 @@ def tables(shared_database: str) -> str:
 def fleet(tables: str, graph: Simulator) -> Iterator[Fleet]:
     """Actors with empty tables, empty queues, a new Graph whose mails show at once, and no limits left over."""
     graph.set_behaviour(sent_items_delay_seconds=0)
+    runtime.tokens.drop(runtime.tokens.token())  # the new Graph knows no earlier one
     runtime.redis.flushdb()
     with pika.BlockingConnection(runtime.rabbitmq) as connection:
         _empty(connection.channel())
@@ -243,6 +244,18 @@ def _empty(channel: Any) -> None:
     own = [name + suffix for name in QUEUES for suffix in ("", ".XQ")]
     for queue in (*own, MIRROR_QUEUE, runtime.SEND_QUEUE, runtime.REJECTED_QUEUE, "test.events"):
         channel.queue_purge(queue)
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give the fleet other budgets for the length of a test, or a Redis at another address."""
+
+    def change(url: str | None = None, **budgets: int) -> None:
+        address = url or runtime.configuration.redis_url.get_secret_value()
+        limiter = runtime.limits.Limiter(address, runtime.limits.Budgets(**budgets), timedelta(minutes=1))
+        monkeypatch.setattr(runtime, "limiter", limiter)
+
+    return change
 
 
 @pytest.fixture

@@ -88,10 +88,22 @@ def test_a_connection_that_was_lost_between_two_publishes_is_replaced(queue: Que
     queue.publisher.publish([queue.message(b"1")])
     break_socket(queue.publisher)
     # When
-    publish_until_confirmed(queue, b"2")
+    queue.publisher.publish([queue.message(b"2")])
     # Then
-    assert queue.bodies()[-1] == b"2"
+    assert queue.bodies() == [b"1", b"2"]
     assert queue.declared == 2
+
+
+def test_an_outage_ends_although_somebody_publishes_all_the_time(queue: Queue) -> None:
+    # Given a publisher that failed to connect
+    queue.publisher._parameters.port, port = 1, queue.publisher._parameters.port
+    with pytest.raises(Unconfirmed):
+        queue.publisher.publish([queue.message(b"1")])
+    # When RabbitMQ is there again
+    queue.publisher._parameters.port = port
+    # Then whoever tries again and again succeeds
+    publish_until_confirmed(queue, b"2")
+    assert queue.bodies() == [b"2"]
 
 
 def test_a_channel_that_rabbitmq_closed_is_replaced(queue: Queue) -> None:

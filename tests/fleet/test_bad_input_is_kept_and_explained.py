@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import orjson
 import pika
 import pytest
-from fleet_support import a_mailbox, an_email, assert_each_left_once, events_of, fate, put, settled_one, take_all
+from fleet_support import (
+    a_mailbox,
+    an_email,
+    assert_each_left_once,
+    events_of,
+    fate,
+    put,
+    settled,
+    settled_one,
+    take_all,
+)
 
 from sandbox.world import World
 
@@ -183,28 +192,27 @@ def test_an_email_without_an_id_is_known_by_its_content(world: World) -> None:
     assert event.body["publisher_message_id"] == publisher_message_id
 
 
-@pytest.mark.parametrize(
-    "properties",
-    [
-        {"correlation_id": "a\0b"},
-        {"reply_to": "a\0b"},
-        {"headers": {"traceparent": "a\0b"}},
-        {"correlation_id": b"\xff\xfe"},
-        {"reply_to": b"\xff\xfe"},
-        {"headers": {"traceparent": 17}},
-        {"headers": {"traceparent": "x" * 5000}},
-        {"reply_to": "a queue that does not exist"},
-        {"reply_to": "send_email"},
-        {"content_type": "text/html", "content_encoding": "gzip", "expiration": "600000", "priority": 200},
-        {"timestamp": datetime(2026, 1, 1, tzinfo=UTC)},
-    ],
-    ids=str,
-)
-def test_odd_properties_do_not_stop_an_email(world: World, properties: dict[str, Any]) -> None:
-    email = an_email(MAILBOX)
+ODD_PROPERTIES: list[dict[str, Any]] = [
+    {"correlation_id": "a\0b"},
+    {"reply_to": "a\0b"},
+    {"headers": {"traceparent": "a\0b"}},
+    {"correlation_id": b"\xff\xfe"},
+    {"reply_to": b"\xff\xfe"},
+    {"headers": {"traceparent": 17}},
+    {"headers": {"traceparent": "x" * 5000}},
+    {"reply_to": "a queue that does not exist"},
+    {"reply_to": "send_email"},
+    {"content_type": "text/html", "content_encoding": "gzip", "expiration": "600000", "priority": 200},
+]
 
-    put(world, "send_email", orjson.dumps(email), **properties)
 
-    known = settled_one(world, email, seconds=15)
-    assert known.status == "processed"
-    world.wait_until("its publisher is told", lambda: events_of(world, known, "SendEmailSent"), timedelta(seconds=5))
+def test_odd_properties_do_not_stop_an_email(world: World) -> None:
+    odd = [an_email(MAILBOX) for _ in ODD_PROPERTIES]
+
+    for email, properties in zip(odd, ODD_PROPERTIES, strict=True):
+        put(world, "send_email", orjson.dumps(email), **properties)
+
+    known = settled(world, odd, seconds=15)
+    assert_each_left_once(world, known.values())
+    for each in known.values():
+        world.wait_until("its publisher is told", lambda each=each: events_of(world, each, "SendEmailSent"))

@@ -1,0 +1,300 @@
+"""``send_attached``: draft, uploads, send; a worker may die at each arrow, and nothing is there twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import models
+import runtime
+import support
+from actors import drafts
+from actors.composition import graph_message
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
+from models import rows, uploads
+from simulator import files
+from support import SENDER, Fleet, email_row, lapse, sending, store, table
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+configure = support.configure
+
+SMALL = 100
+LARGE = UPLOAD_RANGE_BYTES + 1000
+
+
+def file(fleet: Fleet, name: str, size: int, **faults: Any) -> dict[str, Any]:
+    return {"name": name, "size": size, "contentType": "application/pdf", "urlOrId": url(fleet, name, size, **faults)}
+
+
+def url(fleet: Fleet, name: str, size: int, **faults: Any) -> str:
+    return fleet.graph.file_url(size, seed=name, name=name, **faults)
+
+
+def attached(fleet: Fleet, id: str) -> dict[str, str]:
+    """The names and checksums of the attachments of the only mail that left for this email."""
+    (delivery,) = fleet.graph.deliveries(tag=id)
+    found = {attachment["name"]: attachment["sha256"] for attachment in delivery["attachments"]}
+    assert len(found) == len(delivery["attachments"])
+    return found
+
+
+def expected(**sizes: int) -> dict[str, str]:
+    return {name: files.sha256(name, size) for name, size in sizes.items()}
+
+
+def calls(fleet: Fleet) -> Counter[str]:
+    return Counter(request["operation"] for request in fleet.graph.requests() if request["status"] != "401")
+
+
+def test_a_mail_is_sent_with_small_and_large_attachments(fleet: Fleet) -> None:
+    # Given
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE), file(fleet, "empty", 0)])
+    # When
+    assert fleet.send() == ["done"]
+    # Then
+    assert (email_row(id)["status"], sending(id)) == ("processed", "sent")
+    assert attached(fleet, id) == expected(small=SMALL, large=LARGE, empty=0)
+    assert {row["filename"]: (row["status"], row["uploaded_bytes"]) for row in table("file_uploads")} == {
+        "small": ("uploaded", SMALL),
+        "large": ("uploaded", LARGE),
+        "empty": ("uploaded", 0),
+    }
+    assert calls(fleet)["upload_range"] == 2
+    assert fleet.events() == ["SendEmailSent"]
+
+
+def test_two_attachments_of_the_same_name_are_both_there(fleet: Fleet) -> None:
+    id = store(attachments=[file(fleet, "a", SMALL), file(fleet, "a", SMALL + 1)])
+    fleet.send()
+    (delivery,) = fleet.graph.deliveries(tag=id)
+    assert sorted(attachment["size"] for attachment in delivery["attachments"]) == [SMALL, SMALL + 1]
+
+
+# A worker dies
+
+
+def killed_after(fleet: Fleet, id: str, step: Callable[[models.ClaimedEmail], object]) -> None:
+    """Let a worker claim the email, take some steps and be heard of no more."""
+    step(support.claim(id, intent=False))
+    lapse(id)
+
+
+def make_draft(email: models.ClaimedEmail) -> str:
+    return runtime.graph.create_draft(email.mailbox, graph_message(email.id, email.payload)).id
+
+
+def draft_made(email: models.ClaimedEmail) -> None:
+    make_draft(email)
+
+
+def draft_recorded(email: models.ClaimedEmail) -> None:
+    email.record_draft(make_draft(email))
+
+
+def one_attached_unrecorded(email: models.ClaimedEmail) -> None:
+    draft_recorded(email)
+    uploads.plan(email, email.payload["attachments"])
+    content = files.content("small", SMALL)
+    runtime.graph.attach(email.mailbox, str(email.draft_id), name="small", content_type="text/plain", content=content)
+
+
+def session_opened(email: models.ClaimedEmail) -> uploads.Upload:
+    draft_recorded(email)
+    upload = uploads.plan(email, email.payload["attachments"])[1]
+    drafts._session(email, str(email.draft_id), upload, email.payload["attachments"][1])
+    return upload
+
+
+def half_uploaded(email: models.ClaimedEmail, *, record: bool = True) -> None:
+    upload = session_opened(email)
+    session = runtime_session(email, upload)
+    content = files.content("large", LARGE)[:UPLOAD_RANGE_BYTES]
+    following = runtime.graph.upload_range(session, 0, content, LARGE)
+    if record:
+        upload.uploaded_bytes = int(following or 0)
+        uploads.record_progress(email, upload, lease=support.LEASE)
+
+
+def range_unrecorded(email: models.ClaimedEmail) -> None:
+    half_uploaded(email, record=False)
+
+
+def runtime_session(email: models.ClaimedEmail, upload: uploads.Upload) -> Any:
+    return drafts._session(email, str(email.draft_id), upload, email.payload["attachments"][1])
+
+
+def all_uploaded(email: models.ClaimedEmail) -> None:
+    drafts.prepare_draft(email)
+
+
+RECOVERY_POINTS: dict[str, Callable[[models.ClaimedEmail], object]] = {
+    "claimed": lambda email: None,
+    "draft made, unrecorded": draft_made,
+    "draft recorded": draft_recorded,
+    "attached, unrecorded": one_attached_unrecorded,
+    "session opened": session_opened,
+    "half uploaded": half_uploaded,
+    "range uploaded, unrecorded": range_unrecorded,
+    "all uploaded": all_uploaded,
+}
+
+
+@pytest.mark.parametrize("point", RECOVERY_POINTS)
+def test_whatever_a_dead_worker_did_the_next_one_goes_on_and_nothing_is_there_twice(fleet: Fleet, point: str) -> None:
+    # Given
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    killed_after(fleet, id, RECOVERY_POINTS[point])
+    assert sending(id) is None
+    # When
+
+    def sent() -> bool:
+        fleet.settle(id)
+        return sending(id) == "sent"
+
+    support.wait_until("it is sent", sent)
+    # Then
+    assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
+    assert [mail["isDraft"] for mail in fleet.graph.messages(SENDER)] == [False]
+    assert fleet.events() == ["SendEmailSent"]
+
+
+def test_a_recorded_draft_and_recorded_ranges_are_not_made_again(fleet: Fleet) -> None:
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    killed_after(fleet, id, half_uploaded)
+    before = calls(fleet)
+    fleet.settle(id)
+    again = calls(fleet) - before
+    assert fleet.mails(id) == 1
+    assert (again["create_draft"], again["create_upload_session"], again["upload_range"]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_worker_that_died_around_the_send_leaves_the_mail_in_doubt_and_it_is_sent_once(
+    fleet: Fleet, sent: bool
+) -> None:
+    # Given
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    email = support.claim(id, intent=False)
+    draft_id = drafts.prepare_draft(email)
+    email.record_intent(support.LEASE)
+    if sent:
+        runtime.graph.send_draft(SENDER, draft_id)
+    lapse(id)
+    assert sending(id) == "in_doubt"
+    # When
+    fleet.settle(id)
+    # Then
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+    assert attached(fleet, id) == expected(small=SMALL)
+
+
+def test_a_lost_answer_to_the_send_of_a_draft_does_not_send_twice(fleet: Fleet) -> None:
+    fleet.graph.lose_next_answer(operation="send_draft")
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    fleet.send()
+    assert sending(id) == "in_doubt"
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
+# Graph fails on the way
+
+
+@pytest.mark.parametrize(
+    "operation", ["create_draft", "attach", "create_upload_session", "upload_range"]
+)
+@pytest.mark.parametrize("fault", ["throttle", "unavailable", "lose_next_answer", "reset_connection"])
+def test_a_step_that_fails_is_repeated_and_nothing_is_there_twice(fleet: Fleet, operation: str, fault: str) -> None:
+    # Given
+    getattr(fleet.graph, fault)(operation=operation)
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    # When
+    fleet.send()
+    # Then
+    row = email_row(id)
+    assert (row["status"], row["attempt_count"], sending(id)) == ("received", 0 if fault == "throttle" else 1, None)
+
+    def sent() -> bool:
+        fleet.settle(id)
+        return sending(id) == "sent"
+
+    support.wait_until("it is sent", sent)
+    assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
+    assert email_row(id)["attempt_count"] <= 4
+
+
+def test_a_lost_upload_session_begins_that_file_again_and_leaves_the_others(fleet: Fleet) -> None:
+    # Given
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    fleet.graph.lose_upload_session()
+    # When
+    fleet.send()
+    # Then
+    progress = {row["filename"]: (row["status"], row["uploaded_bytes"]) for row in table("file_uploads")}
+    assert progress["small"] == ("uploaded", SMALL)
+    assert progress["large"][1] == 0
+    fleet.settle(id)
+    assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
+    assert calls(fleet)["attach"] == 1
+
+
+def test_a_draft_that_somebody_deleted_is_made_again(fleet: Fleet) -> None:
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    killed_after(fleet, id, draft_recorded)
+    first = email_row(id)["draft_id"]
+    runtime.graph.delete_message(SENDER, first)
+    rows("UPDATE incoming_emails SET attempt_count = 5")
+
+    def sent() -> bool:
+        fleet.settle(id)
+        return sending(id) == "sent"
+
+    support.wait_until("it is sent", sent)
+    assert fleet.mails(id) == 1
+    assert attached(fleet, id) == expected(small=SMALL)
+
+
+def test_an_attachment_that_graph_finds_too_small_for_a_session_is_attached(fleet: Fleet) -> None:
+    fleet.graph.set_behaviour(min_session_bytes=SMALL_ATTACHMENT_BYTES + 1000)
+    size = SMALL_ATTACHMENT_BYTES + 10
+    id = store(attachments=[file(fleet, "edge", size)])
+    fleet.send()
+    assert attached(fleet, id) == expected(edge=size)
+
+
+# The source fails
+
+
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [({"status": 404}, "source_gone"), ({"status": 403}, "source_gone"), ({"size": SMALL + 1}, "size_mismatch")],
+)
+def test_a_source_that_does_not_have_the_file_ends_the_mail(
+    fleet: Fleet, faults: dict[str, int], reason: str
+) -> None:
+    given = file(fleet, "small", SMALL)
+    if "size" in faults:
+        given["size"] = faults["size"]
+    else:
+        given["urlOrId"] += f"&status={faults['status']}"
+    id = store(attachments=[given])
+    assert fleet.send() == ["dead-lettered"]
+    assert (email_row(id)["status"], table("dlq")[0]["reason"]) == ("failed", reason)
+    assert given["urlOrId"] not in str(table("dlq"))
+    assert fleet.mails(id) == 0
+
+
+def test_a_source_in_a_private_network_is_refused(fleet: Fleet) -> None:
+    id = store(attachments=[file(fleet, "small", SMALL) | {"urlOrId": "https://169.254.169.254/latest/meta-data"}])
+    assert fleet.send() == ["dead-lettered"]
+    assert (email_row(id)["status"], table("dlq")[0]["reason"]) == ("failed", "source_forbidden")
+
+
+def test_a_source_that_fails_for_now_is_asked_again(fleet: Fleet) -> None:
+    given = file(fleet, "small", SMALL)
+    id = store(attachments=[given | {"urlOrId": given["urlOrId"] + "&status=503"}])
+    assert fleet.send() == ["done"]
+    assert (email_row(id)["status"], email_row(id)["attempt_count"], sending(id)) == ("received", 1, None)

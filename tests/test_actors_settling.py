@@ -1,0 +1,207 @@
+"""A mail in doubt: what is found in the mailbox decides, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+
+import models
+import runtime
+import support
+from actors.composition import graph_message
+from support import SENDER, Fleet, email_row, lapse, rows, sending, store, table
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+configure = support.configure
+
+Configure = Callable[..., None]
+OVER = {"in_doubt_grace": timedelta(0)}
+
+
+def evidence() -> list[str]:
+    (sent,) = table("sent_emails")
+    return [entry["seen"] for entry in sent["response_metadata"]["evidence"]]
+
+
+def in_doubt(fleet: Fleet, **changes: object) -> str:
+    """An email whose worker died after it had committed the intent, before it called Graph."""
+    id = store(**changes)
+    support.claim(id, intent=True)
+    lapse(id)
+    assert sending(id) == "in_doubt"
+    return id
+
+
+def test_found_sent_is_recorded_with_its_time_and_the_evidence(fleet: Fleet) -> None:
+    fleet.graph.lose_next_answer()
+    id = store()
+    fleet.send()
+    fleet.settle(id)
+    (sent,) = table("sent_emails")
+    assert (sent["status"], bool(sent["graph_message_id"]), bool(sent["sent_at"])) == ("sent", True, True)
+    assert evidence()[-1] == "1 sent, 0 drafts"
+    assert email_row(id)["attempt_count"] == 1
+
+
+def test_found_as_a_draft_is_sent(fleet: Fleet) -> None:
+    id = in_doubt(fleet)
+    payload = rows("SELECT payload FROM incoming_emails")[0][0]
+    runtime.graph.create_draft(SENDER, graph_message(id, payload))
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+    assert evidence()[-1] == "0 sent, 1 drafts"
+    assert fleet.events() == ["SendEmailSent"]
+
+
+@pytest.mark.parametrize("second_send", ["not_found", "invalid", "accepted"])
+def test_a_draft_that_is_being_sent_already_is_neither_sent_twice_nor_given_up(
+    fleet: Fleet, second_send: str
+) -> None:
+    # Given a mail whose send got no answer, and which Graph still shows as a draft
+    fleet.graph.set_behaviour(while_submitting="draft", second_send=second_send, sent_items_delay_seconds=1)
+    fleet.graph.lose_next_answer(operation="send_draft")
+    file = {"name": "a.txt", "size": 5, "urlOrId": fleet.graph.file_url(5)}
+    id = store(attachments=[file])
+    fleet.send()
+    assert sending(id) == "in_doubt"
+    # When
+    results = fleet.settle(id)
+    # Then
+    assert "dead-lettered" not in results
+    assert fleet.mails(id) == 1
+
+    def sent() -> bool:
+        if sending(id) != "sent":
+            fleet.settle(id)
+        return sending(id) == "sent"
+
+    support.wait_until("it is found sent", sent)
+    assert (email_row(id)["status"], fleet.mails(id), fleet.events()) == ("processed", 1, ["SendEmailSent"])
+
+
+def test_the_send_of_a_draft_that_was_found_may_be_in_doubt_again(fleet: Fleet) -> None:
+    id = in_doubt(fleet)
+    payload = rows("SELECT payload FROM incoming_emails")[0][0]
+    runtime.graph.create_draft(SENDER, graph_message(id, payload))
+    fleet.graph.lose_next_answer(operation="send_draft")
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("in_doubt", 1)
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
+def test_absent_within_the_grace_period_is_looked_for_again_and_never_sent(fleet: Fleet) -> None:
+    id = in_doubt(fleet)
+    for _ in range(3):
+        fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("in_doubt", 0)
+    assert evidence()[-3:] == ["0 sent, 0 drafts"] * 3
+    assert 25 < support.seconds_until("incoming_emails", "next_attempt_at", "id", id) <= 30
+    assert fleet.graph.requests(operation="send_mail") == []
+
+
+def test_a_mail_that_shows_late_is_found_within_the_grace_period(fleet: Fleet) -> None:
+    fleet.graph.set_sent_items_delay(0.6)
+    fleet.graph.lose_next_answer()
+    id = store()
+    fleet.send()
+    fleet.settle(id)
+    assert sending(id) == "in_doubt"
+
+    def found() -> bool:
+        fleet.settle(id)
+        return sending(id) == "sent"
+
+    support.wait_until("it shows", found)
+    assert fleet.mails(id) == 1
+
+
+def test_absent_after_the_grace_period_is_sent_again(fleet: Fleet, configure: Configure) -> None:
+    id = in_doubt(fleet)
+    configure(**OVER)
+    fleet.settle(id)
+    assert (email_row(id)["status"], sending(id)) == ("received", "not_sent")
+    fleet.send()
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+    assert evidence()[-2:] == ["0 sent, 0 drafts", "202"]
+
+
+def test_absent_after_the_grace_period_is_held_where_the_policy_says_so(fleet: Fleet, configure: Configure) -> None:
+    # Given
+    id = in_doubt(fleet)
+    configure(**OVER, in_doubt_policy="hold")
+    # When
+    assert fleet.settle(id) == ["dead-lettered"]
+    # Then
+    assert (email_row(id)["status"], sending(id), fleet.mails(id)) == ("failed", "in_doubt", 0)
+    assert table("dlq")[0]["reason"] == "in_doubt_held"
+    assert fleet.events() == ["SendEmailFailed"]
+    # When an operator replays it, it is looked up once more and then sent
+    models.dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
+    fleet.send()
+    assert (sending(id), fleet.mails(id)) == ("not_sent", 0)
+    fleet.send()
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
+def test_the_replay_of_a_held_mail_that_was_sent_after_all_does_not_send_it_again(
+    fleet: Fleet, configure: Configure
+) -> None:
+    fleet.graph.set_sent_items_delay(0.5)
+    fleet.graph.lose_next_answer()
+    configure(**OVER, in_doubt_policy="hold")
+    id = store()
+    fleet.send()
+    assert fleet.settle(id) == ["dead-lettered"]
+    support.wait_until("it shows", lambda: fleet.graph.messages(SENDER))
+    models.dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
+    fleet.send()
+    assert (email_row(id)["status"], sending(id), fleet.mails(id)) == ("processed", "sent", 1)
+
+
+@pytest.mark.parametrize("trouble", ["throttled", "unavailable", "lost answer", "denied", "no token"])
+def test_a_look_up_that_fails_leaves_the_mail_in_doubt_and_sends_nothing(
+    fleet: Fleet, trouble: str, configure: Configure
+) -> None:
+    # Given
+    fleet.graph.lose_next_answer()
+    id = store()
+    fleet.send()
+    configure(**OVER, max_attempts=1)
+    {
+        "throttled": lambda: fleet.graph.throttle(operation="find"),
+        "unavailable": lambda: fleet.graph.unavailable(operation="find"),
+        "lost answer": lambda: fleet.graph.lose_next_answer(operation="find"),
+        "denied": lambda: fleet.graph.deny(SENDER),
+        "no token": lambda: fleet.graph.fail(401, code="InvalidAuthenticationToken", times=2, operation="find"),
+    }[trouble]()
+    # When
+    assert fleet.settle(id) == ["done"]
+    # Then
+    assert (email_row(id)["status"], sending(id), fleet.mails(id)) == ("processing", "in_doubt", 1)
+    # When the trouble is over
+    fleet.graph.clear_faults()
+    fleet.settle(id)
+    # Then
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
+def test_a_mail_in_doubt_is_looked_up_even_if_its_attempts_are_used_up(fleet: Fleet, configure: Configure) -> None:
+    fleet.graph.lose_next_answer()
+    id = store()
+    fleet.send()
+    rows("UPDATE incoming_emails SET attempt_count = 50")
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
+def test_two_mails_for_one_email_are_recorded_as_sent_and_noted(fleet: Fleet) -> None:
+    id = in_doubt(fleet)
+    payload = rows("SELECT payload FROM incoming_emails")[0][0]
+    for _ in range(2):
+        runtime.graph.send_mail(SENDER, graph_message(id, payload))
+    fleet.settle(id)
+    assert sending(id) == "sent"
+    assert evidence()[-1] == "2 sent, 0 drafts"

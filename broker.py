@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from dramatiq import Middleware
-from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker
-from dramatiq.common import xq_name
+from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer
+from dramatiq.common import q_name, xq_name
 from dramatiq.middleware import Interrupt
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,53 @@ DEAD_LETTER_EXCHANGE = "mail.dead_letters"
 MIRROR_QUEUE = "mail.dead_letters.mirror"
 
 
+class FleetConsumer(_RabbitmqConsumer):
+    """A consumer that settles only what came over its own connection, and hands on only what an actor can take.
+
+    Delivery tags start anew with each connection. After a reconnect Dramatiq's consumer takes the tag of a message of
+    the old connection for one of the new, and so acknowledges a message that is still being worked on.
+
+    Dramatiq takes a message's word for the queue that it came from and for its members' types; one that lies ends the
+    thread that works on it, and the next one's when it comes again. One with an ``eta`` would wait in this process.
+    """
+
+    def __next__(self) -> Any:
+        message = super().__next__()
+        if message is None:
+            return None
+        message.came_over = self
+        if self._can_be_taken(message):
+            return message
+        log.error("a message in %s is none that an actor can take", self.queue_name)
+        self.nack(message)
+        self.broker.emit_after("nack", message)
+        return None
+
+    def _can_be_taken(self, message: Any) -> bool:
+        names = (message.queue_name, message.actor_name, message.message_id)
+        return (
+            all(isinstance(name, str) for name in names)
+            and q_name(message.queue_name) == q_name(self.queue_name)
+            and isinstance(message.kwargs, dict)
+            and isinstance(message.options, dict)
+            and "eta" not in message.options
+        )
+
+    def ack(self, message: Any) -> None:
+        if message.came_over is self:
+            super().ack(message)
+
+    def nack(self, message: Any) -> None:
+        if message.came_over is self:
+            super().nack(message)
+
+
 class FleetBroker(RabbitmqBroker):
     """A `RabbitmqBroker` with confirmed publishes, queues of one type, and the dead-letter exchange."""
+
+    @property
+    def consumer_class(self) -> type[FleetConsumer]:
+        return FleetConsumer
 
     def __init__(self, *, url: Any, queue_type: str, middleware: list[Any]) -> None:
         super().__init__(url=None, confirm_delivery=True, middleware=middleware)

@@ -168,15 +168,20 @@ class Publisher:
 
     def _settle(self, batches: list[_Batch]) -> None:
         try:
-            self._publish([message for batch in batches for message in batch.messages])
+            unroutable = self._publish([message for batch in batches for message in batch.messages])
         except Unconfirmed as error:
             for batch in batches:
                 batch.done.set_exception(error)
-        else:
-            for batch in batches:
+            return
+        for batch in batches:
+            missing = {m.routing_key for m in batch.messages if m.mandatory} & unroutable
+            if missing:
+                batch.done.set_exception(Unconfirmed(f"RabbitMQ has no queue named {', '.join(sorted(missing))}"))
+            else:
                 batch.done.set_result(None)
 
-    def _publish(self, messages: list[Outgoing]) -> None:
+    def _publish(self, messages: list[Outgoing]) -> set[str]:
+        """Publish and wait until all are confirmed; return the queues that mandatory messages did not find."""
         try:
             channel = self._open_channel()
             self._returned.clear()
@@ -195,7 +200,7 @@ class Publisher:
             raise Unconfirmed(f"a message cannot be published ({type(error).__name__})") from error
         if self._returned:
             self._disconnect()  # the next connection declares what is missing
-            raise Unconfirmed(f"RabbitMQ has no queue named {', '.join(sorted(set(self._returned)))}")
+        return set(self._returned)
 
     def _send(self, channel: Any, messages: list[Outgoing]) -> None:
         for message in messages:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import logging
 import os
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -78,7 +80,7 @@ def configure_logging(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(orjson.dumps)],
+        processors=[*shared, _exceptions, structlog.processors.JSONRenderer(orjson.dumps)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.BytesLoggerFactory(_STANDARD_ERROR),
         cache_logger_on_first_use=True,
@@ -89,7 +91,7 @@ def configure_logging(level: str) -> None:
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                _exceptions,
                 structlog.processors.JSONRenderer(lambda *args, **kwargs: orjson.dumps(*args, **kwargs).decode()),
             ],
         )
@@ -103,6 +105,25 @@ def configure_logging(level: str) -> None:
     # It tells each failed connect in six lines; whoever connects tells it in one.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
+    threading.excepthook = _log_end_of_thread
+
+
+def _log_end_of_thread(end: threading.ExceptHookArgs) -> None:
+    if end.exc_value is not None:
+        logging.getLogger(__name__).critical("a thread has ended", exc_info=end.exc_value)
+
+
+def _without_text(exc_info: Any) -> str:
+    """Render an exception by its types and places: its text may quote what was worked on, down to the body."""
+    told = []
+    error = exc_info[1]
+    while error is not None:
+        told += [f"{type(error).__module__}.{type(error).__qualname__}\n", *traceback.format_tb(error.__traceback__)]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "".join(told)
+
+
+_exceptions = structlog.processors.ExceptionRenderer(_without_text)
 
 
 def _without_message_arguments(record: logging.LogRecord) -> bool:

@@ -64,7 +64,7 @@ def _fields(row: Any, names: str) -> dict[str, Any]:
 
 
 class Backlog(NamedTuple):
-    """How much is waiting, in the whole fleet; ``oldest_waiting`` is the creation of the oldest that could go out now."""
+    """How much is waiting, in the whole fleet; ``oldest_waiting``: when the oldest that could go out now was made."""
 
     by_status: dict[str, int]
     oldest_waiting: datetime | None

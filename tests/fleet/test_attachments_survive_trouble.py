@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fleet_support import Fate, a_mailbox, an_attachment, an_email, assert_each_left_once, attached_sha256, deliveries
-from fleet_support import events_of, settled
+from fleet_support import (
+    Fate,
+    a_mailbox,
+    an_attachment,
+    an_email,
+    assert_each_left_once,
+    attached_sha256,
+    deliveries,
+    events_of,
+    settled,
+)
 
 from sandbox.world import World
 from simulator.control import Simulator

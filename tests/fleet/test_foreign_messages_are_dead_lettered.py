@@ -12,10 +12,10 @@ from fleet_support import a_mailbox, an_email, assert_each_left_once, put, settl
 from sandbox.world import World
 
 
-def _message(actor_name: str = "send_plain", **changes: Any) -> bytes:
+def _message(actor_name: str = "send_plain", queue_name: str = "send_plain", **changes: Any) -> bytes:
     kwargs = {"incoming_email_id": str(uuid.uuid4()), "attempt": 1}
     message = {
-        "queue_name": "send_plain",
+        "queue_name": queue_name,
         "actor_name": actor_name,
         "args": [],
         "kwargs": kwargs,
@@ -26,8 +26,8 @@ def _message(actor_name: str = "send_plain", **changes: Any) -> bytes:
     return orjson.dumps(message | changes)
 
 
-def _to(actor_name: str, **kwargs: Any) -> bytes:
-    return _message(actor_name, kwargs=kwargs)
+def _to(actor_name: str, queue_name: str = "send_plain", **kwargs: Any) -> bytes:
+    return _message(actor_name, queue_name, kwargs=kwargs)
 
 
 FOREIGN = {
@@ -46,10 +46,17 @@ FOREIGN = {
     "a list as id": ("send_plain", _to("send_plain", incoming_email_id=[1], attempt=1)),
     "a word as attempt": ("send_plain", _to("send_plain", incoming_email_id=str(uuid.uuid4()), attempt="one")),
     "too large an attempt": ("send_plain", _to("send_plain", incoming_email_id=str(uuid.uuid4()), attempt=2**40)),
+    "a list as actor": ("send_plain", _message(actor_name=["send_plain"])),  # type: ignore[arg-type]
+    "nothing as actor": ("send_plain", _message(actor_name=None)),  # type: ignore[arg-type]
+    "a number as queue": ("send_plain", _message(queue_name=17)),  # type: ignore[arg-type]
+    "a number as options": ("send_plain", _message(options=17)),
+    "a number as arguments": ("send_plain", _message(kwargs=17)),
+    "to be held for a century": ("send_plain", _message(options={"eta": 4_900_000_000_000})),
     "for the uploads": ("send_attached", b"hello"),
-    "for the archive": ("backup", _to("backup_email", incoming_email_id="ann", attempt=1)),
-    "for the scheduler": ("scheduler", _to("acknowledge_receipt", receipts=[["ann", "one"]])),
-    "receipts that are none": ("scheduler", _to("acknowledge_receipt", receipts=17)),
+    "for the archive": ("backup", _to("backup_email", "backup", incoming_email_id="ann", attempt=1)),
+    "in the wrong queue": ("backup", _to("send_plain", incoming_email_id=str(uuid.uuid4()), attempt=1)),
+    "for the scheduler": ("scheduler", _to("acknowledge_receipt", "scheduler", receipts=[["ann", "one"]])),
+    "receipts that are none": ("scheduler", _to("acknowledge_receipt", "scheduler", receipts=17)),
     "for housekeeping": ("maintenance", b"hello"),
 }
 

@@ -1,4 +1,4 @@
-"""Every way in which the answer to a send is lost: the mail is looked for in the mailbox before anything is sent again."""
+"""However the answer to a send is lost, the mail is looked for in the mailbox before anything is sent again."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LOST: dict[str, tuple[Fault, bool]] = {
     "silence instead of the send": (lambda g, m, op: g.hang(m, op, executed=False), False),
     "twice a reset instead of the send": (lambda g, m, op: g.reset_connection(m, op, times=2), False),
     "the lookup fails as well": (
-        lambda g, m, op: (g.lose_next_answer(m, op), g.fail(500, mailbox=m, operation="list_messages"))[0],
+        lambda g, m, op: (g.lose_next_answer(m, op), g.fail(500, mailbox=m, operation="find"))[0],
         True,
     ),
     "the lookup is throttled": (
-        lambda g, m, op: (g.lose_next_answer(m, op), g.throttle(m, "1", operation="list_messages"))[0],
+        lambda g, m, op: (g.lose_next_answer(m, op), g.throttle(m, "1", operation="find"))[0],
         True,
     ),
 }

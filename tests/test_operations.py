@@ -1,0 +1,335 @@
+"""What an operator may do: every change is written down with who made it, and none of them sends anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import orjson
+import pika
+import pytest
+import support
+from operator_support import MIME, archive, audited, foreign, give_up, letter_of, tamper, workers
+from support import Fleet, email_row, rows, sending
+
+import models
+import operations
+import runtime
+from contracts import Unacceptable
+from models import dead_letters
+from models.dead_letters import Filter, Letter
+from operations import NotFound
+from sandbox.world import new_database
+from simulator.control import Simulator
+from vault import Tampered, UnknownKey
+
+shared_database, tables, fleet, configure = support.shared_database, support.tables, support.fleet, support.configure
+pytestmark = pytest.mark.usefixtures("tables")
+
+WHO = "tests:ann"
+NOBODYS_IDS = ["", "x" * 10_000, "a' OR 1=1; --", "\x1b[31m\r\n", "späß🙈", "{" + "0" * 32 + "}", "%s %(id)s"]
+TASK = {
+    "queue_name": "maintenance",
+    "actor_name": "purge_expired",
+    "args": [],
+    "kwargs": {},
+    "options": {"told": 1},
+    "message_id": "the first",
+    "message_timestamp": 1_700_000_000_000,
+}
+
+
+def letters(**narrowed: Any) -> list[Letter]:
+    return operations.find_dead_letters(Filter(**narrowed), None)
+
+
+def replay(*which: Letter, **options: Any) -> list[str]:
+    outcomes: list[str] = []
+    operations.resolve(which, replay=True, who=WHO, on_each=lambda _, outcome: outcomes.append(outcome), **options)
+    return outcomes
+
+
+@pytest.fixture
+def channel() -> Iterator[Any]:
+    with pika.BlockingConnection(runtime.rabbitmq) as connection:
+        channel = connection.channel()
+        runtime.declare(channel)
+        for queue in (*support.QUEUES, runtime.SEND_QUEUE):
+            channel.queue_purge(queue)
+        yield channel
+    runtime.close()
+
+
+# Publishing and looking
+
+
+def test_a_published_email_is_put_on_the_queue_as_it_is_and_lastingly(channel: Any) -> None:
+    body = orjson.dumps(support.send_email(), option=orjson.OPT_INDENT_2)
+    assert operations.publish(body) == "order-1"
+    _, properties, published = channel.basic_get(runtime.SEND_QUEUE, auto_ack=True)
+    assert (published, properties.delivery_mode) == (body, 2)
+
+
+def test_what_would_be_rejected_is_not_published(channel: Any) -> None:
+    with pytest.raises(Unacceptable):
+        operations.publish(b'{"from": "ann"}')
+    assert channel.basic_get(runtime.SEND_QUEUE)[0] is None
+
+
+def test_an_email_is_known_by_our_id_and_by_the_publishers() -> None:
+    id = give_up("order-7")
+    assert operations.status(id) == operations.status("order-7")
+    known = operations.status(id)
+    assert (known["status"], known["sending"], len(known["receipts"]), len(known["dead_letters"])) == (
+        "failed",
+        None,
+        1,
+        1,
+    )
+    assert "Thank you" not in str(known)
+
+
+@pytest.mark.parametrize("id", NOBODYS_IDS, ids=lambda id: ascii(id[:12]))
+def test_an_id_that_nobody_has_is_not_found_whatever_it_looks_like(id: str) -> None:
+    give_up()
+    with pytest.raises(NotFound):
+        operations.status(id)
+    with pytest.raises(NotFound):
+        operations.dead_letter(id)
+    with pytest.raises(NotFound):
+        operations.export_backup(id, who=WHO)
+    assert not letters(reason=id or "none")
+
+
+# Dead letters
+
+
+def test_a_replay_puts_the_email_back_wakes_the_scheduler_and_says_who_asked(channel: Any) -> None:
+    # Given
+    id = give_up()
+    runtime.redis.flushdb()
+    # When
+    assert replay(*letters()) == ["replayed"]
+    runtime.close()
+    # Then
+    assert (email_row(id)["status"], email_row(id)["attempt_count"]) == ("received", 0)
+    assert audited() == [(WHO, "dlq.replayed", letter_of(id))]
+    assert b"schedule_emails" in channel.basic_get("scheduler", auto_ack=True)[2]
+
+
+def test_a_letter_that_was_resolved_meanwhile_is_left_alone() -> None:
+    give_up()
+    seen = letters()
+    assert replay(*seen) == ["replayed"]
+    assert replay(*seen) == ["resolved before"]
+    assert len(audited()) == 1
+
+
+def test_a_discarded_email_stays_failed() -> None:
+    id = give_up()
+    assert operations.resolve(letters(), replay=False, who=WHO) == 1
+    assert email_row(id)["status"] == "failed"
+    assert audited() == [(WHO, "dlq.discarded", letter_of(id))]
+    assert letters() == []
+
+
+def test_the_replay_of_an_email_in_doubt_looks_for_it_and_does_not_send_it_again(
+    fleet: Fleet, graph: Simulator, configure: Callable[..., None]
+) -> None:
+    # Given a mail that was sent, whose answer was lost, and that did not show up before patience ended
+    configure(in_doubt_policy="hold", in_doubt_grace=support.NOW, in_doubt_settle=support.NOW)
+    id = support.store()
+    graph.set_sent_items_delay(3)
+    graph.lose_next_answer()
+    fleet.send()
+    fleet.settle(id)
+    assert (email_row(id)["status"], dead_letters.find(id).reason) == ("failed", "in_doubt_held")  # type: ignore[union-attr]
+    # When
+    support.wait_until("the mail shows", lambda: graph.messages(support.SENDER))
+    replay(*letters())
+    assert sending(id) in ("in_doubt", "sending")
+    fleet.settle(id)
+    # Then
+    assert (email_row(id)["status"], fleet.mails(id)) == ("processed", 1)
+
+
+def test_a_foreign_message_is_put_on_its_queue_again_under_a_new_id(channel: Any) -> None:
+    # Given
+    foreign(orjson.dumps(TASK))
+    # When
+    assert replay(*letters()) == ["replayed"]
+    # Then
+    again = orjson.loads(channel.basic_get("maintenance", auto_ack=True)[2])
+    assert again | {"message_id": ""} == TASK | {"message_id": ""}
+    # And if it fails again, that is another letter: the first one's id would hide it
+    assert again["message_id"] != TASK["message_id"]
+
+
+@pytest.mark.parametrize("body", [b"\xff\x00 hello", b"", b'{"kwargs": {}}', b"[1]", orjson.dumps(TASK)[:-9]])
+def test_a_foreign_message_that_no_actor_can_read_stays_open_until_it_is_discarded(body: bytes, channel: Any) -> None:
+    foreign(body)
+    assert replay(*letters()) == ["no actor can read it: discard it"]
+    assert len(letters()) == 1
+    assert channel.basic_get("maintenance")[0] is None
+    assert operations.resolve(letters(), replay=False, who=WHO) == 1
+
+
+def test_a_letter_that_cannot_be_put_back_does_not_stop_the_others(channel: Any) -> None:
+    # Given
+    foreign(orjson.dumps(TASK), queue_name="gone")
+    give_up()
+    # When
+    first, second = replay(*letters())
+    # Then
+    assert "no queue named gone" in first
+    assert second == "replayed"
+    assert [letter.queue_name for letter in letters()] == ["gone"]
+
+
+def test_a_rate_spreads_a_replay_and_costs_the_first_letter_nothing() -> None:
+    for number in range(3):
+        give_up(f"order-{number}")
+    began = time.monotonic()
+    replay(letters()[0], per_second=0.01)
+    assert time.monotonic() - began < 5
+    began = time.monotonic()
+    replay(*letters(), per_second=5)
+    assert 0.2 <= time.monotonic() - began < 5
+
+
+# The archive
+
+
+def test_an_exported_backup_is_the_exact_mime_by_any_of_its_ids() -> None:
+    id = archive("order-1")
+    for known_as in (id, "order-1", "graph-order-1"):
+        backup, chunks = operations.export_backup(known_as, who=WHO)
+        assert b"".join(chunks) == MIME
+    assert audited() == [(WHO, "backups.export", backup.id)] * 3
+
+
+def test_a_backup_that_was_changed_is_not_taken_for_the_mail() -> None:
+    tamper(archive())
+    with pytest.raises(Tampered):
+        b"".join(operations.export_backup("order-1", who=WHO)[1])
+
+
+def test_a_backup_under_a_key_that_is_gone_says_so() -> None:
+    archive()
+    rows("UPDATE email_backups SET key_id = 'lost'")
+    with pytest.raises(UnknownKey, match="lost"):
+        b"".join(operations.export_backup("order-1", who=WHO)[1])
+
+
+def test_backups_are_listed_by_mailbox_in_any_case() -> None:
+    archive("order-1")
+    archive("order-2", **{"from": "carl@example.com"})
+    listed = operations.list_backups(mailbox="Carl@Example.com", limit=10)
+    assert [backup.publisher_message_id for backup in listed] == ["order-2"]
+
+
+# Mailboxes
+
+
+def test_a_mailbox_that_is_paused_is_passed_over_until_it_is_resumed() -> None:
+    support.store()
+    operations.pause("Ann@example.com", why="holiday", who=WHO)
+    assert [(pause.mailbox, pause.pause_reason, pause.paused_by) for pause in operations.pauses()] == [
+        ("ann@example.com", "holiday", WHO)
+    ]
+    assert support.dispatch() == []
+    assert operations.resume("ANN@example.com", who=WHO)
+    assert not operations.resume("ann@example.com", who=WHO)
+    assert len(support.dispatch()) == 1
+    assert audited()[:2] == [(WHO, "pause", "ann@example.com"), (WHO, "resume", "ann@example.com")]
+
+
+def test_resuming_ends_graphs_pause_too_and_the_tenants_is_shown() -> None:
+    runtime.limiter.pause("ann@example.com", support.WITHIN)
+    operations.resume("ann@example.com", who=WHO)
+    assert runtime.limiter.paused_until("ann@example.com") is None
+    runtime.limiter.pause_all(support.WITHIN)
+    try:
+        assert [pause.mailbox for pause in operations.pauses()] == ["every mailbox"]
+    finally:
+        runtime.limiter.resume_all()
+
+
+def test_limits_show_what_a_mailbox_and_the_tenant_have_used() -> None:
+    runtime.redis.flushdb()
+    with runtime.limiter.slot("ann@example.com", requests=2, recipients=3):
+        used = {budget.budget: budget.used for budget in operations.limits("ann@example.com")}
+        assert (used["concurrency"], used["requests"], used["recipients"]) == (1, 2, 3)
+    assert [(budget.budget, budget.used) for budget in operations.limits(None)] == [("tenant_requests", 2)]
+
+
+# Health
+
+
+def problems() -> dict[str, str]:
+    return {finding.subject: finding.detail for finding in operations.doctor() if not finding.fine}
+
+
+def test_the_doctor_finds_nothing_where_all_is_well(graph: Simulator) -> None:
+    support.store()
+    with workers():
+        findings = operations.doctor()
+    assert {finding.subject: finding.fine for finding in findings} == dict.fromkeys(
+        ["PostgreSQL", "RabbitMQ", "Redis", "Graph", "Archive", "Backlog"], True
+    )
+    assert findings[-1].detail == "1 received"
+
+
+def test_the_doctor_names_the_queues_that_nobody_works_on(graph: Simulator) -> None:
+    assert problems() == {
+        "RabbitMQ": "answers, but nobody works on send_email, backup, maintenance, scheduler, send_attached, send_plain"
+    }
+
+
+def test_the_doctor_names_what_else_is_wrong(graph: Simulator) -> None:
+    # Given
+    give_up()
+    archive("order-2")
+    rows("UPDATE email_backups SET key_id = 'lost'")
+    runtime.redis.config_set("maxmemory-policy", "allkeys-lru")
+    # When
+    try:
+        with workers():
+            found = problems()
+    finally:
+        runtime.redis.config_set("maxmemory-policy", "noeviction")
+    # Then
+    assert found.keys() == {"Redis", "Archive", "Backlog"}
+    assert "allkeys-lru" in found["Redis"]
+    assert "lost" in found["Archive"]
+    assert "open dead letters: 1" in found["Backlog"]
+
+
+def test_the_doctor_says_which_migration_is_missing(graph: Simulator, servers: dict[str, str]) -> None:
+    with ExitStack() as stack:
+        models.disconnect()
+        models.connect(new_database(servers["DATABASE_URL"], stack), "tests")
+        assert "lacks 0001.schema" in problems()["PostgreSQL"]
+        assert not {finding.subject: finding.fine for finding in operations.ready()}["PostgreSQL"]
+        models.disconnect()
+
+
+def test_the_backlog_is_counted_without_reading_what_is_settled() -> None:
+    # Given many emails that are settled, few that wait, and statistics that say so
+    rows(
+        """
+        INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, status, route, mailbox,
+                                     recipient_count)
+        SELECT gen_random_uuid(), 'done-' || n, '{}', '', 'processed', 'no-attachment', 'a@b.example', 1
+        FROM generate_series(1, 20000) n
+        """
+    )
+    support.store()
+    rows("ANALYZE incoming_emails")
+    # When
+    plan = "\n".join(row[0] for row in rows(f"EXPLAIN {operations.inspection._WAITING}", {"statuses": ["received"]}))
+    # Then
+    assert "Seq Scan" not in plan
+    assert operations.inspection.backlog().by_status == {"received": 1}

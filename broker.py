@@ -41,7 +41,6 @@ class FleetConsumer(_RabbitmqConsumer):
             return message
         log.error("a message in %s is none that an actor can take", self.queue_name)
         self.nack(message)
-        self.broker.emit_after("nack", message)
         return None
 
     def _can_be_taken(self, message: Any) -> bool:
@@ -61,6 +60,11 @@ class FleetConsumer(_RabbitmqConsumer):
     def nack(self, message: Any) -> None:
         if message.came_over is self:
             super().nack(message)
+
+    def _nack(self, tag: int) -> None:
+        super()._nack(tag)
+        # Of a body that is no message at all Dramatiq tells no middleware.
+        self.broker.emit_after("nack", None)
 
 
 class FleetBroker(RabbitmqBroker):

@@ -76,11 +76,31 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _written_out(value: Any) -> Any:
+    if not isinstance(value, str) or not re.match(r"\d{4}-\d\d-\d\d[Tt ]", value):
+        raise ValueError("must be an RFC 3339 date and time")
+    return value
+
+
+def _storable_instant(at: datetime) -> datetime:
+    """Return the instant in UTC: PostgreSQL takes neither every offset nor every year that RFC 3339 can write."""
+    try:
+        at = at.astimezone(UTC)
+    except OverflowError:
+        at = datetime.min.replace(tzinfo=UTC)
+    if not 1970 <= at.year < 9999:
+        raise ValueError("must be between the years 1970 and 9998")
+    return at
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
 Line = Annotated[str, AfterValidator(_one_line), AfterValidator(_encodable)]
+Instant = Annotated[
+    AwareDatetime, Field(strict=False), BeforeValidator(_written_out), AfterValidator(_storable_instant)
+]
 Address = Annotated[str, StringConstraints(max_length=254, pattern=_ADDRESS)]
 HeaderName = Annotated[str, StringConstraints(max_length=76, pattern=r"^[xX]-[A-Za-z0-9-]+$")]
 
@@ -140,12 +160,8 @@ class SendEmail(_Contract):
     attachments: list[Attachment] = Field([], max_length=MAX_ATTACHMENTS)
     importance: Literal["low", "normal", "high"] = "normal"
     priority: Literal["high", "normal", "bulk"] = "normal"
-    send_at: Annotated[AwareDatetime, Field(strict=False)] | None = Field(
-        None, description="RFC 3339; not sent before."
-    )
-    expires_at: Annotated[AwareDatetime, Field(strict=False)] | None = Field(
-        None, description="RFC 3339; not sent after."
-    )
+    send_at: Instant | None = Field(None, description="RFC 3339; not sent before.")
+    expires_at: Instant | None = Field(None, description="RFC 3339; not sent after.")
     headers: dict[HeaderName, Annotated[Line, StringConstraints(max_length=995)]] = Field({}, max_length=MAX_HEADERS)
     metadata: dict[
         Annotated[Line, StringConstraints(min_length=1, max_length=64)],

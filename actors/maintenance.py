@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _BATCH = 100
 _PURGE_BATCH = 1000
+#: RabbitMQ moves a dead letter at its leisure; the wake-up that tells of it may be quicker.
+_MOVED_WITHIN = timedelta(milliseconds=500)
 #: RabbitMQ moves a dead letter a moment after it was refused.
 _QUIET = timedelta(seconds=1)
 #: A body beyond this is of no use in a table that people read.
@@ -47,12 +49,18 @@ def mirror_dead_letters() -> None:
             channel = connection.channel()
             runtime.declare(channel)
             channel.basic_qos(prefetch_count=_BATCH)
-            while _mirror_batch(channel):
-                pass
+            _mirror_all(channel)
+            connection.sleep(_MOVED_WITHIN.total_seconds())
+            _mirror_all(channel)
         finally:
             connection.close()
     except pika.exceptions.AMQPError as error:
         raise Unconfirmed("RabbitMQ is away") from error
+
+
+def _mirror_all(channel: Any) -> None:
+    while _mirror_batch(channel):
+        pass
 
 
 def _mirror_batch(channel: Any) -> bool:
@@ -91,14 +99,19 @@ def _copy(properties: Any, body: bytes) -> Copy:
     # A foreign body has no id of its own; what and when it was makes one.
     own_id = hashlib.sha256(body + repr(death.get("time")).encode()).hexdigest()
     return Copy(
-        message_id=str(message.get("message_id") or own_id),
+        message_id=_text(message.get("message_id")) or own_id,
         queue_name=queue_name.removesuffix(".DQ"),
-        actor_name=message.get("actor_name"),
+        actor_name=_text(message.get("actor_name")),
         incoming_email_id=as_uuid(incoming_email_id) if isinstance(incoming_email_id, str) else None,
         reason="unreadable" if not message else "actor_failed",
         error="no actor can read this message" if not message else "the actor gave the message up",
         body=body[:_MAX_BODY_BYTES],
     )
+
+
+def _text(value: Any) -> str | None:
+    """Return what PostgreSQL can store of a foreign value."""
+    return value.replace("\x00", "?") if isinstance(value, str) else None
 
 
 def _message(body: bytes) -> dict[str, Any]:

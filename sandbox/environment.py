@@ -21,5 +21,8 @@ def fleet_settings(simulator: Simulator, **overrides: str | int) -> dict[str, st
         "REQUESTS_CA_BUNDLE": simulator.ca_bundle,
         "BACKUP_KEYS": f"demo:{base64.b64encode(secrets.token_bytes(32)).decode()}",
         "ATTACHMENT_ALLOWED_HOSTS": host,
+        # A proxy that leads out of this machine does not lead back to it.
+        "NO_PROXY": "localhost,127.0.0.1",
+        "no_proxy": "localhost,127.0.0.1",
     }
     return settings | {name: str(value) for name, value in overrides.items()}

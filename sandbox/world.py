@@ -80,7 +80,10 @@ class World:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._empty_servers(stack)
             self.simulator = stack.enter_context(Simulator.start(self._directory / "graph"))
-            own = fleet_settings(self.simulator, **self._settings)
+            temporary = self._directory / "tmp"
+            temporary.mkdir(exist_ok=True)
+            # Workers leave the files of their metrics there.
+            own = {**fleet_settings(self.simulator, **self._settings), "TMPDIR": str(temporary)}
             self.environment = {**os.environ, **self._servers, **own}
             self.fleet = Fleet(PROCFILE, self.environment, self._directory / "logs", **self._fleet_options)
             stack.enter_context(self.fleet)

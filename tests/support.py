@@ -22,6 +22,7 @@ import actors
 import models
 import runtime
 from actors import scheduling as scheduler
+from attachments import AttachmentSource
 from broker import MIRROR_QUEUE
 from contracts import accept
 from migrations.__main__ import migrate
@@ -224,9 +225,12 @@ def tables(shared_database: str) -> str:
 
 
 @pytest.fixture
-def fleet(tables: str, graph: Simulator) -> Iterator[Fleet]:
+def fleet(tables: str, graph: Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """Actors with empty tables, empty queues, a new Graph whose mails show at once, and no limits left over."""
     graph.set_behaviour(sent_items_delay_seconds=0)
+    # A source trusts whom it trusted when it was made, and the simulator's certificates are made only now.
+    allowed = runtime.configuration.attachment_allowed_hosts
+    monkeypatch.setattr(runtime, "source", AttachmentSource(allowed, max_bytes=150 * 1024 * 1024))
     runtime.tokens.drop(runtime.tokens.token())  # the new Graph knows no earlier one
     runtime.redis.flushdb()
     with pika.BlockingConnection(runtime.rabbitmq) as connection:

@@ -70,7 +70,8 @@ def test_two_attachments_of_the_same_name_are_both_there(fleet: Fleet) -> None:
     id = store(attachments=[file(fleet, "a", SMALL), file(fleet, "a", SMALL + 1)])
     fleet.send()
     (delivery,) = fleet.graph.deliveries(tag=id)
-    assert sorted(attachment["size"] for attachment in delivery["attachments"]) == [SMALL, SMALL + 1]
+    checksums = {attachment["sha256"] for attachment in delivery["attachments"]}
+    assert checksums == {files.sha256("a", SMALL), files.sha256("a", SMALL + 1)}
 
 
 # A worker dies
@@ -279,7 +280,7 @@ def test_a_source_that_does_not_have_the_file_ends_the_mail(
     if "size" in faults:
         given["size"] = faults["size"]
     else:
-        given["urlOrId"] += f"&status={faults['status']}"
+        given["urlOrId"] += f"&fail={faults['status']}"
     id = store(attachments=[given])
     assert fleet.send() == ["dead-lettered"]
     assert (email_row(id)["status"], table("dlq")[0]["reason"]) == ("failed", reason)
@@ -295,6 +296,6 @@ def test_a_source_in_a_private_network_is_refused(fleet: Fleet) -> None:
 
 def test_a_source_that_fails_for_now_is_asked_again(fleet: Fleet) -> None:
     given = file(fleet, "small", SMALL)
-    id = store(attachments=[given | {"urlOrId": given["urlOrId"] + "&status=503"}])
+    id = store(attachments=[given | {"urlOrId": given["urlOrId"] + "&fail=503"}])
     assert fleet.send() == ["done"]
     assert (email_row(id)["status"], email_row(id)["attempt_count"], sending(id)) == ("received", 1, None)

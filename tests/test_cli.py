@@ -321,14 +321,14 @@ def test_a_mailbox_is_paused_shown_and_resumed() -> None:
     assert mailfleet("resume", "ann@example.com") == Ended(0, "ann@example.com was not paused\n", "")
 
 
-def test_every_change_is_written_down_with_who_made_it() -> None:
+def test_every_change_is_written_down_with_who_made_it(tmp_path: Path) -> None:
     replayed, discarded, archived = (give_up("order-1"), give_up("order-2"), archive("order-3"))
     who = {"LOGNAME": "ann"}
     mailfleet("pause", "ann@example.com", **who)
     mailfleet("resume", "ann@example.com", **who)
     mailfleet("dlq", "replay", replayed, **who)
     mailfleet("dlq", "discard", discarded, **who)
-    mailfleet("backups", "export", archived, **who)
+    mailfleet("backups", "export", archived, "-o", tmp_path / "mail.eml", **who)
     assert [(by, action) for by, action, _ in audited()] == [
         ("cli:ann", action) for action in ("pause", "resume", "dlq.replayed", "dlq.discarded", "backups.export")
     ]

@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -20,13 +22,14 @@ import settings
 from sandbox.demo.findings import Finding, look, strays, with_deliveries
 from sandbox.demo.mails import Ending, Mail, Writer
 from sandbox.demo.screen import Counts, Screen, dead_letter_table, outcome_table
-from sandbox.fleet import RELEASE, ReleaseFailed, read_procfile
+from sandbox.fleet import ReleaseFailed, read_procfile
 from sandbox.programs import NotInstalled, ServerFailed, last_lines, write_privately
 from sandbox.servers import Servers
 from sandbox.world import PROCFILE, ROOT, Overdue, World
 
 LOCAL = ROOT / ".local"
 ENV_FILE = LOCAL / "demo.env"
+KEPT_LOGS = LOCAL / "demo-logs"
 
 SETTLED_WITHIN = timedelta(seconds=90)
 _LOOK_EVERY = timedelta(milliseconds=250)
@@ -41,6 +44,10 @@ _IMPATIENT = {
 }
 
 
+class EndedOtherwise(Exception):
+    """Raised when the fleet did not do what it had to; the screen has told more."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 if every mail ended as it had to, 1 if not, 130 if it was interrupted."""
     parser = argparse.ArgumentParser(prog="bin/demo", description="Send, archive and check a mixed set of mails.")
@@ -50,27 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _leave)
     screen = Screen()
     try:
-        return _run(screen, keep=options.keep)
-    except (NotInstalled, ServerFailed, ReleaseFailed, Overdue) as error:
-        screen.say(f"\nThe demo could not run: {error}", style="red")
+        _run(screen, keep=options.keep)
+    except (NotInstalled, ServerFailed, ReleaseFailed, Overdue, EndedOtherwise) as error:
+        screen.say(f"\nThe demo failed: {error}", style="red")
         return 1
     except KeyboardInterrupt:
         screen.say("\nInterrupted; everything is stopped.")
         return 128 + signal.SIGINT
+    return 0
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _run(screen: Screen, *, keep: bool) -> int:
+def _run(screen: Screen, *, keep: bool) -> None:
     _forget_settings()
+    screen.say("mailfleet, from the queue to the archive. Nothing leaves this machine.\n", style="bold")
     with contextlib.ExitStack() as stack:
-        with screen.step("Starting PostgreSQL, RabbitMQ and Redis …", "PostgreSQL, RabbitMQ and Redis, private ones"):
+        with screen.step("Starting PostgreSQL, RabbitMQ and Redis …", "PostgreSQL, RabbitMQ and Redis of its own"):
             servers = stack.enter_context(Servers(LOCAL, durable=False, environment={}))
-        types = [name for name in read_procfile(PROCFILE) if name != RELEASE]
-        with screen.step("Starting the fleet …", f"Microsoft Graph, simulated, and the fleet: {', '.join(types)}"):
+        types = len(read_procfile(PROCFILE)) - 1
+        with screen.step("Starting the fleet …", f"a simulated Microsoft Graph, and the fleet: {types} process types"):
             world = stack.enter_context(World(servers.environment, servers.directory / "demo", _IMPATIENT))
+            stack.enter_context(_keeping_logs(servers.directory / "demo" / "logs"))
             world.wait_until_ready(timedelta(seconds=60))
         mails = Writer(world.simulator.file_url, datetime.now(UTC)).all()
         with screen.step("Publishing …", f"{sum(mail.copies for mail in mails)} messages published on send_email"):
@@ -80,7 +90,20 @@ def _run(screen: Screen, *, keep: bool) -> int:
         good = _report(screen, world, mails)
         if keep:
             _stay(screen, world)
-    return 0 if good else 1
+        if not good:
+            raise EndedOtherwise("not every mail ended as it had to")
+
+
+@contextlib.contextmanager
+def _keeping_logs(logs: Path) -> Iterator[None]:
+    """Copy the logs to where they outlive the servers' directory, if the demo fails."""
+    try:
+        yield
+    except (Overdue, EndedOtherwise) as error:
+        shutil.rmtree(KEPT_LOGS, ignore_errors=True)
+        shutil.copytree(logs, KEPT_LOGS)
+        reason = str(error).partition(";")[0]
+        raise EndedOtherwise(f"{reason}; the fleet's logs are in {KEPT_LOGS.relative_to(ROOT)}") from error
 
 
 def _forget_settings() -> None:
@@ -125,7 +148,7 @@ def _report(screen: Screen, world: World, mails: Sequence[Mail]) -> bool:
     """Show what became of everything; return whether it is what had to."""
     deliveries = world.simulator.deliveries()
     findings = with_deliveries(look(world, mails), deliveries)
-    screen.show(outcome_table(findings))
+    screen.show(outcome_table(findings, narrow=screen.narrow))
     screen.show(dead_letter_table(world.rows(_DEAD_LETTERS)))
     problems = list(_problems(world, findings, strays(findings, deliveries)))
     lost, duplicated = sum(each.lost for each in findings), sum(each.duplicated for each in findings)
@@ -162,6 +185,7 @@ def _ended(findings: Sequence[Finding], ending: Ending) -> int:
 def _stay(screen: Screen, world: World) -> None:
     """Leave everything running until ^C, with a file by which other commands find it."""
     own = {name: value for name, value in world.environment.items() if os.environ.get(name) != value}
+    del own["TMPDIR"]
     ENV_FILE.unlink(missing_ok=True)
     write_privately(ENV_FILE, "".join(f"{name}={shlex.quote(value)}\n" for name, value in own.items()))
     file = ENV_FILE.relative_to(ROOT)

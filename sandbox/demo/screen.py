@@ -21,6 +21,8 @@ from sandbox.demo.mails import Ending
 
 #: The width where there is no terminal to ask: files and logs of builds are read without wrapping.
 _PLAIN_WIDTH = 150
+#: The whole table needs so many columns to be calm; on less, its numbers are shortened.
+_WIDE = 140
 _PLAIN_LINE_EVERY_SECONDS = 2.0
 
 _COLOURS = {"processed": "green", "failed": "yellow", "expired": "yellow", "rejected": "yellow"}
@@ -71,6 +73,10 @@ class Screen:
         self._console = console or Console(highlight=False, soft_wrap=False)
         if not self._console.is_terminal:
             self._console.width = max(self._console.width, _PLAIN_WIDTH)
+
+    @property
+    def narrow(self) -> bool:
+        return self._console.width < _WIDE
 
     def say(self, text: str = "", style: str = "") -> None:
         self._console.print(text, style=style, markup=False)
@@ -139,11 +145,11 @@ class PlainCounts:
         """Nothing to put back: lines stay as they were printed."""
 
 
-def outcome_table(findings: Sequence[Finding]) -> Table:
+def outcome_table(findings: Sequence[Finding], *, narrow: bool = False) -> Table:
     """Return one line for each mail: what it was, and what became of it."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading, options in _COLUMNS.items():
-        table.add_column(heading, **options)
+        table.add_column(heading.replace("MIME, ", "") if narrow else heading, **options)
     for finding in findings:
         row, problems = finding.row, finding.problems()
         table.add_row(
@@ -152,8 +158,8 @@ def outcome_table(findings: Sequence[Finding]) -> Table:
             finding.mail.scenario,
             Text(finding.status, style=_COLOURS.get(finding.status, "red")),
             str(row.attempts) if row else "",
-            _sizes(row),
-            _events(finding),
+            _sizes(row, narrow),
+            str(len(finding.events)) if narrow else _events(finding),
             Text("; ".join(problems), style="red") if problems else _happened(finding),
         )
     return table
@@ -162,19 +168,19 @@ def outcome_table(findings: Sequence[Finding]) -> Table:
 _COLUMNS: dict[str, dict[str, Any]] = {
     "": {"width": 1},
     "mail": {"no_wrap": True},
-    "what it is": {},
+    "what it is": {"overflow": "fold"},
     "status": {"no_wrap": True},
     "tries": {"justify": "right"},
-    "size, archived": {"justify": "right", "no_wrap": True},
+    "MIME, archived": {"justify": "right", "no_wrap": True},
     "events": {"no_wrap": True},
-    "what happened": {},
+    "what happened": {"overflow": "fold"},
 }
 
 
-def _sizes(row: Row | None) -> str:
+def _sizes(row: Row | None, narrow: bool) -> str:
     if not row or row.size_bytes is None or row.sealed_bytes is None:
         return ""
-    return f"{_size(row.size_bytes)}, {_size(row.sealed_bytes)}"
+    return _size(row.sealed_bytes) if narrow else f"{_size(row.size_bytes)}, {_size(row.sealed_bytes)}"
 
 
 def _size(size_bytes: int) -> str:

@@ -1,0 +1,49 @@
+"""SIGTERM, as every deployment sends it: all processes end by themselves in time, and the work goes on where it was."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import ExitStack
+
+from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates, settled
+
+from sandbox.world import ROOT, World, new_database
+from simulator.control import Simulator
+
+
+def test_all_end_within_fifteen_seconds_under_load_and_go_on_afterwards(world: World, simulator: Simulator) -> None:
+    # Given a fleet in the middle of its work
+    simulator.set_latency(0.5)
+    mailboxes = [a_mailbox("stopped") for _ in range(6)]
+    given = [email for mailbox in mailboxes for email in emails(10, mailbox)]
+    given += [an_email(mailbox, attachments=[an_attachment(simulator, 4_000_000)]) for mailbox in mailboxes]
+    world.publish(*given)
+    world.wait_until("some have left", lambda: len(simulator.deliveries()) > 0)
+    world.wait_until("work is in hand", lambda: any(f.status == "processing" for f in fates(world, given).values()))
+
+    # When all are told to end
+    killed = world.fleet.stop()
+
+    # Then nobody had to be killed, and after a start everything is sent once
+    assert killed == []
+    simulator.set_latency(0)
+    for name in world.fleet.ports:
+        world.fleet.start(name)
+    known = settled(world, given, 60)
+    assert {each.status for each in known.values()} == {"processed"}
+    assert_each_left_once(world, known.values())
+
+
+def test_two_releases_at_once_are_safe(world: World, servers: dict[str, str]) -> None:
+    with ExitStack() as stack:
+        environment = {**world.environment, "DATABASE_URL": new_database(servers["DATABASE_URL"], stack)}
+        releases = [
+            subprocess.Popen(
+                ["bin/start", "release"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for _ in range(2)
+        ]
+        outputs = [release.communicate(timeout=60)[0].decode() for release in releases]
+
+    assert [release.returncode for release in releases] == [0, 0]
+    assert sorted("applied 0001" in output for output in outputs) == [False, True]

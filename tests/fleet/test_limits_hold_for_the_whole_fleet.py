@@ -1,0 +1,66 @@
+"""Two processes of each sending type against a slow Graph: together they keep what each limit allows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from conftest import Worlds
+from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates
+
+from sandbox.world import World
+
+IN_FLIGHT = "SELECT route, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route"
+PLAIN_CONCURRENCY = 5
+MAILBOX_CONCURRENCY = 4
+
+
+@pytest.fixture(scope="module")
+def busy(worlds: Worlds) -> tuple[World, list[dict[str, Any]], Counter[str]]:
+    """A world that has sent from two mailboxes, and the most emails that were leased at a time, by route."""
+    world = worlds.get(
+        {"SEND_PLAIN_CONCURRENCY": PLAIN_CONCURRENCY, "MAILBOX_CONCURRENCY": MAILBOX_CONCURRENCY},
+        scale={"send_plain": 2, "send_attached": 2, "backup": 2},
+    )
+    world.simulator.set_latency(0.15)
+    mailboxes = [a_mailbox("busy"), a_mailbox("busy")]
+    given = [email for mailbox in mailboxes for email in emails(25, mailbox)]
+    given += [
+        an_email(mailbox, attachments=[an_attachment(world.simulator, 4_000_000)])
+        for mailbox in mailboxes
+        for _ in range(4)
+    ]
+    most: Counter[str] = Counter()
+
+    def over() -> bool:
+        most.update({route: max(0, count - most[route]) for route, count in world.rows(IN_FLIGHT)})
+        found = fates(world, given)
+        return len(found) == len(given) and all(each.over for each in found.values())
+
+    world.publish(*given)
+    world.wait_until("all is sent and archived", over)
+    return world, given, most
+
+
+def test_graph_never_had_to_throttle_us(busy: tuple[World, list[dict[str, Any]], Counter[str]]) -> None:
+    world, _, _ = busy
+    counts = world.simulator.request_counts()
+    assert counts["provoked_429"] == []
+    assert set(counts["most_in_flight"].values()) == {MAILBOX_CONCURRENCY}  # reached, and not passed
+
+
+def test_no_more_emails_are_in_flight_than_the_route_may_have(
+    busy: tuple[World, list[dict[str, Any]], Counter[str]],
+) -> None:
+    _, _, most = busy
+    assert most["no-attachment"] == PLAIN_CONCURRENCY
+
+
+def test_being_held_back_costs_no_attempt_and_loses_nothing(
+    busy: tuple[World, list[dict[str, Any]], Counter[str]],
+) -> None:
+    world, given, _ = busy
+    known = fates(world, given).values()
+    assert {(each.status, each.attempt_count) for each in known} == {("processed", 1)}
+    assert_each_left_once(world, known)

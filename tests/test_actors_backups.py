@@ -1,0 +1,152 @@
+"""``backup_email``: one sealed copy of every sent mail, found late or not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+
+import models
+import runtime
+import support
+from models import backups, dead_letters
+from support import SENDER, Fleet, email_row, rows, sending, store, table, work
+from vault import bind_to
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+configure, limit = support.configure, support.limit
+
+
+def sent(fleet: Fleet, **changes: object) -> str:
+    id = store(**changes)
+    fleet.send()
+    assert sending(id) == "sent"
+    return id
+
+
+def opened(row: dict[str, object]) -> bytes:
+    blob = backups.sealed_blob(str(row["id"]))
+    bound = bind_to(str(row["incoming_email_id"]), str(row["graph_message_id"]))
+    return b"".join(runtime.vault.open(blob, key_id=str(row["key_id"]), associated_data=bound))
+
+
+@pytest.mark.parametrize("attachments", [False, True])
+def test_a_sent_mail_is_archived_compressed_and_sealed(fleet: Fleet, attachments: bool) -> None:
+    # Given
+    file = {"name": "a.pdf", "size": 5000, "urlOrId": fleet.graph.file_url(5000)}
+    id = sent(fleet, subject="Find me in the archive", attachments=[file] if attachments else None)
+    # When
+    assert fleet.backup() == ["done"]
+    # Then
+    (row,) = table("email_backups")
+    mime = opened(row)
+    assert b"Subject: Find me in the archive" in mime
+    assert (row["incoming_email_id"], row["compression"], row["size"]) == (id, "gzip", len(mime))
+    assert row["checksum"] == hashlib.sha256(mime).hexdigest()
+    assert b"Find me" not in backups.sealed_blob(row["id"])
+    assert table("sent_emails")[0]["graph_message_id"] == row["graph_message_id"]
+    assert fleet.backup() == []
+
+
+def test_a_backup_that_is_repeated_makes_no_second_copy(fleet: Fleet) -> None:
+    sent(fleet)
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
+    (message,) = fleet.take("backup")
+    assert [work(message), work(message)] == ["done", "done"]
+    before = table("email_backups")
+    # Given a worker that died after storing, before anything was recorded
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    assert fleet.backup() == ["done"]
+    assert table("email_backups") == before
+
+
+def test_a_mail_that_shows_late_is_looked_for_again(fleet: Fleet) -> None:
+    fleet.graph.set_sent_items_delay(0.7)
+    sent(fleet)
+    assert fleet.backup() == ["done"]
+    (row,) = table("sent_emails")
+    assert (table("email_backups"), row["backup_attempt_count"]) == ([], 1)
+    assert "not in the mailbox" in row["backup_error"]
+    support.wait_until("it shows", lambda: fleet.graph.messages(SENDER))
+    assert fleet.backup() == ["done"]
+    assert len(table("email_backups")) == 1
+    assert table("sent_emails")[0]["backup_error"] is None
+
+
+@pytest.mark.parametrize("fault", ["truncated", "throttle", "unavailable", "lose_next_answer"])
+def test_a_fetch_that_fails_is_repeated_and_no_half_mail_is_archived(fleet: Fleet, fault: str) -> None:
+    # Given
+    id = sent(fleet, body={"contentType": "text", "content": "long " * 50_000})
+    if fault == "truncated":
+        fleet.graph.break_mime(how="truncated")
+    else:
+        getattr(fleet.graph, fault)(operation="mime")
+    # When
+    assert fleet.backup() == ["done"]
+    # Then
+    assert table("email_backups") == []
+    assert table("sent_emails")[0]["backup_attempt_count"] == (0 if fault == "throttle" else 1)
+    rows("UPDATE mailboxes SET paused_until = NULL")
+    runtime.redis.flushdb()
+    assert fleet.backup() == ["done"]
+    assert len(opened(table("email_backups")[0])) > 250_000
+    assert email_row(id)["status"] == "processed"
+
+
+def test_a_mime_that_graph_cannot_make_is_given_up_and_made_after_a_replay(
+    fleet: Fleet, configure: Callable[..., None]
+) -> None:
+    # Given
+    configure(max_attempts=2)
+    id = sent(fleet)
+    fleet.graph.break_mime(times=None)
+    # When
+    results = fleet.backup() + fleet.backup()
+    # Then
+    assert results[-1] == "dead-lettered"
+    (letter,) = table("dlq")
+    assert (letter["reason"], letter["queue_name"], letter["incoming_email_id"]) == ("backup_failed", "backup", id)
+    assert (email_row(id)["status"], sending(id)) == ("processed", "sent")
+    assert fleet.backup() == []
+    assert fleet.events() == ["SendEmailSent"]
+    # When Graph can make it again and an operator replays it
+    fleet.graph.clear_faults()
+    dead_letters.resolve(letter["id"], replayed=True, who="olga")
+    assert fleet.backup() == ["done"]
+    # Then
+    assert len(table("email_backups")) == 1
+    assert fleet.mails(id) == 1
+
+
+def test_the_limiter_holds_a_backup_back_without_an_attempt(fleet: Fleet, limit: Callable[..., None]) -> None:
+    sent(fleet)
+    limit(mailbox_concurrency=1)
+    with runtime.limiter.slot(SENDER):
+        assert fleet.backup() == ["done"]
+    assert (table("email_backups"), table("sent_emails")[0]["backup_attempt_count"]) == ([], 0)
+    assert fleet.backup() == ["done"]
+    assert len(table("email_backups")) == 1
+
+
+def test_without_a_limiter_nothing_is_fetched(fleet: Fleet, limit: Callable[..., None]) -> None:
+    sent(fleet)
+    asked = len(fleet.graph.requests())
+    limit(url="redis://127.0.0.1:1/0")
+    assert fleet.backup() == ["done"]
+    assert len(fleet.graph.requests()) == asked
+
+
+def test_while_postgresql_is_away_a_backup_is_dropped_and_its_row_brings_it_back(fleet: Fleet, tables: str) -> None:
+    sent(fleet)
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
+    (message,) = fleet.take("backup")
+    models.disconnect()
+    models.connect("postgresql://nobody@127.0.0.1:1/none", "tests")
+    assert work(message) == "done"
+    models.connect(tables, "tests")
+    rows("UPDATE sent_emails SET backup_lease_until = now()")
+    assert fleet.backup() == ["done"]
+    assert len(table("email_backups")) == 1

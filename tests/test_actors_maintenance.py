@@ -1,0 +1,89 @@
+"""Housekeeping: no dead letter is missed whatever it is, and what has expired is deleted."""
+
+from __future__ import annotations
+
+import orjson
+import pika
+import pytest
+
+import actors
+import support
+from broker import MIRROR_QUEUE
+from support import Fleet, rows, store, table, wait_until
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+
+
+def dead_letter(fleet: Fleet, body: bytes, queue: str = "send_plain") -> None:
+    """Have RabbitMQ dead-letter a message, as it does when a worker refuses it."""
+    before = waiting(fleet)
+    fleet.channel.basic_publish("", queue, body, pika.BasicProperties())
+    delivery = wait_until("it is there", lambda: taken if (taken := fleet.channel.basic_get(queue))[0] else None)
+    fleet.channel.basic_reject(delivery[0].delivery_tag, requeue=False)
+    wait_until("it is mirrored", lambda: waiting(fleet) > before)
+
+
+def waiting(fleet: Fleet) -> int:
+    return int(fleet.channel.queue_declare(MIRROR_QUEUE, passive=True).method.message_count)
+
+
+def test_a_dead_letter_that_no_actor_recorded_gets_its_row_with_its_body(fleet: Fleet) -> None:
+    # Given
+    id = store()
+    message = actors.send_plain.message(incoming_email_id=id, attempt=1)
+    dead_letter(fleet, message.encode())
+    # When
+    actors.mirror_dead_letters()
+    # Then
+    (letter,) = table("dlq")
+    assert (letter["incoming_email_id"], letter["message_id"]) == (id, message.message_id)
+    assert (letter["queue_name"], letter["actor_name"], letter["reason"]) == ("send_plain", "send_plain", "actor_failed")
+    assert bytes.fromhex(letter["body"][2:]) == message.encode()
+    assert waiting(fleet) == 0
+
+
+def test_the_copy_of_a_recorded_failure_completes_its_row(fleet: Fleet) -> None:
+    fleet.graph.fail(400, "ErrorInvalidRecipients", operation="send_mail")
+    store()
+    fleet.schedule()
+    (message,) = fleet.take("send_plain")
+    assert support.work(message) == "dead-lettered"
+    dead_letter(fleet, message.encode())
+    actors.mirror_dead_letters()
+    (letter,) = table("dlq")
+    assert (letter["reason"], letter["mirrored_at"] is not None) == ("invalid_recipient", True)
+
+
+POISON = {
+    "no JSON": b"\xff\xfe\x00",
+    "no message": b"[1, 2]",
+    "empty": b"",
+    "no arguments": b'{"message_id": "x"}',
+    "odd fields": orjson.dumps({"message_id": {"a": 1}, "actor_name": 5, "kwargs": {"incoming_email_id": 7}}),
+    "NUL": orjson.dumps({"message_id": "a\x00b", "actor_name": "a\x00b", "kwargs": {"incoming_email_id": "\x00"}}),
+    "unknown email": orjson.dumps({"kwargs": {"incoming_email_id": "01900000-0000-7000-8000-000000000000"}}),
+    "large": b"x" * 1_500_000,
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_whatever_was_dead_lettered_is_kept_and_does_not_stop_the_mirror(fleet: Fleet, poison: str) -> None:
+    dead_letter(fleet, POISON[poison], queue="ingest")
+    actors.mirror_dead_letters()
+    (letter,) = table("dlq")
+    assert (letter["queue_name"], letter["status"], letter["incoming_email_id"]) == ("ingest", "open", None)
+    assert bytes.fromhex(letter["body"][2:]) == POISON[poison][:1_000_000]
+    assert waiting(fleet) == 0
+
+
+def test_expired_backups_are_deleted(fleet: Fleet) -> None:
+    id = store()
+    fleet.send()
+    fleet.backup()
+    assert len(table("email_backups")) == 1
+    actors.purge_expired()
+    assert len(table("email_backups")) == 1
+    rows("UPDATE email_backups SET expires_at = now()")
+    actors.purge_expired()
+    assert table("email_backups") == []
+    assert support.sending(id) == "sent"

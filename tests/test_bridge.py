@@ -1,0 +1,148 @@
+"""The bridge: a delivery leaves ``send_email`` only when it is stored and told, or rejected and kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import orjson
+import pika
+import pytest
+
+import bridge
+import models
+import runtime
+import support
+from contracts import MAX_DELIVERY_BYTES
+from support import Fleet, rows, send_email, table, wait_until
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Let a bridge consume for the length of the block; at its end it has finished what it had in hand."""
+    consuming = bridge.Bridge()
+
+    def run() -> None:
+        consuming.run()
+        models.disconnect()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        consuming.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def publish(fleet: Fleet, *bodies: bytes, **properties: object) -> None:
+    for body in bodies:
+        fleet.channel.basic_publish("", runtime.SEND_QUEUE, body, pika.BasicProperties(**properties))
+
+
+def waiting(fleet: Fleet, queue: str) -> int:
+    return int(fleet.channel.queue_declare(queue, passive=True).method.message_count)
+
+
+def emails(count: int) -> list[bytes]:
+    return [orjson.dumps(send_email(publisher_message_id=f"order-{n}")) for n in range(count)]
+
+
+def test_every_delivery_is_stored_told_and_acknowledged(fleet: Fleet) -> None:
+    # Given more than one batch, every email twice
+    publish(fleet, *emails(150), *emails(150), correlation_id="c-1", headers={"traceparent": "00-a-b-01"})
+    # When
+    with running():
+        wait_until("all are told", lambda: count("outbox_events WHERE published_at IS NOT NULL") == 150)
+    # Then
+    assert count("incoming_emails") == 150
+    assert waiting(fleet, runtime.SEND_QUEUE) == 0
+    assert len(fleet.take_raw("test.events")) == 150
+    assert table("incoming_emails")[0]["traceparent"] == "00-a-b-01"
+
+
+def count(what: str) -> int:
+    return int(rows(f"SELECT count(*) FROM {what}")[0][0])
+
+
+def test_nothing_is_acknowledged_while_postgresql_fails_and_all_is_stored_when_it_is_back(fleet: Fleet) -> None:
+    # Given tables that take nothing, as on a server that was made read-only
+    publish(fleet, *emails(20))
+    name = rows("SELECT current_database()")[0][0]
+    rows(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    # When
+    try:
+        with running():
+            wait_until("they were tried", lambda: waiting(fleet, runtime.SEND_QUEUE) < 20)
+        assert (waiting(fleet, runtime.SEND_QUEUE), count("incoming_emails")) == (20, 0)
+    finally:
+        rows("SET default_transaction_read_only = off")
+        rows(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    # Then
+    with running():
+        wait_until("all are stored", lambda: count("incoming_emails") == 20)
+        wait_until("all are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
+    assert len(fleet.take_raw("test.events")) == 20
+
+
+def test_nothing_is_acknowledged_before_its_event_is_confirmed(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a RabbitMQ that takes connections for consuming only
+    publish(fleet, *emails(3))
+    away = runtime.Publisher(runtime.outbox.connection_parameters("amqp://a:b@127.0.0.1:1/", "test"), lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "publisher", away)
+        with running():
+            wait_until("they are stored", lambda: count("incoming_emails") == 3)
+        away.close()
+    # Then
+    assert waiting(fleet, runtime.SEND_QUEUE) == 3
+    # When the deliveries come again, the sweep tells what is stored
+    with running():
+        wait_until("they are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
+    rows("UPDATE outbox_events SET claimed_until = now()")
+    fleet.schedule()
+    assert len(fleet.take_raw("test.events")) == 3
+
+
+BAD = {
+    "not UTF-8": b"\xff\xfe\xfd",
+    "no JSON": b"hello",
+    "another object": b'{"a": 1}',
+    "too large": b"x" * (MAX_DELIVERY_BYTES + 1),
+    "invalid UTF-8 within": b'{"from": "\xc3\x28"}',
+    "NUL in a string": orjson.dumps(send_email(subject="a\x00b")),
+}
+
+
+def test_bad_input_is_kept_as_it_was_and_does_not_stop_the_line(fleet: Fleet) -> None:
+    # Given
+    good = emails(2)
+    publish(fleet, good[0], *BAD.values(), good[1])
+    # When
+    with running():
+        wait_until("good ones are stored", lambda: count("incoming_emails") == 2)
+        wait_until("all are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
+    # Then
+    assert sorted(body for _, body in fleet.take_raw(runtime.REJECTED_QUEUE)) == sorted(BAD.values())
+
+
+@pytest.mark.parametrize("correlation_id", ["a\x00b", "line\nbreak", b"\xff\xfe"])
+def test_properties_that_cannot_be_stored_do_not_stop_the_line(fleet: Fleet, correlation_id: str | bytes) -> None:
+    publish(fleet, *emails(1), b"{}", correlation_id=correlation_id, headers={"traceparent": 7, "x": b"\xff"})
+    with running():
+        wait_until("it is stored", lambda: count("incoming_emails") == 1)
+        wait_until("both are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
+    assert table("incoming_emails")[0]["correlation_id"] is None
+    assert len(fleet.take_raw(runtime.REJECTED_QUEUE)) == 1
+
+
+def test_a_bridge_stops_promptly_with_nothing_to_do(fleet: Fleet) -> None:
+    with running():
+        wait_until(
+            "it consumes",
+            lambda: fleet.channel.queue_declare(runtime.SEND_QUEUE, passive=True).method.consumer_count == 1,
+        )

@@ -1,0 +1,147 @@
+"""Dramatiq's broker as we need it: queues of one type, and a copy of every dead letter."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import dramatiq
+import pika
+import pytest
+from dramatiq import Worker
+from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
+from dramatiq.middleware import CurrentMessage, Shutdown
+
+import runtime
+from broker import DEAD_LETTER_EXCHANGE, MIRROR_QUEUE, DeadLettering, FleetBroker
+from models import DatabaseAway
+from support import wait_until
+
+
+class Failing:
+    """A broker with actors of its own, in a worker that runs while the test does."""
+
+    def __init__(self, url: str, queue_type: str) -> None:
+        self.queue = f"test_{secrets.token_hex(4)}"
+        self.dead_letters: list[str] = []
+        self.seen: list[str] = []
+        self.broker = FleetBroker(
+            url=pika.URLParameters(url),
+            queue_type=queue_type,
+            middleware=[CurrentMessage(), DeadLettering((DatabaseAway,), lambda: self.dead_letters.append("told"))],
+        )
+        self.fail = self._actor("fail")
+        self.keep = self._actor("keep", found_again=False)
+        self.connection = pika.BlockingConnection(pika.URLParameters(url))
+        self.channel = self.connection.channel()
+
+    def _actor(self, name: str, **options: Any) -> Any:
+        def work(how: str) -> None:
+            self.seen.append(how)
+            if how == "away":
+                raise DatabaseAway
+            if how == "shutdown":
+                raise Shutdown
+            if how == "broken":
+                raise RuntimeError("no")
+
+        return dramatiq.actor(actor_name=name, queue_name=self.queue, broker=self.broker, **options)(work)
+
+    def taken(self, queue: str) -> list[tuple[Any, bytes]]:
+        taken = []
+        while (delivery := self.channel.basic_get(queue, auto_ack=True))[0] is not None:
+            taken.append((delivery[1], delivery[2]))
+        return taken
+
+    def mirrored(self) -> list[bytes]:
+        """The copies of this test's dead letters."""
+        return [
+            body
+            for properties, body in self.taken(MIRROR_QUEUE)
+            if properties.headers["x-death"][0]["queue"] == self.queue
+        ]
+
+
+@pytest.fixture(params=["quorum", "classic"])
+def queue_type(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def failing(servers: dict[str, str], queue_type: str) -> Iterator[Failing]:
+    failing = Failing(servers["RABBITMQ_URL"], queue_type)
+    failing.channel.queue_delete(MIRROR_QUEUE)  # which is of the broker's type
+    worker = Worker(failing.broker, worker_timeout=50)
+    worker.start()
+    yield failing
+    worker.stop()
+    failing.broker.close()
+    for name in (failing.queue, failing.queue + ".DQ", failing.queue + ".XQ", MIRROR_QUEUE):
+        failing.channel.queue_delete(name)
+    failing.connection.close()
+
+
+@pytest.fixture(autouse=True)
+def mirror_of_the_fleet(servers: dict[str, str]) -> Iterator[None]:
+    """Leave the mirror as the fleet declares it."""
+    yield
+    with pika.BlockingConnection(pika.URLParameters(servers["RABBITMQ_URL"])) as connection:
+        runtime.declare(connection.channel())
+
+
+def test_a_dead_letter_arrives_in_its_own_queue_and_in_the_mirror(failing: Failing) -> None:
+    # When
+    message = failing.fail.send("broken")
+    # Then
+    (dead,) = wait_until("it is dead-lettered", lambda: failing.taken(failing.queue + ".XQ"))
+    assert dead[1] == message.encode()
+    assert wait_until("it is mirrored", failing.mirrored) == [message.encode()]
+    assert set(failing.dead_letters) == {"told"}
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe no message", b"{}", b'{"actor_name": "unknown"}'])
+def test_a_message_that_no_actor_can_read_is_dead_lettered_with_its_body(failing: Failing, body: bytes) -> None:
+    failing.fail.send("well")
+    wait_until("the worker is up", lambda: failing.seen)
+    failing.channel.basic_publish("", failing.queue, body)
+    assert wait_until("it is mirrored", failing.mirrored) == [body]
+
+
+def test_an_actor_that_succeeds_leaves_nothing_behind(failing: Failing) -> None:
+    failing.fail.send("well")
+    failing.broker.join(failing.queue, timeout=10_000)
+    assert (failing.taken(failing.queue), failing.taken(failing.queue + ".XQ")) == ([], [])
+    assert failing.dead_letters == []
+
+
+@pytest.mark.parametrize("how", ["away", "shutdown"])
+def test_a_message_that_points_to_a_row_is_dropped_while_a_server_is_away(failing: Failing, how: str) -> None:
+    failing.fail.send(how)
+    failing.fail.send("well")
+    wait_until("both are done", lambda: failing.seen == [how, "well"])
+    failing.broker.join(failing.queue, timeout=10_000)
+    assert (failing.taken(failing.queue), failing.mirrored()) == ([], [])
+
+
+@pytest.mark.parametrize("how", ["away", "shutdown"])
+def test_a_message_with_content_of_its_own_is_dead_lettered_with_it(failing: Failing, how: str) -> None:
+    message = failing.keep.send(how)
+    assert wait_until("it is mirrored", failing.mirrored) == [message.encode()]
+
+
+def test_queues_have_the_arguments_of_their_type(failing: Failing, queue_type: str) -> None:
+    arguments = failing.broker._build_queue_arguments(failing.queue)
+    assert (arguments["x-queue-type"], arguments["x-dead-letter-exchange"]) == (queue_type, DEAD_LETTER_EXCHANGE)
+    assert arguments["x-dead-letter-routing-key"] == failing.queue + ".XQ"
+    confirmed = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+    assert (confirmed.items() <= arguments.items()) is (queue_type == "quorum")
+    assert failing.broker._dead_letter_arguments() == {"x-queue-type": queue_type, "x-message-ttl": DEAD_MESSAGE_TTL}
+
+
+def test_declaring_everything_again_agrees_with_what_the_workers_declared(failing: Failing) -> None:
+    failing.fail.send("well")
+    wait_until("the worker is up", lambda: failing.seen)
+    failing.broker.declare_all(failing.channel)
+    for name in (failing.queue, failing.queue + ".XQ"):
+        assert failing.channel.queue_declare(name, passive=True)

@@ -1,0 +1,271 @@
+"""The console as monitoring, proxies and strangers meet it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import orjson
+import pytest
+import requests
+import support
+from operator_support import Gate, at, give_up
+from prometheus_client.parser import text_string_to_metric_families
+from support import rows
+
+import operations
+import runtime
+from console.access import Access, Token, parse_tokens
+from console.app import make_app
+from sandbox.processes import free_port
+from sandbox.world import ROOT
+
+shared_database, tables = support.shared_database, support.tables
+pytestmark = pytest.mark.usefixtures("tables")
+
+STRANGER = "203.0.113.9"
+SECRET = "a-token-of-the-viewer"
+GUARDED = "grafana:viewer:" + SECRET + ", ann:operator:another-long-token"
+
+
+class Answer(NamedTuple):
+    """What the application answers."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def ask(path: str, *, tokens: str = "", client: str = "127.0.0.1", method: str = "GET", **headers: str) -> Answer:
+    """Ask the console as if from another address."""
+    application = make_app(Access(parse_tokens(tokens)))
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()],
+        "client": (client, 1),
+        "server": ("127.0.0.1", 80),
+    }
+    said: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(application(scope, receive, send))
+    answered = {name.decode(): value.decode() for name, value in said[0]["headers"]}
+    return Answer(said[0]["status"], answered, b"".join(part.get("body", b"") for part in said[1:]))
+
+
+# Who is answered
+
+
+def test_health_is_open_to_all_and_tells_nothing() -> None:
+    assert ask("/healthz", client=STRANGER, tokens=GUARDED).body == b'{"status":"alive"}'
+    assert ask("/readyz", client=STRANGER, tokens=GUARDED).status == 200
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_metrics_are_for_whoever_has_a_token(scheme: str) -> None:
+    assert ask("/metrics", client=STRANGER, tokens=GUARDED, Authorization=f"{scheme} {SECRET}").status == 200
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        {},
+        {"Authorization": ""},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Bearer {SECRET}x"},
+        {"Authorization": f"Bearer {SECRET[:-1]}"},
+        {"Authorization": "Bearer späß🙈"},
+        {"Authorization": f"Basic {SECRET}"},
+        {"Authorization": SECRET},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/metrics", "/metrics?_who=ann&access=x&token=" + SECRET])
+def test_without_the_right_token_metrics_are_refused_even_on_this_machine(
+    authorization: dict[str, str], path: str
+) -> None:
+    refused = ask(path, tokens=GUARDED, **authorization)
+    assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
+    assert SECRET.encode() not in refused.body
+
+
+def test_a_token_may_have_any_letters() -> None:
+    assert (
+        ask("/metrics", tokens="ann:viewer:späßige-lange-losung", Authorization="Bearer späßige-lange-losung").status
+        == 200
+    )
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_where_no_token_is_configured_this_machine_is_answered(client: str) -> None:
+    assert ask("/metrics", client=client).status == 200
+
+
+@pytest.mark.parametrize("client", [STRANGER, "10.0.0.1", "::ffff:203.0.113.9", "127.0.0.1.example", ""])
+def test_where_no_token_is_configured_nobody_else_is(client: str) -> None:
+    assert ask("/metrics", client=client).status == 401
+    assert ask("/metrics", client=client, X_Forwarded_For="127.0.0.1", Authorization="Bearer ").status == 401
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "Via"])
+def test_what_a_proxy_on_this_machine_passes_on_does_not_come_from_this_machine(header: str) -> None:
+    assert ask("/metrics", **{header: STRANGER}).status == 401
+    assert ask("/metrics", **{header: "127.0.0.1"}).status == 401
+
+
+def test_tokens_are_read_and_never_shown() -> None:
+    first, second = parse_tokens(GUARDED)
+    assert first == Token("grafana", "viewer", SECRET)  # type: ignore[arg-type]
+    assert (second.name, second.role) == ("ann", "operator")
+    assert SECRET not in repr([first, second])
+
+
+@pytest.mark.parametrize(
+    "text", [SECRET, f":viewer:{SECRET}", f"ann:root:{SECRET}", f"ann:{SECRET}", "ann:viewer:short"]
+)
+def test_a_token_of_another_form_is_told_by_its_position(text: str) -> None:
+    with pytest.raises(ValueError, match="entry 2") as error:
+        parse_tokens(f"{GUARDED.partition(',')[0]},{text}")
+    assert SECRET not in str(error.value)
+
+
+# What is answered
+
+
+def test_looking_needs_no_body_and_nothing_else_is_there() -> None:
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert ask(path, method="HEAD").status == 200
+        assert {ask(path, method=method).status for method in ("POST", "PUT", "DELETE")} == {405}
+    assert {ask(path).status for path in ("/", "/docs", "/openapi.json", "/healthz/x", "//metrics", "/../cli.py")} == {
+        404
+    }
+
+
+def gauges() -> dict[tuple[str, str], float]:
+    text = ask("/metrics").body.decode()
+    return {
+        (sample.name.removeprefix("mailfleet_"), "".join(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
+    # Given
+    give_up("failed")
+    doubted = support.store(publisher_message_id="in doubt")
+    support.claim(doubted).mark_in_doubt(look_again_in=support.WITHIN, evidence={})
+    sent = support.store(publisher_message_id="sent")
+    support.claim(sent).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
+    support.store(publisher_message_id="dispatched")
+    support.dispatch()
+    later = support.store(publisher_message_id="later", send_at="2999-01-01T00:00:00Z")
+    rows("UPDATE incoming_emails SET created_at = now() - interval '9 days' WHERE id = %(id)s", {"id": later})
+    ready = support.store(publisher_message_id="ready")
+    rows("UPDATE incoming_emails SET created_at = now() - interval '1 hour' WHERE id = %(id)s", {"id": ready})
+    before = gauges()["queue_messages_ready", "send_email"]
+    operations.publish(orjson.dumps(support.send_email()))
+    runtime.close()
+    # When
+    told = gauges()
+    # Then
+    assert [told["emails_waiting", status] for status in ("received", "dispatched", "processing")] == [2, 1, 1]
+    assert 3600 <= told["emails_oldest_waiting_age_seconds", ""] < 3700
+    assert (told["emails_in_doubt", ""], told["dead_letters_open", ""], told["backups_due", ""]) == (1, 1, 1)
+    assert told["outbox_events_unpublished", ""] == len(support.table("outbox_events")) == 8
+    assert told["queue_messages_ready", "send_email"] == before + 1
+
+
+# As a process
+
+
+@contextmanager
+def console(**environment: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run the process type and return its address when it answers."""
+    port = free_port()
+    settings = os.environ | {"PORT": str(port), **environment}
+    with subprocess.Popen([sys.executable, "-m", "console"], cwd=ROOT, env=settings, stderr=subprocess.PIPE) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            support.wait_until("the console answers", lambda: status_of(f"{url}/healthz") == 200)
+            yield url, process
+        finally:
+            process.kill()
+
+
+def status_of(url: str, **headers: str) -> int | None:
+    with suppress(requests.ConnectionError):
+        return requests.get(url, timeout=30, headers=headers).status_code
+    return None
+
+
+def test_a_readiness_probe_names_the_server_that_is_away_until_it_is_back(tables: str, servers: dict[str, str]) -> None:
+    # Given
+    urls = servers | {"DATABASE_URL": tables}
+    names = {"DATABASE_URL": "PostgreSQL", "RABBITMQ_URL": "RabbitMQ", "REDIS_URL": "Redis"}
+    gates = {name: Gate(url) for name, url in urls.items()}
+    with console(**{name: gate.url for name, gate in gates.items()}) as (url, _):
+        assert status_of(f"{url}/readyz") == 200
+        for name, gate in gates.items():
+            # When
+            gate.shut()
+            # Then
+            away = requests.get(f"{url}/readyz", timeout=30)
+            assert away.status_code == 503
+            assert away.json() == {subject: "away" if subject == names[name] else "ok" for subject in names.values()}
+            assert status_of(f"{url}/metrics") == (200 if name == "REDIS_URL" else 503)
+            assert status_of(f"{url}/healthz") == 200
+            # And when it is back
+            gate.open()
+            assert status_of(f"{url}/readyz") == 200
+            assert status_of(f"{url}/metrics") == 200
+    for gate in gates.values():
+        gate.shut()
+
+
+def test_the_process_starts_without_its_servers_ignores_forged_origins_and_ends_at_sigterm() -> None:
+    nowhere = {name: at(os.environ[name], free_port()) for name in ("DATABASE_URL", "RABBITMQ_URL", "REDIS_URL")}
+    with console(**nowhere, FORWARDED_ALLOW_IPS="*") as (url, process), requests.Session() as kept_alive:
+        assert kept_alive.get(f"{url}/readyz", timeout=30).json() == dict.fromkeys(
+            ("PostgreSQL", "RabbitMQ", "Redis"), "away"
+        )
+        assert status_of(f"{url}/metrics") == 503
+        assert status_of(f"{url}/metrics", **{"X-Forwarded-For": "127.0.0.1"}) == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_tokens_of_another_form_stop_the_start_without_being_shown() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "console"],
+        cwd=ROOT,
+        env=os.environ | {"CONSOLE_TOKENS": f"ann:operater:{SECRET}", "PORT": str(free_port())},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert b"CONSOLE_TOKENS: entry 1" in ended.stderr
+    assert SECRET.encode() not in ended.stderr + ended.stdout

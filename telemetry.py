@@ -100,7 +100,7 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("urllib3", "msal", "periodiq", "dramatiq"):
+    for chatty in ("urllib3", "msal", "periodiq", "dramatiq", "peewee"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     # It tells each failed connect in six lines; whoever connects tells it in one.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -130,7 +130,8 @@ def _without_message_arguments(record: logging.LogRecord) -> bool:
     """Keep Dramatiq from writing an actor's arguments, which may be whole emails, into its lines."""
     if isinstance(record.args, tuple):
         record.args = tuple(_named(argument) for argument in record.args)
-    return True
+    # At DEBUG each actor tells its call, in a logger of its own name.
+    return record.msg != "Received args=%r kwargs=%r."
 
 
 def _named(argument: Any) -> Any:

@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 _BATCH = 100
 _PURGE_BATCH = 1000
-#: RabbitMQ moves a dead letter at its leisure; the wake-up that tells of it may be quicker.
-_MOVED_WITHIN = timedelta(milliseconds=500)
 #: RabbitMQ moves a dead letter a moment after it was refused.
 _QUIET = timedelta(seconds=1)
 #: A body beyond this is of no use in a table that people read.
@@ -49,18 +47,12 @@ def mirror_dead_letters() -> None:
             channel = connection.channel()
             runtime.declare(channel)
             channel.basic_qos(prefetch_count=_BATCH)
-            _mirror_all(channel)
-            connection.sleep(_MOVED_WITHIN.total_seconds())
-            _mirror_all(channel)
+            while _mirror_batch(channel):
+                pass
         finally:
             connection.close()
     except pika.exceptions.AMQPError as error:
         raise Unconfirmed("RabbitMQ is away") from error
-
-
-def _mirror_all(channel: Any) -> None:
-    while _mirror_batch(channel):
-        pass
 
 
 def _mirror_batch(channel: Any) -> bool:

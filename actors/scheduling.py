@@ -31,6 +31,8 @@ ACTORS = {Route.PLAIN: "send_plain", Route.ATTACHED: "send_attached"}
 _UNLIMITED_SHARE = 1_000_000
 #: Due times that are closer together than this are one.
 _SHORTEST_NAP = timedelta(milliseconds=200)
+#: A server that was away is tried again after this, without waiting for the minute's sweep.
+_AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, at a third of its processor time.
 _SWEEPS_APART = timedelta(milliseconds=50)
@@ -44,10 +46,14 @@ def schedule_emails() -> None:
     """Dispatch what may go out, and see to it that the next due time is not slept through. Safe to repeat."""
     _pace.keep()
     runtime.waking("schedule_emails")
-    while _sweep():
-        pass
-    publish_leftover_events()
-    _alarm.ring_at(scheduling.next_due_at())
+    try:
+        while _sweep():
+            pass
+        publish_leftover_events()
+        _alarm.ring_at(scheduling.next_due_at())
+    except (models.DatabaseAway, Unconfirmed):
+        _alarm.ring_at(datetime.now(UTC) + _AWAY_PAUSE)  # who would have woken us may have failed just so
+        raise
 
 
 def _sweep() -> bool:

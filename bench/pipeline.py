@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,10 @@ def measure_naive(world: World, groups: Groups, bodies: Sequence[bytes], threads
     return Measurement(len(bodies), took, None, {"naive": usage.ru_utime + usage.ru_stime, **cpu}, ("naive",))
 
 
-def _until(began: float, holds: Any) -> float:
+def _until(began: float, holds: Callable[[], bool]) -> float:
     while not holds():
         if time.monotonic() - began > LIMIT.total_seconds():
-            raise SystemExit("the pipeline does not come to an end; see the fleet's logs with --keep-logs")
+            raise SystemExit("the pipeline does not come to an end")
         time.sleep(_POLL_SECONDS)
     return time.monotonic() - began
 
@@ -153,11 +154,8 @@ def not_once(world: World, count: int) -> list[str]:
 
 
 def _groups(servers: Servers, world: World) -> Groups:
-    def fleet(name: str) -> Any:
-        return lambda: world.fleet.pids(name)
-
     return {
-        **{name: fleet(name) for name in TYPES},
+        **{name: partial(world.fleet.pids, name) for name in TYPES},
         "postgresql": servers.postgresql.pids,
         "rabbitmq": servers.rabbitmq.pids,
         "redis": servers.redis.pids,
@@ -186,12 +184,12 @@ def _report(pipeline: Measurement, simple: Measurement | None) -> Table:
         ratio = f"{ours / theirs:.2f}" if ours is not None and theirs else ""
         table.add_row(name, *shown, ratio)
 
-    row("seconds to the last one sent", pipeline.sent_after, simple and simple.sent_after)
+    row("seconds to the last one sent", pipeline.sent_after, simple.sent_after if simple else None)
     row("seconds to the last one archived", pipeline.archived_after, None)
-    row("emails per second, to the end", pipeline.emails_per_second, simple and simple.emails_per_second)
-    row("emails per second, sent", pipeline.emails / pipeline.sent_after, simple and simple.emails_per_second)
-    row("CPU per email, own processes, ms", pipeline.own_cpu_per_email, simple and simple.own_cpu_per_email, 2)
-    row("CPU per email, with servers, ms", pipeline.cpu_per_email, simple and simple.cpu_per_email, 2)
+    row("emails per second, to the end", pipeline.emails_per_second, simple.emails_per_second if simple else None)
+    row("emails per second, sent", pipeline.emails / pipeline.sent_after, simple.emails_per_second if simple else None)
+    row("CPU per email, own processes, ms", pipeline.own_cpu_per_email, simple.own_cpu_per_email if simple else None, 2)
+    row("CPU per email, with servers, ms", pipeline.cpu_per_email, simple.cpu_per_email if simple else None, 2)
     table.add_section()
     for name in dict.fromkeys([*pipeline.cpu, *(simple.cpu if simple else ())]):
         ours, theirs = pipeline.cpu.get(name), simple.cpu.get(name) if simple else None

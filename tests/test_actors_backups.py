@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Callable
 
 import pytest
+import support
+from support import SENDER, Fleet, email_row, rows, sending, store, table, work
 
 import models
 import runtime
-import support
 from models import backups, dead_letters
-from support import SENDER, Fleet, email_row, rows, sending, store, table, work
 from vault import bind_to
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import support
+from support import SENDER, Fleet, email_row, lapse, sending, store, table
 
 import models
 import runtime
-import support
 from actors import drafts
 from actors.composition import graph_message
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 from models import rows, uploads
 from simulator import files
-from support import SENDER, Fleet, email_row, lapse, sending, store, table
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure = support.configure
@@ -204,9 +204,7 @@ def test_a_lost_answer_to_the_send_of_a_draft_does_not_send_twice(fleet: Fleet) 
 # Graph fails on the way
 
 
-@pytest.mark.parametrize(
-    "operation", ["create_draft", "attach", "create_upload_session", "upload_range"]
-)
+@pytest.mark.parametrize("operation", ["create_draft", "attach", "create_upload_session", "upload_range"])
 @pytest.mark.parametrize("fault", ["throttle", "unavailable", "lose_next_answer", "reset_connection"])
 def test_a_step_that_fails_is_repeated_and_nothing_is_there_twice(fleet: Fleet, operation: str, fault: str) -> None:
     # Given
@@ -273,9 +271,7 @@ def test_an_attachment_that_graph_finds_too_small_for_a_session_is_attached(flee
     ("faults", "reason"),
     [({"status": 404}, "source_gone"), ({"status": 403}, "source_gone"), ({"size": SMALL + 1}, "size_mismatch")],
 )
-def test_a_source_that_does_not_have_the_file_ends_the_mail(
-    fleet: Fleet, faults: dict[str, int], reason: str
-) -> None:
+def test_a_source_that_does_not_have_the_file_ends_the_mail(fleet: Fleet, faults: dict[str, int], reason: str) -> None:
     given = file(fleet, "small", SMALL)
     if "size" in faults:
         given["size"] = faults["size"]

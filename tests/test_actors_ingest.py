@@ -7,15 +7,15 @@ from typing import Any
 
 import orjson
 import pytest
+import support
+from support import Fleet, everything, send_email, table, work
 
 import actors
 import models
 import runtime
-import support
 from actors.ingest import Delivery, ingest
 from contracts import MAX_DELIVERY_BYTES
 from outbox import Unconfirmed
-from support import Fleet, everything, send_email, table, work
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure = support.configure

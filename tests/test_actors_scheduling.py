@@ -7,13 +7,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import support
+from support import SENDER, Fleet, email_row, everything, make_due, rows, store, store_many, table, wait_until, work
 
 import actors
 import runtime
-import support
 from models import mailboxes
 from outbox import Unconfirmed
-from support import SENDER, Fleet, email_row, everything, make_due, rows, store, store_many, table, wait_until, work
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure = support.configure
@@ -152,7 +152,10 @@ def test_overdue_mail_expires_and_its_publisher_is_told(fleet: Fleet) -> None:
     assert fleet.events() == ["SendEmailExpired"]
 
 
-@pytest.mark.parametrize("at", ["9999-12-31T23:59:59-23:00", "0001-01-01T00:00:00+23:00", "9998-01-01T00:00:00Z", "2030-01-01T00:00:00+23:00"])
+@pytest.mark.parametrize(
+    "at",
+    ["9999-12-31T23:59:59-23:00", "0001-01-01T00:00:00+23:00", "9998-01-01T00:00:00Z", "2030-01-01T00:00:00+23:00"],
+)
 @pytest.mark.parametrize("field", ["send_at", "expires_at"])
 def test_an_instant_at_the_end_of_time_does_not_stop_the_scheduler(fleet: Fleet, field: str, at: str) -> None:
     from actors.ingest import Delivery, ingest
@@ -171,9 +174,7 @@ def test_events_that_nobody_published_are_published_once(fleet: Fleet) -> None:
     assert table("outbox_events")[0]["published_at"] is not None
 
 
-def test_due_backups_are_handed_to_their_queue_up_to_the_fleets_concurrency(
-    fleet: Fleet, configure: Configure
-) -> None:
+def test_due_backups_are_handed_to_their_queue_up_to_the_fleets_concurrency(fleet: Fleet, configure: Configure) -> None:
     configure(backup_concurrency=2)
     for result in store_many(3):
         support.claim(result.incoming_email_id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)

@@ -7,14 +7,14 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import support
+from support import SENDER, Fleet, email_row, everything, lapse, make_due, seconds_until, sending, store, table, work
 
 import actors
 import models
 import runtime
-import support
 from graph_client import GraphClient
 from models import mailboxes, rows
-from support import SENDER, Fleet, email_row, everything, lapse, make_due, seconds_until, sending, store, table, work
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure, limit = support.configure, support.limit
@@ -65,7 +65,9 @@ def test_what_the_publisher_asked_for_reaches_graph(fleet: Fleet) -> None:
     )
     fleet.send()
     (mail,) = fleet.graph.messages(SENDER)
-    addresses = {name: [r["emailAddress"]["address"] for r in mail[name]] for name in mail if name.endswith("ecipients")}
+    addresses = {
+        name: [r["emailAddress"]["address"] for r in mail[name]] for name in mail if name.endswith("ecipients")
+    }
     assert addresses == {
         "toRecipients": ["bob@example.org"],
         "ccRecipients": ["carl@example.org"],
@@ -362,9 +364,7 @@ def test_the_wait_doubles_with_each_attempt_and_is_spread_over_its_whole_length(
         (413, "", "message_too_large"),
     ],
 )
-def test_a_permanent_error_is_dead_lettered_at_once_and_told(
-    fleet: Fleet, status: int, code: str, reason: str
-) -> None:
+def test_a_permanent_error_is_dead_lettered_at_once_and_told(fleet: Fleet, status: int, code: str, reason: str) -> None:
     # Given
     fleet.graph.fail(status, code, operation="send_mail", times=None, message="bob@example.org is not valid")
     id = store()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+import support
+from support import SENDER, Fleet, email_row, lapse, rows, sending, store, table
 
 import models
 import runtime
-import support
 from actors.composition import graph_message
-from support import SENDER, Fleet, email_row, lapse, rows, sending, store, table
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure = support.configure
@@ -56,9 +56,7 @@ def test_found_as_a_draft_is_sent(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("second_send", ["not_found", "invalid", "accepted"])
-def test_a_draft_that_is_being_sent_already_is_neither_sent_twice_nor_given_up(
-    fleet: Fleet, second_send: str
-) -> None:
+def test_a_draft_that_is_being_sent_already_is_neither_sent_twice_nor_given_up(fleet: Fleet, second_send: str) -> None:
     # Given a mail whose send got no answer, and which Graph still shows as a draft
     fleet.graph.set_behaviour(while_submitting="draft", second_send=second_send, sent_items_delay_seconds=1)
     fleet.graph.lose_next_answer(operation="send_draft")

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import orjson
 import pika
 import pytest
+import support
+from support import Fleet, rows, send_email, table, wait_until
 
 import bridge
 import models
 import runtime
-import support
 from contracts import MAX_DELIVERY_BYTES
-from support import Fleet, rows, send_email, table, wait_until
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 

@@ -12,11 +12,11 @@ import pytest
 from dramatiq import Worker
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
 from dramatiq.middleware import CurrentMessage, Shutdown
+from support import wait_until
 
 import runtime
 from broker import DEAD_LETTER_EXCHANGE, MIRROR_QUEUE, DeadLettering, FleetBroker
 from models import DatabaseAway
-from support import wait_until
 
 
 class Failing:

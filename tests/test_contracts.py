@@ -221,7 +221,13 @@ def test_the_id_is_no_part_of_the_content() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"subject": "x"}, {"to": ["c@example.org"]}, {"priority": "high"}, {"metadata": {"a": 1}}, {"attachments": [FILE]}],
+    [
+        {"subject": "x"},
+        {"to": ["c@example.org"]},
+        {"priority": "high"},
+        {"metadata": {"a": 1}},
+        {"attachments": [FILE]},
+    ],
 )
 def test_other_content_has_another_hash(change: dict[str, Any]) -> None:
     assert identity(email(**change))[1] != identity(email())[1]
@@ -250,7 +256,9 @@ def test_what_is_stored_is_accepted_again_as_the_same() -> None:
 PLANTED = "pl4nted"
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
 anything = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
 )
 planted = st.text(max_size=8).map(lambda text: PLANTED + text)
 fields = st.dictionaries(
@@ -311,9 +319,7 @@ def test_an_event_says_which_email_when_and_what(type: EventType) -> None:
 def test_an_events_id_follows_from_its_type_and_its_email_and_never_changes() -> None:
     ids = {event_id(type, key) for type in EventType for key in ("a", "b")}
     assert len(ids) == 2 * len(EventType)
-    assert event_id(EventType.RECEIVED, "a") == "a8c4f4d5-7cb5-5f5c-a4ff-0b7a6f0a9b6e" or event_id(
-        EventType.RECEIVED, "a"
-    ) == event_id(EventType.RECEIVED, "a")
+    assert event_id(EventType.RECEIVED, "a") == "e3fd808f-4a39-51a5-b93f-a7637b567a73"
 
 
 def test_the_events_have_the_names_that_consumers_know() -> None:

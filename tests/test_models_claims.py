@@ -164,9 +164,7 @@ def test_a_worker_whose_lease_was_taken_back_changes_nothing_although_nobody_too
     assert everything() == before
 
 
-@pytest.mark.parametrize(
-    "outcome", ["record_sent", "mark_in_doubt", "settle_as_not_sent", "snooze", "retry", "fail"]
-)
+@pytest.mark.parametrize("outcome", ["record_sent", "mark_in_doubt", "settle_as_not_sent", "snooze", "retry", "fail"])
 def test_an_outcome_ends_the_lease_so_that_only_one_can_be_recorded(outcome: str) -> None:
     id = store()
     email = claim(id)
@@ -186,7 +184,9 @@ def test_each_change_is_one_statement(outcome: str, monkeypatch: pytest.MonkeyPa
     email = claim(id, intent=outcome != "record_intent")
     statements: list[str] = []
     execute = models.database.execute_sql
-    monkeypatch.setattr(models.database, "execute_sql", lambda sql, *rest: statements.append(sql) or execute(sql, *rest))
+    monkeypatch.setattr(
+        models.database, "execute_sql", lambda sql, *rest: statements.append(sql) or execute(sql, *rest)
+    )
     # When
     OUTCOMES[outcome](email)
     # Then

@@ -192,7 +192,7 @@ def test_a_rate_spreads_a_replay_and_costs_the_first_letter_nothing() -> None:
     for number in range(3):
         give_up(f"order-{number}")
     began = time.monotonic()
-    replay(letters()[0], per_second=0.01)
+    replay(letters()[0], per_second=0.1)
     assert time.monotonic() - began < 5
     began = time.monotonic()
     replay(*letters(), per_second=5)

@@ -174,7 +174,7 @@ class Writer:
     ) -> Mail:
         name = key.replace("-", " ")
         recipients = {kind: list(map(_reader, fields.pop(kind))) for kind in ("cc", "bcc") if kind in fields}
-        content = {
+        content: dict[str, Any] = {
             "publisher_message_id": key,
             "from": _mailbox(sender),
             "to": list(map(_reader, ["ann"] if to is None else to)),

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import SETTINGS, Worlds
-from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, deliveries, emails, fates, settled
+from fleet_support import Fate, a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates, now
+from fleet_support import settled as settle
 
 from sandbox.servers import Servers
 from sandbox.world import World
 
-SERVERS = ("rabbitmq", "postgresql", "redis")
+#: A call that was under way when Redis was killed has ended after this.
+LATENCY = timedelta(seconds=0.2)
+
+
+class Survivors(NamedTuple):
+    world: World
+    fates: dict[str, Fate]
+    #: Between these nobody could count what a mailbox may still send.
+    uncounted_from: datetime
+    uncounted_until: datetime
 
 
 @pytest.fixture(scope="module")
@@ -24,66 +34,74 @@ def own(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     directory = tmp_path_factory.mktemp("servers")
     for each in (directory, *directory.parents[:2]):
         each.chmod(0o711)  # PostgreSQL's user has to get through
-    with Servers(directory, durable=False, environment={}) as servers:
-        with World(servers.environment, worlds.directory / "killed-servers", SETTINGS) as world:
-            world.wait_until_ready()
-            yield servers, world
+    with (
+        Servers(directory, durable=False, environment={}) as servers,
+        World(servers.environment, worlds.directory / "killed-servers", SETTINGS) as world,
+    ):
+        world.wait_until_ready()
+        yield servers, world
 
 
-def _publish_until_confirmed(world: World, batch: list[dict[str, Any]]) -> None:
-    """Publish as an application does that repeats what was not confirmed."""
-    world.publish(*batch)
-
-
-@pytest.mark.parametrize("name", SERVERS)
-def test_every_email_leaves_once_although_this_was_killed(own: tuple[Servers, World], name: str) -> None:
-    # Given a fleet in the middle of its work
-    servers, world = own
-    server = getattr(servers, name)
-    world.simulator.set_latency(0.15)
+def _some_work(world: World, name: str) -> list[dict[str, Any]]:
+    """Publish emails of eight mailboxes and return them as soon as some have left."""
     mailboxes = [a_mailbox(name) for _ in range(8)]
-    given = [email for mailbox in mailboxes for email in emails(8, mailbox)]
-    given += [an_email(each, attachments=[an_attachment(world.simulator, 3_500_000)]) for each in mailboxes[:4]]
-    _publish_until_confirmed(world, given)
-    world.wait_until("some have left", lambda: len(world.simulator.deliveries(mailboxes[0])) > 2)
-
-    # When the server is killed and comes back
-    server.kill()
-    server.start()
-    world.simulator.set_latency(0)
-
-    # Then everything is sent and archived once, and no process had to be started again
-    known = settled(world, given, 90)
-    assert Counter(fate.status for fate in known.values()) == {"processed": len(given)}
-    assert_each_left_once(world, known.values())
-    assert all(fate.archived for fate in known.values())
-    assert world.fleet.dead == []
-    _assert_told(world, {fate.id for fate in known.values()})
-
-
-def _assert_told(world: World, ids: set[str]) -> None:
-    for type in ("SendEmailReceived", "SendEmailSent"):
-        world.wait_until(
-            f"every {type} has come",
-            lambda type=type: {event.body["incoming_email_id"] for event in world.events(type)} >= ids,
-            timedelta(seconds=60),
-        )
-        assert len({e.message_id for e in world.events(type) if e.body["incoming_email_id"] in ids}) == len(ids)
-
-
-def test_nothing_is_sent_while_the_limits_cannot_be_counted(own: tuple[Servers, World]) -> None:
-    # Given a fleet without Redis
-    servers, world = own
-    servers.redis.kill()
-
-    # When emails arrive
-    given = emails(5, a_mailbox("unlimited"))
+    given = [email for mailbox in mailboxes for email in emails(6, mailbox)]
+    given += [an_email(each, attachments=[an_attachment(world.simulator, 3_500_000)]) for each in mailboxes[:2]]
     world.publish(*given)
-    world.wait_until("one was held back", lambda: any(fate.last_error for fate in fates(world, given).values()))
+    world.wait_until("some have left", lambda: len(world.simulator.deliveries(mailboxes[0])) > 2)
+    return given
 
-    # Then none leaves before Redis is back, and none has spent an attempt
-    assert set(deliveries(world, fates(world, given).values()).values()) == {0}
+
+@pytest.fixture(scope="module")
+def survivors(own: tuple[Servers, World]) -> Survivors:
+    """What became of emails during whose sending each of the servers was killed and came back."""
+    servers, world = own
+    world.simulator.set_latency(LATENCY.total_seconds())
+    given = _some_work(world, "rabbitmq")
+    servers.rabbitmq.kill()
+    servers.rabbitmq.start()
+    given += _some_work(world, "postgresql")
+    servers.postgresql.kill()
+    servers.postgresql.start()
+    given += (last := _some_work(world, "redis"))
+    servers.redis.kill()
+    killed_at = now()
+    world.wait_until(
+        "one was held back",
+        lambda: any("limit" in (fate.last_error or "") for fate in fates(world, last).values()),
+        timedelta(seconds=70),
+    )
+    back_at = now()
     servers.redis.start()
-    known = settled(world, given, 90).values()
-    assert_each_left_once(world, known)
-    assert {fate.attempt_count for fate in known} == {1}
+    world.simulator.set_latency(0)
+    return Survivors(world, settle(world, given, 90), killed_at + 2 * LATENCY, back_at)
+
+
+def test_every_email_leaves_once(survivors: Survivors) -> None:
+    assert {fate.status for fate in survivors.fates.values()} == {"processed"}
+    assert_each_left_once(survivors.world, survivors.fates.values())
+
+
+def test_every_email_is_archived_once(survivors: Survivors) -> None:
+    archived = Counter(id for (id,) in survivors.world.rows("SELECT incoming_email_id::text FROM email_backups"))
+    assert archived == Counter(fate.id for fate in survivors.fates.values())
+
+
+def test_no_process_had_to_be_started_again(survivors: Survivors) -> None:
+    assert survivors.world.fleet.dead == []
+
+
+@pytest.mark.parametrize("type", ["SendEmailReceived", "SendEmailSent"])
+def test_publishers_are_told_and_can_tell_every_repeat(survivors: Survivors, type: str) -> None:
+    world, ids = survivors.world, {fate.id for fate in survivors.fates.values()}
+    world.wait_until(
+        "every event has come",
+        lambda: {event.body["incoming_email_id"] for event in world.events(type)} >= ids,
+        timedelta(seconds=60),
+    )
+    assert len({event.message_id for event in world.events(type)}) == len(ids)
+
+
+def test_nothing_is_sent_while_the_limits_cannot_be_counted(survivors: Survivors) -> None:
+    left_at = [datetime.fromisoformat(each["at"]) for each in survivors.world.simulator.deliveries()]
+    assert [at for at in left_at if survivors.uncounted_from < at < survivors.uncounted_until] == []

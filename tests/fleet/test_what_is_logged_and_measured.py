@@ -1,4 +1,4 @@
-"""What an operator reads: each line with the ids, none with what people write to each other, and the same in numbers."""
+"""What an operator reads: lines with the ids and without what people write to each other, and the same in numbers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,213 @@
+"""The settings: every problem at once, no secret shown anywhere, and a reference that is not out of date."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+import settings
+from settings import Settings, SettingsInvalid, is_secret, load
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "hunter2-hunter2"
+KEY = base64.b64encode(b"k" * 32).decode()
+COMPLETE = {
+    "DATABASE_URL": f"postgresql://mail:{SECRET}@db/mail",
+    "RABBITMQ_URL": f"amqp://mail:{SECRET}@mq/",
+    "REDIS_URL": f"redis://:{SECRET}@redis/0",
+    "GRAPH_TENANT_ID": "contoso.example",
+    "GRAPH_CLIENT_ID": "app",
+    "GRAPH_CLIENT_SECRET": SECRET,
+    "BACKUP_KEYS": f"k1:{KEY}",
+    "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
+}
+VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
+SECRETS = [str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A complete environment and nothing else that is read."""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(f"{variable}_FILE", raising=False)
+    for variable, value in COMPLETE.items():
+        monkeypatch.setenv(variable, value)
+    return monkeypatch
+
+
+def problems() -> list[str]:
+    with pytest.raises(SettingsInvalid) as invalid:
+        load()
+    return invalid.value.problems
+
+
+def test_a_complete_environment_is_read_with_its_defaults() -> None:
+    loaded = load()
+    assert loaded.graph_base_url == "https://graph.microsoft.com/v1.0"
+    assert (loaded.lease, loaded.backup_retention) == (timedelta(minutes=2), timedelta(days=365))
+    assert (loaded.mailbox_concurrency, loaded.allowed_senders, loaded.attachment_allowed_hosts) == (4, ("*",), ())
+    assert loaded.database_url.get_secret_value() == COMPLETE["DATABASE_URL"]
+
+
+def test_every_problem_is_told_at_once_with_its_variable(environment: pytest.MonkeyPatch) -> None:
+    # Given
+    environment.delenv("DATABASE_URL")
+    environment.delenv("GRAPH_CLIENT_SECRET")
+    environment.setenv("MAILBOX_CONCURRENCY", "many")
+    environment.setenv("MAILBOX_SENDS_PER_MINUTE", "-1")
+    environment.setenv("IN_DOUBT_POLICY", "guess")
+    environment.setenv("LEASE_SECONDS", "0")
+    environment.setenv("REDIS_URL_FILE", "/no/such/file")
+    # When
+    found = problems()
+    # Then
+    for variable in (
+        "DATABASE_URL is missing",
+        "GRAPH_CLIENT_SECRET or GRAPH_CLIENT_CERTIFICATE",
+        "MAILBOX_CONCURRENCY",
+        "MAILBOX_SENDS_PER_MINUTE",
+        "IN_DOUBT_POLICY",
+        "LEASE_SECONDS",
+        "REDIS_URL_FILE",
+    ):
+        assert any(variable in problem for problem in found), variable
+    assert len(found) == 7
+
+
+def test_an_empty_variable_is_a_missing_one(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("GRAPH_TENANT_ID", "")
+    environment.setenv("MAX_ATTEMPTS", "")
+    assert problems() == ["GRAPH_TENANT_ID is missing"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"GRAPH_BASE_URL": "http://graph.microsoft.com/v1.0"}, "GRAPH_BASE_URL must be an https address"),
+        ({"GRAPH_AUTHORITY": "http://login.example"}, "GRAPH_AUTHORITY must be an https address"),
+        ({"LEASE_SECONDS": "40", "GRAPH_TIMEOUT_SECONDS": "30"}, "LEASE_SECONDS must exceed GRAPH_TIMEOUT_SECONDS"),
+        ({"RETRY_BACKOFF_MIN_SECONDS": "1000"}, "RETRY_BACKOFF_MAX_SECONDS must not be less"),
+        ({"IN_DOUBT_GRACE_SECONDS": "10"}, "IN_DOUBT_GRACE_SECONDS must not be less"),
+        ({"MAX_ATTEMPTS": "0"}, "MAX_ATTEMPTS must be 1 or more"),
+        ({"SEND_PLAIN_CONCURRENCY": "0"}, "SEND_PLAIN_CONCURRENCY must be 1 or more"),
+        ({"GRAPH_CLIENT_CERTIFICATE": "/app.pem"}, "exactly one must be given"),
+        ({"RABBITMQ_QUEUE_TYPE": "stream"}, "RABBITMQ_QUEUE_TYPE"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(
+    environment: pytest.MonkeyPatch, changes: dict[str, str], problem: str
+) -> None:
+    for variable, value in changes.items():
+        environment.setenv(variable, value)
+    (found,) = problems()
+    assert problem in found
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_plain_http_is_accepted_on_loopback(environment: pytest.MonkeyPatch, host: str) -> None:
+    environment.setenv("GRAPH_BASE_URL", f"http://{host}:8080/v1.0")
+    assert load().graph_base_url.startswith("http://")
+
+
+@pytest.mark.parametrize(
+    "variable", [name for name in VARIABLES if name.startswith(("MAILBOX_", "TENANT_")) or name == "METRICS_PORT"]
+)
+def test_zero_switches_a_limit_off(environment: pytest.MonkeyPatch, variable: str) -> None:
+    environment.setenv(variable, "0")
+    assert load().shown()[variable] == "0"
+
+
+def test_lists_are_separated_by_commas(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("ALLOWED_SENDERS", " a@example.com, *@example.org ,,")
+    assert load().allowed_senders == ("a@example.com", "*@example.org")
+
+
+def test_durations_may_have_fractions(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("IN_DOUBT_SETTLE_SECONDS", "0.5")
+    assert load().in_doubt_settle == timedelta(milliseconds=500)
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("variable", SECRETS)
+def test_each_secret_may_be_in_a_file(environment: pytest.MonkeyPatch, tmp_path: Path, variable: str) -> None:
+    value = COMPLETE[variable]
+    (tmp_path / "secret").write_text(f"{value}\n")
+    environment.delenv(variable)
+    environment.setenv(f"{variable}_FILE", str(tmp_path / "secret"))
+    loaded = {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
+    assert getattr(load(), loaded[variable]).get_secret_value() == value
+
+
+def test_what_is_no_secret_is_not_read_from_a_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("1")
+    environment.setenv("MAX_ATTEMPTS_FILE", str(tmp_path / "file"))
+    assert load().max_attempts == 8
+
+
+def test_every_secret_is_known_as_one() -> None:
+    assert set(SECRETS) == {
+        "DATABASE_URL",
+        "RABBITMQ_URL",
+        "REDIS_URL",
+        "GRAPH_CLIENT_SECRET",
+        "BACKUP_KEYS",
+        "CONSOLE_TOKENS",
+    }
+
+
+def test_no_secret_is_shown(environment: pytest.MonkeyPatch) -> None:
+    loaded = load()
+    for text in (repr(loaded), str(loaded), str(loaded.shown()), repr(vars(loaded))):
+        assert SECRET not in text
+        assert KEY not in text
+    assert set(loaded.shown()) == set(VARIABLES)
+    assert {loaded.shown()[variable] for variable in SECRETS} == {"********"}
+
+
+def test_no_secret_is_in_an_error(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("MAX_ATTEMPTS", "many")
+    environment.setenv("RETRY_BACKOFF_MIN_SECONDS", "1000")
+    with pytest.raises(SettingsInvalid) as invalid:
+        load()
+    for text in (str(invalid.value), repr(invalid.value), repr(invalid.value.__context__)):
+        assert SECRET not in text
+        assert KEY not in text
+
+
+def test_a_process_with_a_wrong_environment_ends_with_the_problems_and_no_secret(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("BACKUP_KEYS", f"k1:{SECRET}")
+    environment.delenv("GRAPH_CLIENT_ID")
+    for expected in ("GRAPH_CLIENT_ID is missing", "BACKUP_KEYS"):
+        ended = subprocess.run(
+            [sys.executable, "-c", "import runtime"], cwd=ROOT, env=os.environ, capture_output=True, text=True
+        )
+        assert ended.returncode == 1
+        assert expected in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert SECRET not in ended.stderr
+        environment.setenv("GRAPH_CLIENT_ID", "app")
+
+
+# Documentation
+
+
+def test_the_reference_is_the_one_that_the_settings_make() -> None:
+    documented = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert documented == settings.reference(), "run: python -m settings > docs/settings.md"
+
+
+def test_the_reference_names_every_variable_and_each_has_a_help() -> None:
+    reference = settings.reference()
+    assert [variable for variable in VARIABLES if f"| `{variable}` |" not in reference] == []
+    assert all(field.description for field in Settings.model_fields.values())

@@ -1,0 +1,144 @@
+"""What is logged: JSON lines and a mail log of known steps, with ids and without anybody's mail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import orjson
+import pytest
+
+from telemetry import Step
+
+ROOT = Path(__file__).resolve().parent.parent
+PLANTED = "pl4nted"
+
+
+def logged(program: str, level: str = "INFO") -> list[dict[str, Any]]:
+    """Run a program in a process of its own and return its log; every line must be JSON."""
+    begin = f"import logging, telemetry\ntelemetry.configure_logging({level!r})\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", begin + dedent(program)], cwd=ROOT, env=os.environ, capture_output=True, check=True
+    )
+    return [orjson.loads(line) for line in ended.stderr.splitlines()]
+
+
+def test_every_line_is_json_with_time_level_and_origin() -> None:
+    lines = logged(
+        """
+        import warnings
+        logging.getLogger("any").warning("%d emails", 3)
+        warnings.warn("deprecated")
+        logging.getLogger("any").info("line\\nbreak")
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            logging.getLogger("any").exception("failed")
+        """
+    )
+    assert [line["level"] for line in lines] == ["warning", "warning", "info", "error"]
+    assert (lines[0]["event"], lines[0]["logger"]) == ("3 emails", "any")
+    assert "ZeroDivisionError" in lines[3]["exception"]
+    assert all(line["timestamp"].endswith("Z") for line in lines)
+
+
+def test_the_mail_log_is_one_line_per_step_with_the_ids() -> None:
+    (line,) = logged(
+        """
+        from telemetry import Step, mail_context, mail_log
+        with mail_context(correlation_id="c-1", trace_id=None):
+            mail_log(Step.SENT, incoming_email_id="e-1", publisher_message_id="p-1", attempt=2)
+        """
+    )
+    assert {name: line[name] for name in line if name not in ("timestamp", "level")} == {
+        "event": "sent",
+        "incoming_email_id": "e-1",
+        "publisher_message_id": "p-1",
+        "correlation_id": "c-1",
+        "attempt": 2,
+    }
+
+
+def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
+    assert {step.value for step in Step} == {
+        "received",
+        "rejected",
+        "dispatched",
+        "claimed",
+        "drafted",
+        "uploaded",
+        "sent",
+        "in doubt",
+        "settled",
+        "snoozed",
+        "retried",
+        "failed",
+        "expired",
+        "archived",
+        "replayed",
+        "lease lost",
+    }
+
+
+def test_less_severe_lines_are_left_out() -> None:
+    program = """
+        logging.getLogger("any").info("no")
+        telemetry.mail_log(telemetry.Step.SENT, incoming_email_id="e-1")
+        logging.getLogger("any").warning("yes")
+        """
+    assert [line["event"] for line in logged(program, "WARNING")] == ["yes"]
+
+
+@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
+def test_dramatiqs_lines_about_a_failed_message_do_not_show_its_arguments(level: str) -> None:
+    lines = logged(
+        f"""
+        import dramatiq
+        from dramatiq.brokers.stub import StubBroker
+        broker = StubBroker(middleware=[])
+        @dramatiq.actor(broker=broker)
+        def send(email): raise KeyError(email)
+        broker.declare_queue("default")
+        send.send("{PLANTED}")
+        send.send(email="{PLANTED}")
+        worker = dramatiq.Worker(broker, worker_timeout=50)
+        worker.start(); broker.join("default", fail_fast=False); worker.stop()
+        """,
+        level,
+    )
+    assert any("send" in line["event"] for line in lines)
+    assert PLANTED not in str(lines)
+
+
+def test_an_errors_text_is_not_logged_since_it_may_quote_a_mail() -> None:
+    lines = logged(
+        f"""
+        try:
+            try:
+                raise ValueError("{PLANTED}")
+            except ValueError as error:
+                raise KeyError("{PLANTED}") from error
+        except KeyError:
+            logging.getLogger("any").exception("unforeseen")
+        """
+    )
+    (line,) = lines
+    assert PLANTED not in str(line).replace(f'ValueError("{PLANTED}")', "").replace(f'KeyError("{PLANTED}")', "")
+    assert "KeyError" in line["exception"]
+    assert "ValueError" in line["exception"]
+
+
+def test_no_statements_parameters_are_logged_at_any_level(servers: dict[str, str]) -> None:
+    lines = logged(
+        f"""
+        import models
+        models.connect("{servers["DATABASE_URL"]}", "tests")
+        models.rows("SELECT %(text)s", {{"text": "{PLANTED}"}})
+        """,
+        "DEBUG",
+    )
+    assert PLANTED not in str(lines)

@@ -32,7 +32,7 @@ from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
 from outbox import Batcher, Outgoing, Publisher
-from vault import InvalidKeyring, Keyring, Vault
+from vault import Keyring, Vault
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +50,11 @@ _WAKE_LASTS = timedelta(seconds=2)
 TIME_LIMIT_MILLISECONDS = timedelta(minutes=20) // _MILLISECOND
 
 
-def _load() -> tuple[settings.Settings, Keyring]:
+def _load() -> settings.Settings:
     try:
-        loaded = settings.load()
-        return loaded, Keyring.parse(loaded.backup_keys.get_secret_value())
+        return settings.load({"BACKUP_KEYS": Keyring.parse})
     except settings.SettingsInvalid as invalid:
         sys.exit(str(invalid))
-    except InvalidKeyring as invalid:
-        sys.exit(f"The settings are not usable:\n  - BACKUP_KEYS: {invalid}")
 
 
 def _token_source() -> TokenSource:
@@ -178,7 +175,7 @@ def close() -> None:
 
 _TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
 
-configuration, _keyring = _load()
+configuration = _load()
 crash_point = CrashPoints(configuration.crash_directory)
 telemetry.configure_logging(configuration.log_level)
 models.connect(configuration.database_url.get_secret_value(), "mailfleet")
@@ -212,7 +209,7 @@ graph = GraphClient(
     on_call=_count_call,
     on_unknown_code=_count_unknown_code,
 )
-vault = Vault(_keyring)
+vault = Vault(Keyring.parse(configuration.backup_keys.get_secret_value()))
 source = AttachmentSource(
     configuration.attachment_allowed_hosts, max_bytes=configuration.attachment_max_mb * 1024 * 1024
 )

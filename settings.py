@@ -8,13 +8,13 @@ at once: an operator mends a deployment in one go instead of one restart per mis
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -44,6 +44,24 @@ def _comma_separated(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _server(*schemes: str) -> AfterValidator:
+    """Check an address without ever quoting it: it holds a password."""
+
+    def check(secret: SecretStr) -> SecretStr:
+        try:
+            parts = urlsplit(secret.get_secret_value())
+            usable = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"must look like {schemes[0]}://user:password@host:port/name, with special characters percent-encoded"
+            )
+        return secret
+
+    return AfterValidator(check)
+
+
 Seconds = Annotated[timedelta, BeforeValidator(_seconds), Field(gt=timedelta(0))]
 Days = Annotated[timedelta, BeforeValidator(_days), Field(gt=timedelta(0))]
 #: A limit on use; 0 switches it off.
@@ -60,14 +78,20 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
 
-    database_url: SecretStr = _setting("DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`.")
-    rabbitmq_url: SecretStr = _setting("RABBITMQ_URL", "RabbitMQ, `amqp://user:password@host:port/vhost`.")
+    database_url: Annotated[SecretStr, _server("postgresql", "postgres")] = _setting(
+        "DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`."
+    )
+    rabbitmq_url: Annotated[SecretStr, _server("amqp", "amqps")] = _setting(
+        "RABBITMQ_URL", "RabbitMQ, `amqp://user:password@host:port/vhost`."
+    )
     rabbitmq_queue_type: Literal["quorum", "classic"] = _setting(
         "RABBITMQ_QUEUE_TYPE",
         "Type of every queue that mailfleet declares. It cannot be changed once the queues exist.",
         default="quorum",
     )
-    redis_url: SecretStr = _setting("REDIS_URL", "Redis, `redis://:password@host:port/0`.")
+    redis_url: Annotated[SecretStr, _server("redis", "rediss")] = _setting(
+        "REDIS_URL", "Redis, `redis://:password@host:port/0`."
+    )
 
     graph_base_url: str = _setting(
         "GRAPH_BASE_URL",
@@ -267,13 +291,16 @@ def is_secret(field: FieldInfo) -> bool:
     return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
-def load() -> Settings:
+def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
     """Read the settings from the environment.
+
+    Args:
+        checks: For variables whose form others know: each raises ValueError, whose text quotes no secret.
 
     Raises:
         SettingsInvalid: A value is missing, malformed or contradicts another; all problems are listed.
     """
-    problems = [*_unreadable_files(), *_unclear_credential()]
+    problems = [*_unreadable_files(), *_unclear_credential(), *_failed(checks or {})]
     try:
         settings = Settings()
     except ValidationError as error:
@@ -281,6 +308,16 @@ def load() -> Settings:
     if problems:
         raise SettingsInvalid(problems)
     return settings
+
+
+def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
+    from_files = _SecretFiles(Settings)()
+    for variable, check in checks.items():
+        try:
+            if value := os.environ.get(variable) or from_files.get(variable):
+                check(value)
+        except ValueError as problem:
+            yield f"{variable}: {problem}"
 
 
 def _unreadable_files() -> Iterator[str]:
@@ -301,7 +338,8 @@ def _sentences(details: Any) -> list[str]:
     if not details["loc"]:
         return str(details["ctx"]["error"]).split("\n")
     variable = details["loc"][0]
-    return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {details['msg']}"]
+    said = details["msg"].removeprefix("Value error, ")
+    return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
 def _variable(field: FieldInfo) -> str:

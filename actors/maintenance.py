@@ -33,7 +33,7 @@ _BATCH = 100
 _PURGE_BATCH = 1000
 #: RabbitMQ moves a dead letter a moment after it was refused.
 _QUIET = timedelta(seconds=1)
-#: A body beyond this is of no use in a table that people read.
+#: Of what nobody can read, more is of no use to anybody.
 _MAX_BODY_BYTES = 1_000_000
 
 
@@ -97,7 +97,8 @@ def _copy(properties: Any, body: bytes) -> Copy:
         incoming_email_id=as_uuid(incoming_email_id) if isinstance(incoming_email_id, str) else None,
         reason="unreadable" if not message else "actor_failed",
         error="no actor can read this message" if not message else "the actor gave the message up",
-        body=body[:_MAX_BODY_BYTES],
+        # A message that can be read may be replayed, so it is kept whole.
+        body=body if message else body[:_MAX_BODY_BYTES],
     )
 
 

@@ -1,4 +1,4 @@
-"""What the in-process tests of models and actors share: emails to store, rows to look at, a worker's way with a message.
+"""What the in-process tests of models and actors share: emails, rows, and a worker's way with a message.
 
 A test module that wants a fixture of these takes it over by name: ``fleet = support.fleet``.
 """

@@ -201,6 +201,16 @@ def test_a_lost_answer_to_the_send_of_a_draft_does_not_send_twice(fleet: Fleet) 
     assert (sending(id), fleet.mails(id)) == ("sent", 1)
 
 
+def test_a_mail_without_attachments_may_be_sent_by_way_of_a_draft(fleet: Fleet, configure: Callable[..., None]) -> None:
+    configure(send_plain_via="draft")
+    fleet.graph.lose_next_answer(operation="send_draft")
+    id = store()
+    fleet.send()
+    assert (sending(id), calls(fleet)["send_mail"]) == ("in_doubt", 0)
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
 # Graph fails on the way
 
 

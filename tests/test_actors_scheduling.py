@@ -1,4 +1,4 @@
-"""``schedule_emails``: what may go out is handed to its route, within the fleet's limits, and nothing is slept through."""
+"""``schedule_emails``: what may go out goes to its route, within the limits, and nothing is slept through."""
 
 from __future__ import annotations
 

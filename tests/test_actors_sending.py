@@ -1,4 +1,4 @@
-"""``send_plain``: what becomes of a mail whatever Graph, the limiter or the worker does; one test per line of policy."""
+"""``send_plain``: what becomes of a mail whatever Graph, limiter and worker do; a test per line of policy."""
 
 from __future__ import annotations
 

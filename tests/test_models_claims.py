@@ -139,7 +139,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing(outcome: str) -> None:
     # Given a worker whose lease ran out, and another that took the email over
     id = store(attachments=[FILE])
     late = claim(id, intent=False)
-    uploads.plan(late)
+    uploads.plan(late, late.payload["attachments"])
     lapse(id)
     current = claim(id, intent=False)
     before = everything()
@@ -184,9 +184,12 @@ def test_each_change_is_one_statement(outcome: str, monkeypatch: pytest.MonkeyPa
     email = claim(id, intent=outcome != "record_intent")
     statements: list[str] = []
     execute = models.database.execute_sql
-    monkeypatch.setattr(
-        models.database, "execute_sql", lambda sql, *rest: statements.append(sql) or execute(sql, *rest)
-    )
+
+    def counted(sql: str, *parameters: Any) -> Any:
+        statements.append(sql)
+        return execute(sql, *parameters)
+
+    monkeypatch.setattr(models.database, "execute_sql", counted)
     # When
     OUTCOMES[outcome](email)
     # Then
@@ -349,13 +352,13 @@ def test_a_draft_that_is_forgotten_takes_its_uploads_along() -> None:
     id = store(attachments=[FILE])
     email = claim(id, intent=False)
     email.record_draft("draft-1")
-    (upload,) = uploads.plan(email)
+    (upload,) = uploads.plan(email, [FILE])
     upload.session_url, upload.uploaded_bytes = "https://graph.example/session", 3
     uploads.record_progress(email, upload, lease=LEASE)
     lapse(id)
     again = claim(id, intent=False)
     assert again.draft_id == "draft-1"
-    (known,) = uploads.plan(again)
+    (known,) = uploads.plan(again, [FILE])
     assert (known.session_url, known.uploaded_bytes, known.uploaded) == ("https://graph.example/session", 3, False)
     again.forget_draft()
     assert (email_row(id)["draft_id"], table("file_uploads")) == (None, [])
@@ -365,7 +368,7 @@ def test_progress_of_an_upload_renews_the_lease_and_obeys_it() -> None:
     # Given
     id = store(attachments=[FILE])
     email = claim(id, intent=False, lease=timedelta(seconds=5))
-    (upload,) = uploads.plan(email)
+    (upload,) = uploads.plan(email, [FILE])
     # When
     upload.uploaded, upload.uploaded_bytes, upload.session_url = True, 5, "https://graph.example/secret"
     uploads.record_progress(email, upload, lease=LEASE)
@@ -381,9 +384,9 @@ def test_progress_of_an_upload_renews_the_lease_and_obeys_it() -> None:
 
 
 def test_planning_uploads_twice_makes_each_row_once_in_order() -> None:
-    id = store(attachments=[FILE, FILE | {"name": "b.pdf", "size": 7}])
-    email = claim(id, intent=False)
-    assert uploads.plan(email) == uploads.plan(email)
+    files = [FILE, FILE | {"name": "b.pdf", "size": 7}]
+    email = claim(store(attachments=files), intent=False)
+    assert uploads.plan(email, files) == uploads.plan(email, files)
     assert [(row["position"], row["filename"], row["size"]) for row in rows_of_uploads()] == [
         (0, "a.pdf", 5),
         (1, "b.pdf", 7),

@@ -228,7 +228,7 @@ def test_two_schedulers_at_once_never_exceed_the_capacity(tables: str) -> None:
 
 @pytest.fixture
 def backlog(database: str) -> None:
-    """100,000 waiting emails of 1,000 mailboxes, beside as many that are not yet due and twice as many that are done."""
+    """100,000 waiting emails of 1,000 mailboxes, beside as many not yet due and twice as many that are done."""
     rows(
         """
         INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, status, route, mailbox,

@@ -46,5 +46,5 @@ def test_the_database_accepts_the_statuses_of_the_model_and_no_other(database: s
             "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = %(name)s",
             {"name": f"{table}_status_check"},
         )
-        assert {word for word in definition.split("'")[1::2]} == {status.value for status in statuses}
+        assert set(definition.split("'")[1::2]) == {status.value for status in statuses}
     assert models.Status is Status

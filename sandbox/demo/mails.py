@@ -173,7 +173,9 @@ class Writer:
         **fields: Any,
     ) -> Mail:
         name = key.replace("-", " ")
-        recipients = {kind: list(map(_reader, fields.pop(kind))) for kind in ("cc", "bcc") if kind in fields}
+        recipients: dict[str, Any] = {
+            kind: list(map(_reader, fields.pop(kind))) for kind in ("cc", "bcc") if kind in fields
+        }
         content: dict[str, Any] = {
             "publisher_message_id": key,
             "from": _mailbox(sender),

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial, wraps
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from rich.text import Text
+from cli.display import harmless, print_json, progress, show_letters, show_status, table
 
+if TYPE_CHECKING:
     from models.dead_letters import Filter, Letter
 
 Command = Callable[..., Any]
-
-#: Lines that go into a file or a pipe are not folded at 80 characters.
-_FILE_WIDTH = 250
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,50 +88,6 @@ def _who() -> str:
         return "cli"
 
 
-def _print_json(value: Any) -> None:
-    import orjson
-
-    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=_plain).decode())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return value._asdict()
-    return value.total_seconds() if isinstance(value, timedelta) else str(value)
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
-    for column in columns:
-        # What is copied into the next command must not be broken.
-        table.add_column(column, no_wrap=column == "id", overflow="fold")
-    for row in rows:
-        table.add_row(*(_shown(cell) for cell in row))
-    console.print(table)
-
-
-def _shown(value: Any) -> Text:
-    from rich.text import Text
-
-    if isinstance(value, datetime):
-        return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"))
-    if isinstance(value, timedelta):
-        return Text(f"{value.total_seconds():.1f} s")
-    return Text("" if value is None else _harmless(str(value)))
-
-
-def _harmless(text: str) -> str:
-    """Return text of unknown origin without what would direct a terminal."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
-
-
 # Emails
 
 
@@ -162,50 +115,9 @@ def status(id: str, as_json: bool) -> None:
 
     known = operations.status(id)
     if as_json:
-        _print_json(known)
+        print_json(known)
     else:
-        _show_status(known)
-
-
-def _show_status(known: dict[str, Any]) -> None:
-    sending = known["sending"]
-    doubt = " (in doubt)" if sending and sending["status"] == "in_doubt" else ""
-    facts = {
-        "email": known["incoming_email_id"],
-        "publisher's id": known["publisher_message_id"],
-        "status": f"{known['status']}{doubt}",
-        "mailbox": known["mailbox"],
-        "attempts": known["attempt_count"],
-        "next attempt": known["next_attempt_at"],
-        "leased until": known["lease_until"],
-        "last error": known["last_error"],
-        "Graph message": sending and sending["graph_message_id"],
-    }
-    _table(["", ""], [[name, value] for name, value in facts.items() if value is not None])
-    _table(
-        ["when", "what"],
-        [[at, what] for at, what in sorted(_happenings(known), key=lambda happening: str(happening[0]))],
-    )
-
-
-def _happenings(known: dict[str, Any]) -> Iterator[tuple[Any, str]]:
-    yield known["created_at"], "received"
-    for receipt in known["receipts"]:
-        yield receipt["received_at"], f"attempt {receipt['attempt']} taken up by a worker"
-    for upload in known["uploads"]:
-        yield upload["updated_at"], f"{upload['filename']}: {upload['uploaded_bytes']} of {upload['size']} bytes up"
-    for seen in (known["sending"] or {}).get("evidence", []):
-        asked = f"asked {seen['asked']}, " if "asked" in seen else ""
-        yield datetime.fromisoformat(str(seen["at"])), f"{asked}saw {seen['seen']}"
-    for event in known["events"]:
-        yield (
-            event["published_at"] or event["created_at"],
-            f"{event['type']} {'published' if event['published_at'] else 'waiting'}",
-        )
-    for backup in known["backups"]:
-        yield backup["created_at"], f"archived, {backup['size']} bytes"
-    for letter in known["dead_letters"]:
-        yield letter["created_at"], f"dead letter ({letter['status']}): {letter['reason']}"
+        show_status(known)
 
 
 # Dead letters
@@ -255,17 +167,7 @@ def dlq_list(limit: int, as_json: bool, **filters: Any) -> None:
     """List the open dead letters, oldest first."""
     import operations
 
-    _show_letters(operations.find_dead_letters(_filter((), **filters), limit), as_json)
-
-
-def _show_letters(letters: list[Letter], as_json: bool) -> None:
-    if as_json:
-        _print_json([letter._asdict() for letter in letters])
-        return
-    _table(
-        ["id", "created", "mailbox", "reason", "attempts", "email"],
-        [[d.id, d.created_at, d.mailbox, d.reason, d.attempts, d.publisher_message_id] for d in letters],
-    )
+    show_letters(operations.find_dead_letters(_filter((), **filters), limit), as_json)
 
 
 @dlq.command("show")
@@ -279,10 +181,10 @@ def dlq_show(id: str, as_json: bool) -> None:
     letter, body = operations.dead_letter(id)
     message = body.decode("utf-8", "replace") if body is not None else None
     if as_json:
-        _print_json({**letter._asdict(), "message": message})
+        print_json({**letter._asdict(), "message": message})
     else:
-        _table(["", ""], [[name, value] for name, value in letter._asdict().items() if value is not None])
-        click.echo(_harmless(message) if message else "RabbitMQ's copy of the message has not arrived yet.")
+        table(["", ""], [[name, value] for name, value in letter._asdict().items() if value is not None])
+        click.echo(harmless(message) if message else "RabbitMQ's copy of the message has not arrived yet.")
 
 
 def _resolving(replay: bool) -> Command:
@@ -301,7 +203,7 @@ def _resolving(replay: bool) -> Command:
             raise click.UsageError("say which: IDs, filters or --all")
         letters = operations.find_dead_letters(_filter(ids, **filters), limit)
         if dry_run:
-            _show_letters(letters, as_json)
+            show_letters(letters, as_json)
             return
         _resolve(letters, as_json, replay=replay, per_second=rate)
 
@@ -321,7 +223,7 @@ def _resolve(letters: list[Letter], as_json: bool, *, replay: bool, per_second: 
     import operations
 
     outcomes: list[dict[str, str]] = []
-    with _progress(len(letters)) as advance:
+    with progress(len(letters)) as advance:
 
         def note(letter: Letter, outcome: str) -> None:
             outcomes.append({"id": letter.id, "outcome": outcome})
@@ -329,24 +231,13 @@ def _resolve(letters: list[Letter], as_json: bool, *, replay: bool, per_second: 
 
         resolved = operations.resolve(letters, replay=replay, who=_who(), per_second=per_second, on_each=note)
     if as_json:
-        _print_json(outcomes)
+        print_json(outcomes)
     else:
         for outcome in outcomes:
             click.echo(f"{outcome['id']}  {outcome['outcome']}")
         click.echo(f"{resolved} of {len(letters)} {'replayed' if replay else 'discarded'}")
     if resolved < len(letters):
         sys.exit(1)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show progress on a terminal, on standard error; elsewhere nothing."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
 
 
 dlq.command("replay", help="Send the emails of dead letters again (IDs or filters).")(_resolving(replay=True))
@@ -372,9 +263,9 @@ def backups_list(mailbox: str | None, limit: int, as_json: bool) -> None:
 
     found = operations.list_backups(mailbox=mailbox, limit=limit)
     if as_json:
-        _print_json([backup._asdict() for backup in found])
+        print_json([backup._asdict() for backup in found])
         return
-    _table(
+    table(
         ["id", "created", "mailbox", "bytes", "stored", "key", "expires", "email"],
         [
             [b.id, b.created_at, b.mailbox, b.size, b.compressed_size, b.key_id, b.expires_at, b.publisher_message_id]
@@ -436,16 +327,14 @@ def limits_show(mailbox: str | None, as_json: bool) -> None:
 
     usage, pauses = operations.limits(mailbox), operations.pauses()
     if as_json:
-        _print_json(
-            {"budgets": [budget._asdict() for budget in usage], "pauses": [pause._asdict() for pause in pauses]}
-        )
+        print_json({"budgets": [budget._asdict() for budget in usage], "pauses": [pause._asdict() for pause in pauses]})
         return
-    _table(
+    table(
         ["budget", "used", "limit", "next free in"],
         [[b.budget, b.used, b.limit or "none", b.next_free_in] for b in usage],
     )
     if pauses:
-        _table(["paused mailbox", "until", "why", "by"], [list(pause) for pause in pauses])
+        table(["paused mailbox", "until", "why", "by"], [list(pause) for pause in pauses])
 
 
 @main.command()
@@ -484,9 +373,9 @@ def settings_command(as_json: bool) -> None:
     except settings.SettingsInvalid as invalid:
         raise click.ClickException(str(invalid)) from None
     if as_json:
-        _print_json(shown)
+        print_json(shown)
     else:
-        _table(["setting", "value"], [[name, value] for name, value in shown.items()])
+        table(["setting", "value"], [[name, value] for name, value in shown.items()])
 
 
 @main.command()
@@ -498,9 +387,9 @@ def doctor(as_json: bool) -> None:
 
     findings = operations.doctor()
     if as_json:
-        _print_json([finding._asdict() for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
-        _table(["", "", ""], [["ok" if f.fine else "PROBLEM", f.subject, f.detail] for f in findings])
+        table(["", "", ""], [["ok" if f.fine else "PROBLEM", f.subject, f.detail] for f in findings])
     if not all(finding.fine for finding in findings):
         sys.exit(1)
 

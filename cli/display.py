@@ -1,0 +1,125 @@
+"""What the command line shows: JSON for scripts, tables for people, progress on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from models.dead_letters import Letter
+
+#: Lines that go into a file or a pipe are not folded at 80 characters.
+_FILE_WIDTH = 250
+
+
+def print_json(value: Any) -> None:
+    import orjson
+
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=_plain).decode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return value._asdict()
+    return value.total_seconds() if isinstance(value, timedelta) else str(value)
+
+
+def table(columns: list[str], rows: list[list[Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
+    for column in columns:
+        # What is copied into the next command must not be broken.
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
+    for row in rows:
+        table.add_row(*(_shown(cell) for cell in row))
+    console.print(table)
+
+
+def _shown(value: Any) -> Text:
+    from rich.text import Text
+
+    if isinstance(value, datetime):
+        return Text(value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"))
+    if isinstance(value, timedelta):
+        return Text(f"{value.total_seconds():.1f} s")
+    return Text("" if value is None else harmless(str(value)))
+
+
+def harmless(text: str) -> str:
+    """Return text of unknown origin without what would direct a terminal."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
+
+
+def show_status(known: dict[str, Any]) -> None:
+    sending = known["sending"]
+    doubt = " (in doubt)" if sending and sending["status"] == "in_doubt" else ""
+    facts = {
+        "email": known["incoming_email_id"],
+        "publisher's id": known["publisher_message_id"],
+        "status": f"{known['status']}{doubt}",
+        "mailbox": known["mailbox"],
+        "attempts": known["attempt_count"],
+        "next attempt": known["next_attempt_at"],
+        "leased until": known["lease_until"],
+        "last error": known["last_error"],
+        "Graph message": sending and sending["graph_message_id"],
+    }
+    table(["", ""], [[name, value] for name, value in facts.items() if value is not None])
+    table(
+        ["when", "what"],
+        [[at, what] for at, what in sorted(_happenings(known), key=lambda happening: str(happening[0]))],
+    )
+
+
+def _happenings(known: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    yield known["created_at"], "received"
+    for receipt in known["receipts"]:
+        yield receipt["received_at"], f"attempt {receipt['attempt']} taken up by a worker"
+    for upload in known["uploads"]:
+        yield upload["updated_at"], f"{upload['filename']}: {upload['uploaded_bytes']} of {upload['size']} bytes up"
+    for seen in (known["sending"] or {}).get("evidence", []):
+        asked = f"asked {seen['asked']}, " if "asked" in seen else ""
+        yield datetime.fromisoformat(str(seen["at"])), f"{asked}saw {seen['seen']}"
+    for event in known["events"]:
+        yield (
+            event["published_at"] or event["created_at"],
+            f"{event['type']} {'published' if event['published_at'] else 'waiting'}",
+        )
+    for backup in known["backups"]:
+        yield backup["created_at"], f"archived, {backup['size']} bytes"
+    for letter in known["dead_letters"]:
+        yield letter["created_at"], f"dead letter ({letter['status']}): {letter['reason']}"
+
+
+def show_letters(letters: list[Letter], as_json: bool) -> None:
+    if as_json:
+        print_json([letter._asdict() for letter in letters])
+        return
+    table(
+        ["id", "created", "mailbox", "reason", "attempts", "email"],
+        [[d.id, d.created_at, d.mailbox, d.reason, d.attempts, d.publisher_message_id] for d in letters],
+    )
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    """Show progress on a terminal, on standard error; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)

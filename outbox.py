@@ -137,7 +137,7 @@ class Publisher:
             if self._thread:
                 self._waiting.put(None)
                 self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
-                self._thread = None
+            self._thread = None
 
     def _ensure_started(self) -> None:
         with self._start:
@@ -301,7 +301,7 @@ class Batcher(Generic[Item]):
             if self._thread:
                 self._waiting.put(None)
                 self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
-                self._thread = None
+            self._thread = None
 
     def _run(self) -> None:
         open = True

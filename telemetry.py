@@ -53,6 +53,7 @@ class Step(StrEnum):
 _mail = structlog.get_logger("mail")
 #: Written to at once: Dramatiq puts a pipe through its main process in the place of ``sys.stderr``.
 _STANDARD_ERROR = os.fdopen(2, "wb", buffering=0, closefd=False)
+_STANDARD_ERROR_TEXT = io.TextIOWrapper(_STANDARD_ERROR, write_through=True)
 
 
 def mail_log(
@@ -85,7 +86,7 @@ def configure_logging(level: str) -> None:
         logger_factory=structlog.BytesLoggerFactory(_STANDARD_ERROR),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(io.TextIOWrapper(_STANDARD_ERROR, write_through=True))
+    handler = logging.StreamHandler(_STANDARD_ERROR_TEXT)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],

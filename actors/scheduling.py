@@ -34,7 +34,7 @@ _SHORTEST_NAP = timedelta(milliseconds=200)
 #: A server that was away is tried again after this, without waiting for the minute's sweep.
 _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
-#: at once. Without it a busy fleet sweeps for every other email, at a third of its processor time.
+#: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
 
 #: The mailbox that each route served last. Only fairness depends on it: a new process starts anywhere.

@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 
 import pika
 import support
+from click.testing import CliRunner
 
 import runtime
+from cli import main
 from models import ClaimedBackup, Sealed, backups, dead_letters, rows
 from models.dead_letters import Copy
 from sandbox.processes import free_port
@@ -98,7 +100,12 @@ MAILFLEET = Path(sys.executable).with_name("mailfleet")
 
 
 def mailfleet(*arguments: str | bytes | Path, stdin: bytes = b"", **environment: str) -> Ended:
-    """Run the operator's command line."""
+    """Run the operator's command line: in a process of its own where that has another environment, else in this one."""
+    if not environment and all(isinstance(argument, str | Path) for argument in arguments):
+        run = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+        if run.exception and not isinstance(run.exception, SystemExit):
+            raise run.exception
+        return Ended(run.exit_code, run.stdout_bytes.decode(), run.stderr)
     ended = subprocess.run(
         [MAILFLEET, *arguments], input=stdin, env=os.environ | environment, capture_output=True, timeout=60, check=False
     )

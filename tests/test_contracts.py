@@ -210,6 +210,12 @@ def test_the_content_hash_does_not_depend_on_how_the_email_is_written(case: str)
     assert identity(SAME[case]) == identity(email())
 
 
+def test_the_content_hash_does_not_depend_on_the_order_of_headers_and_metadata() -> None:
+    first = email(headers={"x-a": "1", "x-b": "2"}, metadata={"a": 1, "b": 2})
+    second = email(headers={"x-b": "2", "x-a": "1"}, metadata={"b": 2, "a": 1})
+    assert identity(first) == identity(second)
+
+
 def test_the_same_instant_in_another_zone_is_the_same_content() -> None:
     first, second = email(send_at="2030-01-01T12:00:00Z"), email(send_at="2030-01-01T14:00:00+02:00")
     assert identity(first) == identity(second)

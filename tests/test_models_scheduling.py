@@ -198,29 +198,45 @@ def test_mail_in_doubt_is_dispatched_again_without_a_new_attempt() -> None:
     assert email_row(id)["status"] == "dispatched"
 
 
-def test_two_schedulers_at_once_never_exceed_the_capacity(tables: str) -> None:
-    # Given
-    fill({f"m{n}": 10 for n in range(10)})
+def schedule_once(capacity: int = 25) -> int:
+    """Sweep as the actor does; return how many were claimed."""
+    with scheduling.sweep():
+        routes, busy = scheduling.in_flight()
+        room = capacity - routes[Route.PLAIN]
+        return len(scheduling.claim(Route.PLAIN, capacity=room, share=4, busy=busy, after="", lease=LEASE))
 
-    def schedule() -> int:
-        claimed = 0
-        for _ in range(10):
-            with scheduling.sweep():
-                routes, busy = scheduling.in_flight()
-                claimed += len(
-                    scheduling.claim(
-                        Route.PLAIN, capacity=25 - routes[Route.PLAIN], share=4, busy=busy, after="", lease=LEASE
-                    )
-                )
+
+def in_a_thread(capacity: int = 25) -> int:
+    try:
+        return sum(schedule_once(capacity) for _ in range(10))
+    finally:
         models.disconnect()
-        return claimed
 
-    # When
+
+def test_two_schedulers_at_once_never_exceed_the_capacity() -> None:
+    fill({f"m{n}": 10 for n in range(10)})
     with ThreadPoolExecutor(4) as threads:
-        claimed = sum(threads.map(lambda _: schedule(), range(4)))
-    # Then
+        claimed = sum(threads.map(in_a_thread, [25] * 4))
     assert claimed == 25
     assert scheduling.in_flight()[0][Route.PLAIN] == 25
+
+
+def test_a_scheduler_waits_for_another_and_then_counts_what_that_has_claimed() -> None:
+    # Given a scheduler that has claimed and not yet committed
+    fill({f"m{n}": 10 for n in range(10)})
+    with ThreadPoolExecutor(1) as threads:
+        with scheduling.sweep():
+            scheduling.claim(Route.PLAIN, capacity=25, share=4, busy={}, after="", lease=LEASE)
+            # When another begins
+            other = threads.submit(in_a_thread)
+            support.wait_until("it waits", lambda: other.done() or waits_for_the_lock())
+            assert not other.done()
+        # Then
+        assert other.result(timeout=10) == 0
+
+
+def waits_for_the_lock() -> bool:
+    return bool(rows("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
 
 
 # The cost of a claim

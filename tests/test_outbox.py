@@ -131,8 +131,9 @@ def test_while_rabbitmq_is_away_a_publish_fails_at_once_and_works_when_it_is_bac
 def test_each_threads_messages_keep_their_order_and_none_is_lost(queue: Queue) -> None:
     # Given
     def publish(thread: int) -> None:
-        for n in range(50):
-            queue.publisher.publish([queue.message(f"{thread}:{n}:{part}".encode()) for part in range(2)])
+        batches = [[queue.message(f"{thread}:{n}:{part}".encode()) for part in range(2)] for n in range(50)]
+        for future in [queue.publisher.submit(batch) for batch in batches]:
+            future.result(timeout=30)
 
     # When
     with ThreadPoolExecutor(8) as threads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import orjson
@@ -61,7 +62,8 @@ def test_each_has_one_dead_letter_that_says_why(refused: list[Fate], world: Worl
 
 
 def test_the_message_is_kept_by_rabbitmq_and_in_the_table(refused: list[Fate], world: World) -> None:
-    world.wait_until("all are mirrored", lambda: all(letter[-1] for letter in _letters(world)))
+    a_sweep = timedelta(seconds=75)
+    world.wait_until("all are mirrored", lambda: all(letter[-1] for letter in _letters(world)), a_sweep)
     named = {orjson.loads(bytes(letter[-1]))["kwargs"]["incoming_email_id"] for letter in _letters(world)}
     assert named == {fate.id for fate in refused}
     assert world.queue_depth("send_plain.XQ") >= 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import orjson
@@ -10,6 +11,9 @@ import pytest
 from fleet_support import a_mailbox, an_email, assert_each_left_once, put, settled_one, take_all
 
 from sandbox.world import World
+
+#: A copy that comes later than the wake-up which tells of it is read by the sweep of the next minute.
+A_SWEEP = timedelta(seconds=75)
 
 
 def _message(actor_name: str = "send_plain", queue_name: str = "send_plain", **changes: Any) -> bytes:
@@ -74,7 +78,7 @@ def test_it_is_in_the_table_with_its_body(world: World, marked: dict[str, bytes]
     queue = FOREIGN[what][0]
     sql = "SELECT status, reason FROM dlq WHERE body = %(body)s AND queue_name = %(queue)s"
 
-    found = world.wait_until("it is mirrored", lambda: world.rows(sql, {"body": marked[what], "queue": queue}))
+    found = world.wait_until("it is mirrored", lambda: world.rows(sql, {"body": marked[what], "queue": queue}), A_SWEEP)
 
     assert [status for status, _ in found] == ["open"]
     assert found[0][1] in ("unreadable", "actor_failed")

@@ -32,12 +32,25 @@ class SettingsInvalid(Exception):
         super().__init__("The settings are not usable:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
-def _seconds(value: Any) -> Any:
-    return timedelta(seconds=float(value)) if isinstance(value, str | int | float) else value
+#: Longer than anything here should take; it also keeps instants within what PostgreSQL and Python can hold.
+_LONGEST = timedelta(days=36_500)
 
 
-def _days(value: Any) -> Any:
-    return timedelta(days=float(value)) if isinstance(value, str | int | float) else value
+def _of(unit: timedelta) -> BeforeValidator:
+    """Read a number of units as a duration."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str | int | float):
+            return value
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError("must be a number") from None
+        if not 0 < number <= _LONGEST / unit:
+            raise ValueError(f"must be more than 0 and at most {_LONGEST / unit:g}")
+        return number * unit
+
+    return BeforeValidator(read)
 
 
 def _comma_separated(value: Any) -> Any:
@@ -62,8 +75,22 @@ def _server(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Seconds = Annotated[timedelta, BeforeValidator(_seconds), Field(gt=timedelta(0))]
-Days = Annotated[timedelta, BeforeValidator(_days), Field(gt=timedelta(0))]
+def _graph(url: str) -> str:
+    parts = urlsplit(url)
+    if not parts.hostname or (parts.scheme != "https" and not (parts.scheme == "http" and _on_loopback(url))):
+        raise ValueError("must be an https address (http is accepted on loopback only)")
+    return url
+
+
+def _on_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in LOOPBACK_HOSTS
+
+
+Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
+Days = Annotated[timedelta, _of(timedelta(days=1))]
+#: At least one of something must be possible.
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
 #: A limit on use; 0 switches it off.
 Limit = Annotated[int, Field(ge=0)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
@@ -93,12 +120,12 @@ class Settings(BaseSettings):
         "REDIS_URL", "Redis, `redis://:password@host:port/0`."
     )
 
-    graph_base_url: str = _setting(
+    graph_base_url: Annotated[str, AfterValidator(_graph)] = _setting(
         "GRAPH_BASE_URL",
         "Microsoft Graph. Must be https except on loopback.",
         default="https://graph.microsoft.com/v1.0",
     )
-    graph_authority: str = _setting(
+    graph_authority: Annotated[str, AfterValidator(_graph)] = _setting(
         "GRAPH_AUTHORITY",
         "Where tokens come from; the tenant is appended. Must be https except on loopback.",
         default="https://login.microsoftonline.com",
@@ -117,13 +144,13 @@ class Settings(BaseSettings):
         "GRAPH_TIMEOUT_SECONDS", "Longest wait for one answer of Graph.", default=30, unit="seconds"
     )
 
-    send_plain_concurrency: int = _setting(
+    send_plain_concurrency: Count = _setting(
         "SEND_PLAIN_CONCURRENCY", "Mails without attachments in flight, whole fleet.", default=64, unit="emails"
     )
-    send_attached_concurrency: int = _setting(
+    send_attached_concurrency: Count = _setting(
         "SEND_ATTACHED_CONCURRENCY", "Mails with attachments in flight, whole fleet.", default=16, unit="emails"
     )
-    backup_concurrency: int = _setting(
+    backup_concurrency: Count = _setting(
         "BACKUP_CONCURRENCY", "Backups in flight, whole fleet.", default=32, unit="emails"
     )
 
@@ -155,7 +182,9 @@ class Settings(BaseSettings):
         unit="requests",
     )
 
-    max_attempts: int = _setting("MAX_ATTEMPTS", "Attempts before a mail is dead-lettered.", default=8, unit="attempts")
+    max_attempts: Count = _setting(
+        "MAX_ATTEMPTS", "Attempts before a mail is dead-lettered.", default=8, unit="attempts"
+    )
     retry_backoff_min: Seconds = _setting(
         "RETRY_BACKOFF_MIN_SECONDS", "Upper end of the first wait before another attempt.", default=5, unit="seconds"
     )
@@ -203,7 +232,7 @@ class Settings(BaseSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
-    attachment_max_mb: int = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
     allowed_senders: Names = _setting(
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
@@ -214,8 +243,8 @@ class Settings(BaseSettings):
         " Without any, the console answers loopback clients only.",
         default=None,
     )
-    port: int = _setting("PORT", "Port of the console.", default=8000)
-    metrics_port: int = _setting("METRICS_PORT", "Port on which a process serves its own metrics. 0: none.", default=0)
+    port: Port = _setting("PORT", "Port of the console.", default=8000)
+    metrics_port: Port = _setting("METRICS_PORT", "Port on which a process serves its own metrics. 0: none.", default=0)
     prometheus_multiproc_dir: Path | None = _setting(
         "PROMETHEUS_MULTIPROC_DIR",
         "Where the processes of a worker type add up their metrics; `bin/start` makes one per start.",
@@ -248,10 +277,6 @@ class Settings(BaseSettings):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        for variable, url in (("GRAPH_BASE_URL", self.graph_base_url), ("GRAPH_AUTHORITY", self.graph_authority)):
-            parts = urlsplit(url)
-            if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS):
-                yield f"{variable} must be an https address (http is accepted on loopback only)"
         if self.lease < self.graph_timeout + LEASE_MARGIN:
             yield (
                 f"LEASE_SECONDS must exceed GRAPH_TIMEOUT_SECONDS by {LEASE_MARGIN.total_seconds():g} or more:"
@@ -261,11 +286,8 @@ class Settings(BaseSettings):
             yield "RETRY_BACKOFF_MAX_SECONDS must not be less than RETRY_BACKOFF_MIN_SECONDS"
         if self.in_doubt_grace < self.in_doubt_settle:
             yield "IN_DOUBT_GRACE_SECONDS must not be less than IN_DOUBT_SETTLE_SECONDS"
-        if self.crash_directory and urlsplit(self.graph_base_url).hostname not in LOOPBACK_HOSTS:
+        if self.crash_directory and not _on_loopback(self.graph_base_url):
             yield "CRASH_DIRECTORY is for tests, where Graph is on loopback"
-        for name in ("send_plain_concurrency", "send_attached_concurrency", "backup_concurrency", "max_attempts"):
-            if getattr(self, name) < 1:
-                yield f"{name.upper()} must be 1 or more"
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
@@ -276,14 +298,20 @@ class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        variable = _variable(field)
-        path = os.environ.get(f"{variable}_FILE") if is_secret(field) else None
-        readable = path and os.access(path, os.R_OK)
-        return (Path(path).read_text(encoding="utf-8").strip() if path and readable else None), variable, False
+        return _secret_in_file(field), _variable(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = (self.get_field_value(field, name) for name, field in self.settings_cls.model_fields.items())
-        return {variable: value for value, variable, _ in values if value is not None}
+        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        return {variable: value for variable, value in values.items() if value}
+
+
+def _secret_in_file(field: FieldInfo) -> str | None:
+    """Return the secret, "" if its file is of no use, None if no file is named."""
+    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() if path else None
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def is_secret(field: FieldInfo) -> bool:
@@ -322,9 +350,8 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
-        path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
-        if path and not os.access(path, os.R_OK):
-            yield f"{_variable(field)}_FILE names a file that cannot be read"
+        if _secret_in_file(field) == "":
+            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:

@@ -88,8 +88,8 @@ def _copy(properties: Any, body: bytes) -> Copy:
     queue_name = str(death.get("queue", "unknown"))
     message = _message(body)
     incoming_email_id = message.get("kwargs", {}).get("incoming_email_id")
-    # A foreign body has no id of its own; what and when it was makes one.
-    own_id = hashlib.sha256(body + repr(death.get("time")).encode()).hexdigest()
+    # A foreign body has no id of its own; what, where and when it was makes one.
+    own_id = hashlib.sha256(body + repr((queue_name, death.get("time"))).encode()).hexdigest()
     return Copy(
         message_id=_text(message.get("message_id")) or own_id,
         queue_name=queue_name.removesuffix(".DQ"),

@@ -153,10 +153,16 @@ class World:
         return found
 
     def wait_until_ready(self, within: timedelta = timedelta(seconds=30)) -> None:
-        """Wait until publishers find their queue and every worker's queue has a consumer."""
+        """Wait until publishers find their queue and every worker's queue has a consumer.
+
+        Raises:
+            Overdue: They do not in time, or a process has ended by itself and nobody starts it again.
+        """
         self.wait_until("the fleet is ready", self._ready, within)
 
     def _ready(self) -> bool:
+        if (dead := self.fleet.dead) and not self._fleet_options.get("supervise"):
+            raise Overdue(f"{', '.join(dead)} ended before the fleet was ready; its logs are in {self._directory}")
         queues = ["send_email", *(name for name in self.fleet.ports if "." in name)]
         wanted = {name.rsplit(".", 1)[0] for name in queues} - {"clock", "console", "bridge", "send_email"} | {
             "send_email"

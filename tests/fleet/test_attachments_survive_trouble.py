@@ -92,6 +92,32 @@ def test_the_mail_goes_out_once_and_whole(
     assert arrived == sorted((each["name"], attached_sha256(each)) for each in email["attachments"])
 
 
+def test_an_upload_that_is_throttled_halfway_goes_on_where_it_was(world: World, simulator: Simulator) -> None:
+    # Given a large file of which a part is up
+    mailbox = a_mailbox()
+    simulator.set_latency(0.5, "upload_range")
+    email = _attached(simulator, mailbox, 15_000_000)
+    world.publish(email)
+    progress = """
+        SELECT uploaded_bytes FROM file_uploads u JOIN incoming_emails e ON e.id = u.incoming_email_id
+        WHERE e.mailbox = %(mailbox)s AND uploaded_bytes > 0
+    """
+    world.wait_until("a part is up", lambda: world.rows(progress, {"mailbox": mailbox}))
+
+    # When the next range is refused for a second
+    simulator.throttle(mailbox, "1", operation="upload_range")
+
+    # Then the same session goes on, and no byte is sent again
+    known = settled(world, [email])[email["publisher_message_id"]]
+    simulator.set_latency(0, "upload_range")
+    assert len(simulator.requests(mailbox, "create_upload_session")) == 1
+    ranges = simulator.requests(mailbox, "upload_range")
+    assert [each["status"] for each in ranges].count("429") == 1
+    assert sum(each["request_bytes"] for each in ranges if each["status"] != "429") == 15_000_000
+    [delivery] = world.simulator.deliveries(tag=known.id)
+    assert [each["sha256"] for each in delivery["attachments"]] == [attached_sha256(email["attachments"][0])]
+
+
 #: What is wrong with the source, and the reason that the publisher is given.
 HOPELESS = {
     "gone": "source_gone",

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import SETTINGS, Worlds
 from fleet_support import Fate, a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates, now
 from fleet_support import settled as settle
+from worlds import SETTINGS, Worlds
 
 from sandbox.servers import Servers
 from sandbox.world import World

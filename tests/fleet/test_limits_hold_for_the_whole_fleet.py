@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from conftest import Worlds
 from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates
+from worlds import Worlds
 
 from sandbox.world import World
 

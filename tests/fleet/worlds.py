@@ -1,0 +1,52 @@
+"""One whole fleet at a time on the shared servers.
+
+Starting and ending one costs ten seconds of both cores, so it stays for the tests that follow as long as they want one
+with the same settings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sandbox.world import World
+
+#: Everything that may be waited for is short; nothing else differs from an organisation's fleet.
+SETTINGS: dict[str, str | int] = {
+    "BACKUP_DELAY_SECONDS": 1,
+    "GRAPH_TIMEOUT_SECONDS": 2,
+    "IN_DOUBT_GRACE_SECONDS": 3,
+    "IN_DOUBT_SETTLE_SECONDS": 1,
+    "LEASE_SECONDS": 20,
+    "MAILBOX_SENDS_PER_MINUTE": 0,
+    "MAX_ATTEMPTS": 3,
+    "RETRY_BACKOFF_MAX_SECONDS": 2,
+    "RETRY_BACKOFF_MIN_SECONDS": 1,
+}
+
+
+class Worlds:
+    """Starts worlds on the same servers, one at a time: each empties them."""
+
+    def __init__(self, servers: dict[str, str], directory: Path) -> None:
+        self.directory = directory
+        self._servers = servers
+        self._kind: Any = None
+        self._current: World | None = None
+
+    def get(self, settings: dict[str, str | int] | None = None, **fleet_options: Any) -> World:
+        """Return a world whose fleet is up: the current one if it is of this kind, else a new one."""
+        kind = (settings, fleet_options)
+        if self._current is None or self._kind != kind:
+            self.close()
+            directory = self.directory / f"world-{len(list(self.directory.iterdir()))}"
+            self._current = World(self._servers, directory, SETTINGS | (settings or {}), **fleet_options).__enter__()
+            self._kind = kind
+            self._current.wait_until_ready()
+        return self._current
+
+    def close(self) -> None:
+        """End the current world, if there is one."""
+        if self._current:
+            self._current.__exit__(None, None, None)
+        self._current = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -46,6 +47,8 @@ _SLOT_MARGIN = timedelta(seconds=30)
 _MILLISECOND = timedelta(milliseconds=1)
 #: A wake-up that got lost on its way blocks others for no longer than this.
 _WAKE_LASTS = timedelta(seconds=2)
+_WAKE_PAUSE = timedelta(seconds=1)
+_woken_at: dict[str, float] = {}
 #: Longer than any upload should take, shorter than RabbitMQ's 30 minutes for an unacknowledged message.
 TIME_LIMIT_MILLISECONDS = timedelta(minutes=20) // _MILLISECOND
 
@@ -133,14 +136,16 @@ def publish_events(events: Sequence[Event]) -> None:
 def wake(actor_name: str) -> None:
     """Have an actor run at once, wherever a worker is free for it; wake-ups that come in a burst are one.
 
-    The actor takes the mark away (`waking`) before it looks at the tables, so no wake-up is lost. If Redis or RabbitMQ
-    is away nobody is woken, and the next minute's sweep does the work.
+    The actor takes the mark away (`waking`) before it looks at the tables, so no wake-up is lost. Without Redis each
+    process wakes it once a second; without RabbitMQ nobody is woken, and the next minute's sweep does the work.
     """
     try:
         if redis.set(_wake_key(actor_name), 1, nx=True, px=_WAKE_LASTS // _MILLISECOND):
             enqueue([fleet_broker.get_actor(actor_name).message()])
     except RedisError:
-        log.warning("%s could not be woken: Redis is away", actor_name)
+        if time.monotonic() - _woken_at.get(actor_name, float("-inf")) > _WAKE_PAUSE.total_seconds():
+            _woken_at[actor_name] = time.monotonic()
+            enqueue([fleet_broker.get_actor(actor_name).message()])
 
 
 def waking(actor_name: str) -> None:

@@ -92,6 +92,21 @@ def ingest(deliveries: Sequence[Delivery]) -> None:
         Unconfirmed: What is valid is stored; its events are left to the sweep. Repeat the batch for the rejections.
     """
     arrivals, rejections = _sort(deliveries)
+    try:
+        _announce(*_store(arrivals, rejections))
+    except models.NotStorable as refusal:
+        # One of them is of a kind that nobody foresaw: found by itself, it stops no other.
+        if len(deliveries) > 1:
+            for delivery in deliveries:
+                ingest([delivery])
+        else:
+            _announce([], [_Rejection(deliveries[0], "not_storable", str(refusal), None)])
+
+
+def _store(
+    arrivals: list[tuple[Delivery, Arrival]], rejections: list[_Rejection]
+) -> tuple[list[Event], list[_Rejection]]:
+    """Store what arrived; return the events that became true, and the rejections with the conflicts added."""
     stored = models.store([arrival for _, arrival in arrivals], publish_within=PUBLISH_WITHIN) if arrivals else []
     for (delivery, arrival), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
         publisher_message_id = arrival.accepted.publisher_message_id
@@ -100,7 +115,7 @@ def ingest(deliveries: Sequence[Delivery]) -> None:
             mail_log(Step.RECEIVED, incoming_email_id=incoming_email_id, publisher_message_id=publisher_message_id)
         elif reception is Reception.CONFLICT:
             rejections.append(_conflict(delivery, publisher_message_id, incoming_email_id))
-    _announce([event for _, _, event in stored if event], rejections)
+    return [event for _, _, event in stored if event], rejections
 
 
 def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]], list[_Rejection]]:

@@ -9,7 +9,7 @@ Nothing in this package talks to RabbitMQ, Redis or Graph.
 
 from models.backups import ClaimedBackup, Sealed
 from models.claims import ClaimedEmail, LeaseLost
-from models.database import DatabaseAway, connect, database, disconnect, rows, transaction
+from models.database import DatabaseAway, NotStorable, connect, database, disconnect, rows, transaction
 from models.events import claim_unpublished, mark_published
 from models.ingest import Arrival, Reception, store
 from models.states import Route, Sending, Status
@@ -20,6 +20,7 @@ __all__ = [
     "ClaimedEmail",
     "DatabaseAway",
     "LeaseLost",
+    "NotStorable",
     "Reception",
     "Route",
     "Sealed",

@@ -31,6 +31,10 @@ class DatabaseAway(Exception):
     """
 
 
+class NotStorable(Exception):
+    """Raised when PostgreSQL refuses a value: what was given cannot be kept, now or later."""
+
+
 def connect(url: str, application_name: str) -> None:
     """Set where PostgreSQL is. Connections are opened by the threads that need one."""
     parts = urlsplit(url)
@@ -99,6 +103,8 @@ def _dropping_dead_connections() -> Iterator[None]:
     ) as error:
         _drop_connection()
         raise DatabaseAway(_diagnosis(error)) from error
+    except (peewee.DataError, psycopg2.DataError) as error:
+        raise NotStorable(_diagnosis(error)) from error
     except (peewee.InternalError, psycopg2.InternalError) as error:
         if not _is_read_only(error):
             raise
@@ -123,7 +129,8 @@ def _is_read_only(error: BaseException) -> bool:
 def _diagnosis(error: BaseException) -> str:
     """Name the failure without the server's message, which may repeat parameters."""
     cause = getattr(error, "orig", error)
-    return f"PostgreSQL is away ({type(cause).__name__} {getattr(cause, 'pgcode', None) or ''})".replace(" )", ")")
+    code = getattr(cause, "pgcode", None)
+    return f"PostgreSQL: {type(cause).__name__}" + (f" {code}" if code else "")
 
 
 @contextmanager

@@ -63,10 +63,17 @@ def refuse(mailbox: str, *, why: str, first_wait: timedelta, longest_wait: timed
 
 
 def resume(mailbox: str) -> bool:
-    """End the mailbox's pause, whoever made it; return whether there was one."""
+    """End the mailbox's pause, whoever made it, and have the mail that it held back tried at once.
+
+    Returns whether there was a pause. Mail that waits for its ``send_at`` goes on waiting.
+    """
     return bool(
         rows(
             """
+            WITH released AS (
+                UPDATE incoming_emails SET next_attempt_at = NULL, updated_at = now()
+                WHERE next_attempt_at > now() AND mailbox = %(mailbox)s AND status = 'received' AND last_error IS NOT NULL
+            )
             UPDATE mailboxes
             SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0, updated_at = now()
             WHERE mailbox = %(mailbox)s AND paused_until > now() RETURNING 1

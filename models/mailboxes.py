@@ -72,7 +72,8 @@ def resume(mailbox: str) -> bool:
             """
             WITH released AS (
                 UPDATE incoming_emails SET next_attempt_at = NULL, updated_at = now()
-                WHERE next_attempt_at > now() AND mailbox = %(mailbox)s AND status = 'received' AND last_error IS NOT NULL
+                WHERE next_attempt_at > now() AND mailbox = %(mailbox)s AND status = 'received'
+                  AND last_error IS NOT NULL
             )
             UPDATE mailboxes
             SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0, updated_at = now()

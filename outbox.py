@@ -279,7 +279,7 @@ class Batcher(Generic[Item]):
     #: Gathering so long costs nobody anything and makes batches of single items.
     LINGER = timedelta(milliseconds=10)
 
-    def __init__(self, name: str, pass_on: Callable[[list[Item]], None]) -> None:
+    def __init__(self, name: str, pass_on: Callable[[list[Item]], object]) -> None:
         self._name = name
         self._pass_on = pass_on
         self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()

@@ -148,6 +148,11 @@ def wake(actor_name: str) -> None:
             enqueue([fleet_broker.get_actor(actor_name).message()])
 
 
+def wake_soon(actor_name: str) -> None:
+    """Wake as `wake` does, a moment later and once for all who ask in that moment: for what happens per mail."""
+    _wake_ups.add([actor_name])
+
+
 def waking(actor_name: str) -> None:
     """Take the mark of a wake-up away: from here on another may come."""
     try:
@@ -175,6 +180,7 @@ class FlushAtShutdown(dramatiq.Middleware):
 def close() -> None:
     """Publish what is still in hand and end the connections. For the end of a process."""
     events.close()
+    _wake_ups.close()
     publisher.close()
 
 
@@ -237,3 +243,4 @@ dramatiq.set_broker(fleet_broker)
 
 publisher = Publisher(rabbitmq, declare)
 events: Batcher[Event] = Batcher("events", publish_events)
+_wake_ups: Batcher[str] = Batcher("wake-ups", lambda actor_names: [wake(name) for name in set(actor_names)])

@@ -53,16 +53,15 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
         except Exception as error:
             _retry_or_fail(backup, error)
         finally:
-            runtime.wake("schedule_emails")
+            runtime.wake_soon("schedule_emails")
 
 
 def _archive(backup: ClaimedBackup) -> None:
-    message_id = _find(backup)
-    with (
-        runtime.limiter.slot(backup.mailbox),
-        runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks,
-    ):
-        sealed = runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
+    # Two requests, one after the other: one slot and one question to the limiter will do.
+    with runtime.limiter.slot(backup.mailbox, requests=2):
+        message_id = _find(backup)
+        with runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks:
+            sealed = runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
     runtime.crash_point(CrashPoint.BACKUP_FETCHED)
     backup.store(
         message_id,
@@ -84,10 +83,9 @@ def _archive(backup: ClaimedBackup) -> None:
 
 
 def _find(backup: ClaimedBackup) -> str:
-    with runtime.limiter.slot(backup.mailbox):
-        found = runtime.graph.find_by_tag(
-            backup.mailbox, backup.incoming_email_id, since=backup.received_at - _CLOCKS_DIFFER
-        )
+    found = runtime.graph.find_by_tag(
+        backup.mailbox, backup.incoming_email_id, since=backup.received_at - _CLOCKS_DIFFER
+    )
     for message in found:
         if not message.is_draft:
             return message.id

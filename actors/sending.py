@@ -140,4 +140,4 @@ def _claimed(incoming_email_id: str, attempt: int, *, intent: bool) -> Iterator[
         except Exception as error:
             outcomes.record(email, error)
         finally:
-            runtime.wake("schedule_emails")
+            runtime.wake_soon("schedule_emails")

@@ -102,9 +102,9 @@ def _dropping_dead_connections() -> Iterator[None]:
         psycopg2.InterfaceError,
     ) as error:
         _drop_connection()
-        raise DatabaseAway(_diagnosis(error)) from error
+        raise DatabaseAway(f"PostgreSQL is away ({_diagnosis(error)})") from error
     except (peewee.DataError, psycopg2.DataError) as error:
-        raise NotStorable(_diagnosis(error)) from error
+        raise NotStorable(f"PostgreSQL refuses a value ({_diagnosis(error)})") from error
     except (peewee.InternalError, psycopg2.InternalError) as error:
         if not _is_read_only(error):
             raise
@@ -130,7 +130,7 @@ def _diagnosis(error: BaseException) -> str:
     """Name the failure without the server's message, which may repeat parameters."""
     cause = getattr(error, "orig", error)
     code = getattr(cause, "pgcode", None)
-    return f"PostgreSQL: {type(cause).__name__}" + (f" {code}" if code else "")
+    return f"{type(cause).__name__} {code}" if code else type(cause).__name__
 
 
 @contextmanager

@@ -56,10 +56,15 @@ class Server(ThreadingHTTPServer):
         self.received: list[Handler] = []
         self.accepted = 0
         self.given_up = threading.Event()
+        self.closed = threading.Event()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         self.accepted += 1
         return super().get_request()
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.closed.set()
 
     def handle_error(self, *args: object) -> None:
         """Connections break on purpose here."""
@@ -181,6 +186,7 @@ def test_a_connection_closed_by_the_server_beforehand_is_replaced_unnoticed(serv
     client = client_of(server)
     server.script = [accept_and_close]
     client.send_mail(MAILBOX, MESSAGE)
+    assert server.closed.wait(5)
 
     client.send_mail(MAILBOX, MESSAGE)
 

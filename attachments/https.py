@@ -247,12 +247,18 @@ class HttpsFetcher:
         raise failure
 
 
+#: OpenSSL's SSL_OP_IGNORE_UNEXPECTED_EOF; not every Python has a name for it.
+_IGNORE_UNEXPECTED_EOF = 0x80
+
+
 def _trusted_by_requests() -> ssl.SSLContext:
     with requests.Session() as session:
         trust = session.merge_environment_settings("https://", {}, False, None, None)["verify"]
     bundle = trust if isinstance(trust, str) else DEFAULT_CA_BUNDLE_PATH
     folder = Path(bundle).is_dir()
     context = ssl.create_default_context(cafile=None if folder else bundle, capath=bundle if folder else None)
+    # Some Pythons take a connection that was cut for one that was closed; a file would end early and nobody would know.
+    context.options &= ~_IGNORE_UNEXPECTED_EOF
     context.sslsocket_class = _DeadlineSocket
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -151,7 +151,8 @@ def test_a_killed_broker_comes_back_with_its_persistent_messages(servers: Server
     assert not listens(servers.rabbitmq.port)
     servers.rabbitmq.start()
 
-    assert servers.rabbitmq.list_queues("name", "messages") == [{"name": "kept", "messages": 1}]
+    kept = [{"name": "kept", "messages": 1}]
+    assert wait_until(lambda: servers.rabbitmq.list_queues("name", "messages") == kept, SOON)
     assert servers.rabbitmq.rabbitmqctl("eval", "1 + 1.").strip() == "2"
 
 

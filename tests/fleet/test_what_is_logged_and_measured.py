@@ -62,7 +62,10 @@ def test_each_step_of_an_emails_life_is_one_line_with_its_ids(world: World, emai
     known = settled_one(world, email)
     told = [orjson.loads(line) for _, line in _lines(world) if known.id.encode() in line]
     steps = [line["event"] for line in sorted(told, key=lambda line: line["timestamp"])]
-    assert list(dict.fromkeys(steps)) == STEPS
+    # The worker may tell that it has the email before the scheduler tells that it has sent it there.
+    told_first = [step for step in dict.fromkeys(steps) if step != "dispatched"]
+    assert told_first == [step for step in STEPS if step != "dispatched"]
+    assert "dispatched" in steps
     assert {line["publisher_message_id"] for line in told} == {known.publisher_message_id}
     assert {line["incoming_email_id"] for line in told} == {known.id}
 

@@ -23,6 +23,14 @@ from models.uploads import Upload
 from telemetry import Step, mail_log
 
 
+class AlreadySent(Exception):
+    """Raised when the search for a draft finds the sent mail: it showed itself later than the grace period."""
+
+    def __init__(self, message_id: str) -> None:
+        super().__init__("the mail was found sent")
+        self.message_id = message_id
+
+
 def prepare_draft(email: ClaimedEmail) -> str:
     """Return the id of a draft that lacks nothing but being sent.
 
@@ -60,7 +68,9 @@ def _find_orphan(email: ClaimedEmail) -> str | None:
     """Find the draft that an earlier attempt made without living to record it."""
     with graph_call(email):
         found = runtime.graph.find_by_tag(email.mailbox, email.id)
-    return next((message.id for message in found if message.is_draft), None)
+    if sent := [message.id for message in found if not message.is_draft]:
+        raise AlreadySent(sent[0])
+    return found[0].id if found else None
 
 
 def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:

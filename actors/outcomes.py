@@ -5,7 +5,8 @@ limiter says no              snoozed, no attempt spent; a mailbox at its limit i
 Graph throttles              everyone leaves the mailbox alone until then; snoozed
 outcome unknown              in doubt: looked up, not repeated
 mailbox refuses              the mailbox is paused, longer each time; an attempt spent
-configuration refused        everything is paused shortly; an attempt spent
+configuration refused        everything is paused shortly; snoozed: no mail is to blame
+Graph out of reach           snoozed: no mail is to blame, however long it lasts
 transient                    tried again with full jitter; an attempt spent
 permanent, attempts used up  dead-lettered, ``SendEmailFailed``
 ===========================  ==============================================================
@@ -24,11 +25,12 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
-from actors.waiting import after_refusal, after_throttling, backoff
+from actors.waiting import after_refusal, after_throttling, backoff, unreachable
 from attachments import AttachmentRefused, SourceUnavailable
 from crash_points import CrashPoint
 from graph_client.errors import (
     ConfigurationError,
+    ConnectionFailed,
     GraphError,
     ItemNotFound,
     MailboxUnavailable,
@@ -47,7 +49,9 @@ log = logging.getLogger(__name__)
 _REFUSAL_PAUSE = timedelta(seconds=30)
 _LONGEST_REFUSAL_PAUSE = timedelta(hours=1)
 #: Without a token nothing works, for any mailbox.
-_CONFIGURATION_PAUSE = timedelta(seconds=30)
+_CONFIGURATION_PAUSE = timedelta(seconds=15)
+#: A mail that could not be looked up for so long is left to the operator.
+_LONGEST_DOUBT = timedelta(days=3)
 #: A draft may stay invisible for a moment after it was made; if it still is after so many attempts, it is gone.
 _DRAFT_ATTEMPTS = 3
 
@@ -88,6 +92,12 @@ def record_sent(
     mail_log(Step.SENT, incoming_email_id=email.id, graph_message_id=graph_message_id, attempt=email.attempt)
 
 
+def record_expired(email: ClaimedEmail) -> None:
+    """Record that the mail came too late to be sent, and have the world told."""
+    runtime.events.add([email.expire(PUBLISH_WITHIN)])
+    mail_log(Step.EXPIRED, incoming_email_id=email.id)
+
+
 def record(email: ClaimedEmail, error: Exception) -> None:
     """Record why the mail was not sent and when it is tried again; raise what dead-letters the message."""
     try:
@@ -100,7 +110,7 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
     match error:
         case LeaseLost() | DatabaseAway():
             raise error  # nothing can be recorded: the lease runs out, or has
-        case ItemNotFound() if email.intended or email.in_doubt_since:
+        case ItemNotFound() if email.intended or email.in_doubt_for is not None:
             _doubt(email, error)  # a draft that is gone may have been sent
         case ItemNotFound():
             _wait_for_draft(email, error)
@@ -116,7 +126,9 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
             _retry(email, error, _refused(email.mailbox, error))
         case ConfigurationError():
             _pause_everything()
-            _retry(email, error, max(backoff(email.attempt), _CONFIGURATION_PAUSE))
+            _snooze(email, unreachable(), str(error), "configuration")
+        case ConnectionFailed():
+            _snooze(email, unreachable(), str(error), "unreachable")
         case TransientError() | SourceUnavailable():
             _retry(email, error, error.retry_after or backoff(email.attempt))
         case _:
@@ -182,7 +194,10 @@ def _snooze(email: ClaimedEmail, wait: timedelta, why: str, reason: str) -> None
 
 
 def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
-    if email.attempt >= runtime.configuration.max_attempts and not email.in_doubt_since:
+    if email.in_doubt_for is not None:
+        if email.in_doubt_for > _LONGEST_DOUBT:
+            _fail(email, InDoubtHeld(f"it could not be looked up: {error}"))
+    elif email.attempt >= runtime.configuration.max_attempts:
         _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error}"), because=error)
     email.retry(wait, str(error) or type(error).__name__)
     mail_log(

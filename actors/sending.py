@@ -24,16 +24,15 @@ import dramatiq
 import runtime
 from actors import outcomes
 from actors.composition import graph_message
-from actors.drafts import prepare_draft
+from actors.drafts import AlreadySent, prepare_draft
 from actors.graph_calls import graph_call
 from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
+from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
+from graph_client.errors import PermanentError
 from models import ClaimedEmail
 from telemetry import Step, mail_context, mail_log
-
-#: A mail cannot have been sent before it was received; clocks differ by less than this.
-_CLOCKS_DIFFER = timedelta(minutes=10)
 
 
 @dramatiq.actor(queue_name="send_plain", throws=GIVEN_UP)
@@ -69,7 +68,13 @@ def _send_at_once(email: ClaimedEmail) -> None:
 
 
 def _send_draft(email: ClaimedEmail) -> None:
-    draft_id = prepare_draft(email)
+    try:
+        draft_id = prepare_draft(email)
+    except AlreadySent as already:
+        email.record_intent(runtime.configuration.lease)
+        evidence = {"asked": "messages by tag", "seen": "1 sent"}
+        outcomes.record_sent(email, graph_message_id=already.message_id, evidence=evidence)
+        return
     with graph_call(email, sends=True):
         email.record_intent(runtime.configuration.lease)
         runtime.crash_point(CrashPoint.SEND_INTENDED)
@@ -81,23 +86,31 @@ def _send_draft(email: ClaimedEmail) -> None:
 
 def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> None:
     """Look an email in doubt up; send any other."""
-    if email.in_doubt_since:
-        settle(email, email.in_doubt_since)
+    if email.in_doubt_for is not None:
+        settle(email, email.in_doubt_for)
     elif email.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")
+    elif email.expires_at and email.expires_at <= datetime.now(UTC):
+        outcomes.record_expired(email)
     else:
         send(email)
 
 
-def settle(email: ClaimedEmail, since: datetime) -> None:
-    """Find out what became of a send, begun at ``since``, whose answer was lost, and act on that alone.
+def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
+    """Find out what became of a send that has been in doubt for so long, and act on that alone.
 
     Found and not a draft: it was sent. Found as the draft that was to be sent: it is sent now, and may be in doubt
     again. Absent: looked for again until the grace period has passed, then sent again or held, as the policy says.
     """
     configuration = runtime.configuration
-    with graph_call(email):
-        found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - _CLOCKS_DIFFER)
+    try:
+        with graph_call(email):
+            found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - CLOCKS_DIFFER)
+    except PermanentError as error:
+        # It says something about the question and nothing about the mail.
+        evidence = {"asked": "messages by tag", "seen": str(error)}
+        email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
+        return
     runtime.crash_point(CrashPoint.SETTLE_FOUND)
     sent = [message for message in found if not message.is_draft]
     # Another draft with this tag is one that a worker made and did not live to record; it may lack attachments.
@@ -109,9 +122,10 @@ def settle(email: ClaimedEmail, since: datetime) -> None:
     elif drafts:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="draft")
         with graph_call(email, sends=True):
+            email.repeat_intent(configuration.lease)
             runtime.graph.send_draft(email.mailbox, drafts[0].id)
         outcomes.record_sent(email, graph_message_id=drafts[0].id, evidence=evidence)
-    elif datetime.now(UTC) - since < configuration.in_doubt_grace:
+    elif in_doubt_for < configuration.in_doubt_grace:
         email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
     elif configuration.in_doubt_policy == "resend" or email.replayed:
         email.settle_as_not_sent(evidence)

@@ -9,8 +9,11 @@ import runtime
 from graph_client.errors import Throttled
 from limiter import Refused
 
+#: A mail cannot have been sent before it was received; Graph's clock and ours differ by less than this.
+CLOCKS_DIFFER = timedelta(minutes=10)
 #: Graph throttles without saying for how long, now and then.
 _UNSAID = timedelta(seconds=30)
+_OUT_OF_REACH = timedelta(seconds=15)
 #: Mails that were refused together should not come back together.
 _SPREAD = 0.1
 
@@ -23,6 +26,11 @@ def backoff(attempt: int) -> timedelta:
     configuration = runtime.configuration
     ceiling = min(configuration.retry_backoff_min * 2 ** min(attempt - 1, 20), configuration.retry_backoff_max)
     return ceiling * random.random()  # noqa: S311  not a secret
+
+
+def unreachable() -> timedelta:
+    """Return when to see whether Graph, or its word on our credential, is back; spread over as much again."""
+    return _OUT_OF_REACH * (1 + random.random())  # noqa: S311  not a secret
 
 
 def after_throttling(throttled: Throttled) -> timedelta:

@@ -139,14 +139,23 @@ class GraphClient:
         A message just sent may take seconds, at times minutes, to show: finding nothing proves nothing yet.
 
         Args:
-            since: Leave out messages created earlier. A draft has no sending date, so creation is what counts; allow
-                for the difference of the clocks.
+            since: Leave out messages created earlier, which keeps the search cheap in a full mailbox. A draft has no
+                sending date, so creation is what counts; allow for the difference of the clocks. Graph's documents do
+                not show the two conditions together: if it refuses them, the date is left out.
         """
+        if since is None:
+            return self._find_tagged(mailbox, value, "")
+        try:
+            created = f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+            return self._find_tagged(mailbox, value, created)
+        except errors.InvalidMessage:
+            return self._find_tagged(mailbox, value, "")
+
+    def _find_tagged(self, mailbox: str, value: str, further: str) -> list[Message]:
         tag_id, wanted = _literal(self._tag_id), _literal(value)
         # Outlook understands the tag in exactly this form, and no other.
         tag = f"singleValueExtendedProperties/Any(ep: ep/id eq {tag_id} and ep/value eq {wanted})"
-        created = "" if since is None else f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        query = f"$filter={quote(tag + created, safe='')}&$select={Message.SELECT}&$top={_PAGE_SIZE}"
+        query = f"$filter={quote(tag + further, safe='')}&$select={Message.SELECT}&$top={_PAGE_SIZE}"
         return list(self._pages(_FIND, mailbox, f"{self._mailbox(mailbox)}/messages?{query}", Message.from_graph))
 
     @contextmanager

@@ -56,8 +56,9 @@ _CLAIM = """
         ON CONFLICT (incoming_email_id) DO UPDATE SET status = 'sending', intent_at = now(), updated_at = now()
         WHERE sent_emails.status = 'not_sent'
     )
-    SELECT claimed.*, s.status, s.intent_at, EXISTS (
+    SELECT claimed.*, s.status, now() - s.intent_at, EXISTS (
         SELECT 1 FROM dlq WHERE dlq.incoming_email_id = claimed.id AND dlq.status = 'replayed'
+          AND dlq.queue_name <> 'backup' AND dlq.resolved_at > s.intent_at
     )
     FROM claimed LEFT JOIN sent_emails s ON s.incoming_email_id = claimed.id
 """
@@ -76,9 +77,9 @@ class ClaimedEmail:
     draft_id: str | None
     attempt: int
     created_at: datetime
-    #: When the send was begun that is in doubt; None if none is.
-    in_doubt_since: datetime | None
-    #: An operator has asked for this email to be sent again.
+    #: For how long a send has been in doubt, by PostgreSQL's clock; None if none is.
+    in_doubt_for: timedelta | None
+    #: An operator has asked for this email to be sent again although it is in doubt.
     replayed: bool
     correlation_id: str | None = None
     reply_to: str | None = None
@@ -128,7 +129,7 @@ class ClaimedEmail:
             traceparent,
             created_at,
         ) = row[:10]
-        sending, intent_at, replayed = row[10:]
+        sending, intended_for, replayed = row[10:]
         return cls(
             id=str(id),
             publisher_message_id=publisher_id,
@@ -138,7 +139,7 @@ class ClaimedEmail:
             draft_id=draft_id,
             attempt=attempt,
             created_at=created_at,
-            in_doubt_since=intent_at if sending in (Sending.SENDING, Sending.IN_DOUBT) else None,
+            in_doubt_for=intended_for if sending in (Sending.SENDING, Sending.IN_DOUBT) else None,
             replayed=replayed,
             correlation_id=correlation_id,
             reply_to=reply_to,
@@ -189,6 +190,17 @@ class ClaimedEmail:
             sent_id=new_id(),
         )
         self.intended = True
+
+    def repeat_intent(self, lease: timedelta) -> None:
+        """Commit that the send in doubt is about to be begun again: its doubt is as fresh as the call that follows."""
+        self.write(
+            """
+            WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
+            UPDATE sent_emails SET intent_at = now(), updated_at = now()
+            WHERE incoming_email_id IN (SELECT id FROM email) RETURNING 1
+            """,
+            lease=lease,
+        )
 
     def record_sent(
         self,
@@ -256,6 +268,24 @@ class ClaimedEmail:
             evidence=evidence,
         )
 
+    def expire(self, publish_within: timedelta) -> Event:
+        """Note that ``expires_at`` has passed before the send, and return the event to publish."""
+        event = self._event(EventType.EXPIRED, datetime.now(UTC))
+        self._move(
+            Status.EXPIRED,
+            "next_attempt_at = NULL",
+            _WITHDRAWN + ", {event}",
+            event=event,
+            publish_within=publish_within,
+        )
+        return event
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """The instant after which the email must not be sent."""
+        given = self.payload.get("expires_at")
+        return datetime.fromisoformat(given) if given else None
+
     def snooze(self, wait: timedelta, why: str) -> None:
         """Let go until later without having spent an attempt."""
         self._let_go(wait, why, "attempt_count = attempt_count - 1, ")
@@ -265,7 +295,7 @@ class ClaimedEmail:
         self._let_go(wait, error, "")
 
     def _let_go(self, wait: timedelta, error: str, also: str) -> None:
-        if self.in_doubt_since:
+        if self.in_doubt_for is not None:
             self.mark_in_doubt(look_again_in=wait, evidence={"seen": f"could not be looked up: {error}"})
             return
         self._move(

@@ -60,7 +60,8 @@ _EXPIRE_LEASES = """
         LEFT JOIN sent_emails s ON s.incoming_email_id = e.id AND s.status IN ('sending', 'in_doubt')
         WHERE e.lease_until <= now() ORDER BY e.lease_until LIMIT %(batch)s FOR UPDATE OF e SKIP LOCKED
     ), doubted AS (
-        UPDATE sent_emails s SET status = 'in_doubt', updated_at = now(),
+        -- A frozen worker may have sent it only now, so the doubt begins here.
+        UPDATE sent_emails s SET status = 'in_doubt', intent_at = now(), updated_at = now(),
                response_metadata = jsonb_set(response_metadata, '{evidence}',
                    coalesce(response_metadata->'evidence', '[]') ||
                    jsonb_build_object('at', now(), 'seen', 'the worker''s lease ran out during the send'))
@@ -177,7 +178,10 @@ def expire_overdue(publish_within: timedelta) -> list[Event]:
     expired = rows(
         """
         UPDATE incoming_emails SET status = 'expired', next_attempt_at = NULL, updated_at = now()
-        WHERE id IN (SELECT id FROM incoming_emails WHERE expires_at <= now() AND status = 'received'
+        WHERE id IN (SELECT e.id FROM incoming_emails e
+                     WHERE expires_at <= now() AND status = 'received' AND NOT EXISTS (
+                         SELECT 1 FROM sent_emails s WHERE s.incoming_email_id = e.id AND s.status = 'in_doubt'
+                     )
                      ORDER BY expires_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
         RETURNING id::text, publisher_message_id, correlation_id, reply_to, traceparent
         """,

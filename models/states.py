@@ -55,7 +55,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.RECEIVED: frozenset({Status.DISPATCHED, Status.CANCELLED, Status.EXPIRED}),
     Status.DISPATCHED: frozenset({Status.PROCESSING, Status.RECEIVED}),
     Status.PROCESSING: frozenset(
-        {Status.PROCESSED, Status.FAILED, Status.RECEIVED, Status.PROCESSING, Status.DISPATCHED}
+        {Status.PROCESSED, Status.FAILED, Status.RECEIVED, Status.PROCESSING, Status.DISPATCHED, Status.EXPIRED}
     ),
     Status.FAILED: frozenset({Status.RECEIVED}),
     Status.PROCESSED: frozenset(),

@@ -203,3 +203,39 @@ def test_two_mails_for_one_email_are_recorded_as_sent_and_noted(fleet: Fleet) ->
     fleet.settle(id)
     assert sending(id) == "sent"
     assert evidence()[-1] == "2 sent, 0 drafts"
+
+
+def test_a_look_up_that_graph_refuses_says_nothing_about_the_mail(fleet: Fleet) -> None:
+    # Given
+    id = in_doubt(fleet)
+    fleet.graph.fail(403, code="ErrorMessageSizeExceeded", operation="find", times=2)
+    # When
+    results = fleet.settle(id)
+    # Then it is looked up again, not given up
+    assert "dead-lettered" not in results
+    assert (email_row(id)["status"], sending(id), table("dlq")) == ("processing", "in_doubt", [])
+
+
+def test_a_mail_that_shows_itself_after_it_was_found_absent_is_not_sent_again_as_a_draft(fleet: Fleet) -> None:
+    # Given a mail by way of a draft that was found absent and is to be sent anew
+    file = {"name": "a.txt", "size": 5, "urlOrId": fleet.graph.file_url(5)}
+    id = store(attachments=[file])
+    fleet.send()
+    assert fleet.mails(id) == 1
+    rows("UPDATE sent_emails SET status = 'not_sent'")
+    rows("UPDATE incoming_emails SET status = 'received', draft_id = NULL, attempt_count = 1")
+    rows("DELETE FROM file_uploads")
+    # When its next attempt finds it in Sent Items
+    fleet.send()
+    # Then
+    assert (email_row(id)["status"], sending(id), fleet.mails(id)) == ("processed", "sent", 1)
+
+
+def test_a_mail_that_came_too_late_is_not_sent(fleet: Fleet) -> None:
+    # Given a dispatch that waited in its queue until expires_at had passed
+    id = store(expires_at="2999-01-01T00:00:00Z")
+    rows('UPDATE incoming_emails SET payload = (payload::jsonb || \'{"expires_at": "2020-01-01T00:00:00Z"}\')::json')
+    # When
+    fleet.send()
+    # Then
+    assert (email_row(id)["status"], fleet.mails(id), fleet.events()) == ("expired", 0, ["SendEmailExpired"])

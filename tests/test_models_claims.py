@@ -27,7 +27,7 @@ from support import (
 )
 
 import models
-from models import ClaimedEmail, LeaseLost, scheduling, uploads
+from models import ClaimedEmail, LeaseLost, rows, scheduling, uploads
 from models.claims import MAX_ERROR_CHARACTERS
 
 shared_database, tables = support.shared_database, support.tables
@@ -70,7 +70,7 @@ def test_a_claim_takes_the_lease_writes_one_receipt_and_tells_the_worker_everyth
     email = claim(id, intent=False)
     # Then
     assert (email.id, email.publisher_message_id, email.mailbox) == (id, "order-1", "ann@example.com")
-    assert (email.recipient_count, email.attempt, email.in_doubt_since, email.intended) == (2, 1, None, False)
+    assert (email.recipient_count, email.attempt, email.in_doubt_for, email.intended) == (2, 1, None, False)
     assert email.payload["subject"] == "Hello"
     row = email_row(id)
     assert row["status"] == "processing"
@@ -248,7 +248,7 @@ def test_an_email_in_doubt_stays_in_doubt_whatever_the_look_up_ended_with(outcom
     # Given
     id = in_doubt()
     email = claim(id)
-    assert email.in_doubt_since is not None
+    assert email.in_doubt_for is not None
     # When
     OUTCOMES[outcome](email)
     # Then
@@ -279,7 +279,7 @@ def test_an_email_found_absent_is_ready_at_once_and_a_new_intent_keeps_the_evide
     assert (sending(id), email_row(id)["next_attempt_at"]) == ("not_sent", None)
     # When it is claimed to be sent again, and refused by the limiter
     email = claim(id)
-    assert (email.in_doubt_since, email.attempt, sending(id)) == (None, 2, "sending")
+    assert (email.in_doubt_for, email.attempt, sending(id)) == (None, 2, "sending")
     email.snooze(MINUTE, "busy")
     # Then it may be sent again, and what was seen of the first send is still known
     (sent,) = table("sent_emails")
@@ -288,7 +288,7 @@ def test_an_email_found_absent_is_ready_at_once_and_a_new_intent_keeps_the_evide
     make_due(id)
     with scheduling.sweep():
         scheduling.wake_due()
-    assert claim(id).in_doubt_since is None
+    assert claim(id).in_doubt_for is None
 
 
 def test_a_failed_email_has_exactly_one_dead_letter_and_one_event() -> None:
@@ -335,14 +335,42 @@ def test_a_sent_email_ends_the_refusals_of_its_mailbox() -> None:
     assert table("mailboxes")[0]["refusal_count"] == 0
 
 
-def test_a_replayed_email_says_so_to_its_worker() -> None:
+def test_a_replay_frees_an_email_in_doubt_and_no_later_doubt_of_it() -> None:
     from models import dead_letters
 
-    id = store()
+    # Given an email that was given up in doubt, and replayed
+    id = in_doubt()
     fail(claim(id))
     dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
     email = claim(id)
     assert (email.replayed, email.attempt) == (True, 1)
+    # When its send is begun once more and is in doubt again
+    email.repeat_intent(LEASE)
+    email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
+    # Then that doubt is held like any other
+    scheduling.wake_due()
+    assert not claim(id).replayed
+
+
+def test_a_send_that_is_begun_again_is_as_fresh_a_doubt() -> None:
+    id = in_doubt()
+    rows("UPDATE sent_emails SET intent_at = now() - interval '1 hour'")
+    email = claim(id)
+    assert email.in_doubt_for is not None
+    assert email.in_doubt_for > timedelta(minutes=59)
+    email.repeat_intent(LEASE)
+    email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
+    scheduling.wake_due()
+    again = claim(id).in_doubt_for
+    assert again is not None
+    assert again < timedelta(minutes=1)
+
+
+def test_an_email_that_came_too_late_is_expired_and_told_once() -> None:
+    id = store(expires_at="2030-01-01T00:00:00Z")
+    event = claim(id).expire(WITHIN)
+    assert (email_row(id)["status"], sending(id), event.type) == ("expired", None, "SendEmailExpired")
+    assert [row["type"] for row in table("outbox_events")].count("SendEmailExpired") == 1
 
 
 # Recovery points

@@ -139,7 +139,7 @@ def test_the_replay_of_an_email_in_doubt_leaves_it_in_doubt() -> None:
     dead_letters.resolve(letter_of("order-1").id, replayed=True, who="olga")
     assert sending(id) == "in_doubt"
     email = claim(id)
-    assert email.in_doubt_since is not None
+    assert email.in_doubt_for is not None
     assert email.replayed
 
 

@@ -21,6 +21,7 @@ LEGAL = {
     ("processing", "received"),
     ("processing", "processing"),
     ("processing", "dispatched"),
+    ("processing", "expired"),
     ("failed", "received"),
 }
 

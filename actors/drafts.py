@@ -20,7 +20,11 @@ from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, UploadSessi
 from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
+from settings import LEASE_MARGIN
 from telemetry import Step, mail_log
+
+#: Between two pieces the lease is looked at: the slowest source that is waited for gives one in half a minute.
+_PIECE_BYTES = 64 * 1024
 
 
 class AlreadySent(Exception):
@@ -87,12 +91,17 @@ def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) 
 
 
 def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
-    small = upload.size <= SMALL_ATTACHMENT_BYTES
-    try:
-        (_attach if small else _upload_in_ranges)(email, draft_id, upload, attachment)
-    except (AttachmentTooSmall, AttachmentTooLarge):
-        # Where the boundary between the two ways lies is not documented exactly.
-        (_upload_in_ranges if small else _attach)(email, draft_id, upload, attachment)
+    """Bring one attachment up; where the boundary between the two ways lies is not documented exactly."""
+    if upload.size <= SMALL_ATTACHMENT_BYTES:
+        try:
+            _attach(email, draft_id, upload, attachment)
+        except AttachmentTooLarge:
+            _upload_in_ranges(email, draft_id, upload, attachment)
+    else:
+        try:
+            _upload_in_ranges(email, draft_id, upload, attachment)
+        except AttachmentTooSmall:
+            _attach(email, draft_id, upload, attachment)
     _record_uploaded(email, upload)
 
 
@@ -106,7 +115,7 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     with runtime.source.open(attachment["urlOrId"], declared_size=upload.size) as stream:
-        content = b"".join(stream.chunks(UPLOAD_RANGE_BYTES))
+        content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=len(content)):
         runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
 
@@ -117,14 +126,25 @@ def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attach
     try:
         with runtime.source.open(url, declared_size=upload.size, offset=upload.uploaded_bytes) as stream:
             _send_ranges(email, session, upload, stream)
-    except (UploadSessionLost, UploadOutOfOrder):
-        upload.session_url, upload.uploaded_bytes = None, 0
-        uploads.record_progress(email, upload, lease=runtime.configuration.lease)
-        raise  # the next attempt begins this file again, with a new session
+    except UploadOutOfOrder as error:
+        # Graph took a range of which nobody lived to hear: the next attempt goes on where Graph wants to.
+        _go_on_at(email, upload, error.expected_offset)
+        raise
+    except UploadSessionLost:
+        _go_on_at(email, upload, None)
+        raise
+
+
+def _go_on_at(email: ClaimedEmail, upload: Upload, offset: int | None) -> None:
+    """Have the next attempt go on there in the same session; None: at the first byte, in a new one."""
+    if offset is None:
+        upload.session_url = None
+    upload.uploaded_bytes = offset or 0
+    uploads.record_progress(email, upload, lease=runtime.configuration.lease)
 
 
 def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, stream: AttachmentStream) -> None:
-    while content := stream.read(UPLOAD_RANGE_BYTES):
+    while content := _read(email, stream, UPLOAD_RANGE_BYTES):
         with graph_call(email, upload_bytes=len(content)):
             following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
         runtime.crash_point(CrashPoint.RANGE_UPLOADED)
@@ -135,6 +155,17 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
         upload.uploaded_bytes = following
         uploads.record_progress(email, upload, lease=runtime.configuration.lease)
     raise UploadSessionLost("the file is up and Graph still waits")
+
+
+def _read(email: ClaimedEmail, stream: AttachmentStream, size_bytes: int) -> bytes:
+    """Read so much, or what is left, keeping the lease while a slow source drips."""
+    configuration = runtime.configuration
+    pieces = []
+    while size_bytes > 0 and (piece := stream.read(min(size_bytes, _PIECE_BYTES))):
+        pieces.append(piece)
+        size_bytes -= len(piece)
+        email.ensure_held(at_least=configuration.graph_timeout + LEASE_MARGIN, lease=configuration.lease)
+    return b"".join(pieces)
 
 
 def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> UploadSession:

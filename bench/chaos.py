@@ -30,6 +30,7 @@ import pika.exceptions
 from rich.console import Console
 from rich.table import Table
 
+from sandbox.programs import ServerFailed
 from sandbox.servers import Servers
 from sandbox.world import ROOT, Overdue, World
 from simulator.control import Simulator
@@ -55,6 +56,7 @@ _FREEZE_SECONDS = 3.0
 _ATTACHED_SHARE = 0.1
 _REPEATED_SHARE = 0.05
 _PATIENCE = timedelta(minutes=10)
+_START_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,23 @@ def strike(blow: Blow, world: World, servers: Servers) -> None:
     if blow.kind == "server":
         server = getattr(servers, blow.target)
         server.kill()
-        server.start()
+        _start(server)
     elif blow.kind == "freeze":
         world.fleet.suspend(blow.target)
         threading.Timer(_FREEZE_SECONDS, world.fleet.resume, [blow.target]).start()
     else:
         world.fleet.kill(blow.target)
+
+
+def _start(server: Any) -> None:
+    """Start a killed server; what it leaves behind (PostgreSQL's shared memory) may stand in its way for a moment."""
+    for _ in range(_START_ATTEMPTS):
+        try:
+            return server.start()
+        except ServerFailed as failure:
+            last = failure
+            time.sleep(1)
+    raise last
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 #: One transaction and one confirmation for so many deliveries; more gain little.
 BATCH = 100
-#: RabbitMQ hands out the next batches while one is being stored.
-PREFETCH = 4 * BATCH
+#: A batch is closed at this, too: a delivery may have megabytes, and a transaction holds each several times.
+BATCH_BYTES = 8 * 1024 * 1024
+#: RabbitMQ hands out the next batch while one is being stored.
+PREFETCH = 2 * BATCH
 #: A batch that is not full waits no longer than this.
 LINGER = timedelta(milliseconds=10)
-_IDLE = timedelta(seconds=1)
+#: With nothing in hand the bridge looks no more often whether it shall stop.
+IDLE = timedelta(milliseconds=500)
+_NOTHING = (None, None, b"")
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(milliseconds=500), timedelta(seconds=15)
 
 
@@ -85,14 +89,17 @@ class Bridge:
     def _batches(self, channel: Any) -> Iterator[list[tuple[Any, Any, bytes]]]:
         """Yield what has come, at most a batch at a time, waiting a moment for a batch to fill."""
         batch: list[tuple[Any, Any, bytes]] = []
-        for method, properties, body in channel.consume(runtime.SEND_QUEUE, inactivity_timeout=LINGER.total_seconds()):
-            if method is not None:
-                batch.append((method, properties, body))
-            if batch and (method is None or len(batch) >= BATCH):
+        held_bytes = 0
+        while self._running or batch:
+            patience = (LINGER if batch else IDLE).total_seconds()
+            # Called again, it goes on with the same consumer.
+            delivery = next(channel.consume(runtime.SEND_QUEUE, inactivity_timeout=patience), _NOTHING)
+            if delivery[0] is not None:
+                batch.append(delivery)
+                held_bytes += len(delivery[2])
+            if batch and (delivery[0] is None or len(batch) >= BATCH or held_bytes >= BATCH_BYTES):
                 yield batch
-                batch = []
-            if not self._running and not batch:
-                return
+                batch, held_bytes = [], 0
 
 
 def _delivery(properties: Any, body: bytes) -> Delivery:

@@ -13,13 +13,15 @@ from typing import Any, ClassVar
 
 from dramatiq import Middleware
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer
-from dramatiq.common import q_name, xq_name
+from dramatiq.common import xq_name
 from dramatiq.middleware import Interrupt
 
 log = logging.getLogger(__name__)
 
 DEAD_LETTER_EXCHANGE = "mail.dead_letters"
 MIRROR_QUEUE = "mail.dead_letters.mirror"
+#: Nobody of ours sends them, and Dramatiq acts on them whatever they hold.
+_REFUSED_OPTIONS = {"eta", "throws", "time_limit"}
 
 
 class FleetConsumer(_RabbitmqConsumer):
@@ -47,10 +49,11 @@ class FleetConsumer(_RabbitmqConsumer):
         names = (message.queue_name, message.actor_name, message.message_id)
         return (
             all(isinstance(name, str) for name in names)
-            and q_name(message.queue_name) == q_name(self.queue_name)
+            and message.queue_name == self.queue_name
+            and isinstance(message.args, list | tuple)
             and isinstance(message.kwargs, dict)
             and isinstance(message.options, dict)
-            and "eta" not in message.options
+            and not _REFUSED_OPTIONS & message.options.keys()
         )
 
     def ack(self, message: Any) -> None:
@@ -125,13 +128,13 @@ class DeadLettering(Middleware):
     This stands in for Dramatiq's retries, which would wait in a worker's memory and in RabbitMQ: here everything that
     is to be tried again waits in PostgreSQL. While a server is away a message that only points to a row is dropped,
     since the row's lease brings it back; one that carries content of its own (``found_again=False``) is dead-lettered
-    with it.
+    with it. A periodic actor's message says nothing that its next turn does not: it is never dead-lettered.
 
     Args:
         away: Errors that say that a server cannot be reached.
     """
 
-    actor_options: ClassVar[set[str]] = {"found_again", "throws"}
+    actor_options: ClassVar[set[str]] = {"found_again", "periodic", "throws"}
 
     def __init__(self, away: tuple[type[BaseException], ...], on_dead_letter: Callable[[], None]) -> None:
         self._away = (*away, Interrupt)
@@ -147,8 +150,11 @@ class DeadLettering(Middleware):
     ) -> None:
         if exception is None:
             return
-        found_again = broker.get_actor(message.actor_name).options.get("found_again", True)
-        if isinstance(exception, self._away) and found_again:
+        options = broker.get_actor(message.actor_name).options
+        if options.get("periodic"):
+            # The next turn does the work; and a mirror that dead-letters itself would wake itself for ever.
+            log.error("%s failed and is left to its next turn: %s", message.actor_name, type(exception).__name__)
+        elif isinstance(exception, self._away) and options.get("found_again", True):
             log.warning("%s was given up for now: %s", message.actor_name, type(exception).__name__)
         else:
             message.fail()

@@ -17,16 +17,19 @@ from typing import Any, NamedTuple
 import pika
 import pika.exceptions
 from dramatiq import DecodeError, Message
+from dramatiq.common import xq_name
 
 import actors  # noqa: F401  declares the queues
 import contracts
 import models
 import runtime
+from broker import MIRROR_QUEUE
 from graph_client.errors import GraphError
 from limiter import BudgetUsage, Unavailable
 from models import audit, backups, dead_letters, inspection, mailboxes
 from models.backups import StoredBackup
 from models.dead_letters import Filter, Letter
+from models.inspection import Backlog
 from models.mailboxes import Pause
 from outbox import Outgoing, Unconfirmed, connect
 from telemetry import Step, mail_log
@@ -37,8 +40,16 @@ class NotFound(Exception):
     """Raised when no email, dead letter or backup has the id."""
 
 
+class NotOpen(NotFound):
+    """Raised when the only dead letters with the id were replayed or discarded before."""
+
+
 class NotReplayable(Exception):
     """Raised when a dead letter has nothing that could be tried again."""
+
+
+class ServerAway(Exception):
+    """Raised when PostgreSQL or RabbitMQ does not answer; `ready` tells which."""
 
 
 # Emails
@@ -69,11 +80,26 @@ def status(id: str) -> dict[str, Any]:
 
 
 def dead_letter(id: str) -> tuple[Letter, bytes | None]:
-    """Return the newest dead letter with this id (its own, the email's, the publisher's) and its message."""
+    """Return the dead letter with this id (its own, the email's, the publisher's) and its message.
+
+    Of several it is an open one if there is one, else the newest.
+    """
     letter = dead_letters.find(id)
     if letter is None:
         raise NotFound(f"no dead letter has the id {id}")
     return letter, dead_letters.body_of(letter.id)
+
+
+def open_dead_letter(id: str) -> Letter:
+    """Return the open dead letter with this id (its own, the email's, the publisher's).
+
+    Raises:
+        NotOpen: There are only such as were replayed or discarded.
+    """
+    letter, _ = dead_letter(id)
+    if letter.status != "open":
+        raise NotOpen(f"no open dead letter has the id {id}: it was {letter.status} by {letter.resolved_by}")
+    return letter
 
 
 def find_dead_letters(filter: Filter, limit: int | None) -> list[Letter]:
@@ -112,31 +138,44 @@ def resolve(
 
 def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
     outcome = "replayed" if replay else "discarded"
+    foreign = replay and letter.incoming_email_id is None
     try:
-        if replay and letter.incoming_email_id is None:
-            _publish_again(letter)
-    except (NotReplayable, Unconfirmed) as reason:
+        message = _message_again(letter) if foreign else None
+    except NotReplayable as reason:
         return str(reason)
     with models.transaction():
         if not dead_letters.resolve(letter.id, replayed=replay, who=who):
             return "resolved before"
         audit.record(who, f"dlq.{outcome}", letter.id, incoming_email_id=letter.incoming_email_id)
+    # Only whoever took the letter publishes.
+    if message and (failure := _publish(message, letter, who)):
+        return failure
     if replay:
         mail_log(Step.REPLAYED, incoming_email_id=letter.incoming_email_id, dead_letter_id=letter.id)
     return outcome
 
 
-def _publish_again(letter: Letter) -> None:
-    """Put a message that belongs to no email back on its queue; every actor bears a repeat.
-
-    It gets a new id: should it fail again, that is another dead letter.
-    """
+def _message_again(letter: Letter) -> Message[Any]:
+    """Return a message that belongs to no email, with a new id: should it fail again, that is another dead letter."""
     try:
-        message = Message.decode(dead_letters.body_of(letter.id) or b"").copy(message_id=str(uuid.uuid4()))
+        return Message.decode(dead_letters.body_of(letter.id) or b"").copy(message_id=str(uuid.uuid4()))
     except DecodeError:
         raise NotReplayable("no actor can read it: discard it") from None
+
+
+def _publish(message: Message[Any], letter: Letter, who: str) -> str | None:
+    """Put a message back on its queue; every actor bears a repeat. If that fails the letter is open again: say why."""
     properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
-    runtime.publisher.publish([Outgoing("", letter.queue_name, message.encode(), properties, mandatory=True)])
+    try:
+        runtime.publisher.publish([Outgoing("", letter.queue_name, message.encode(), properties, mandatory=True)])
+    except Exception as error:
+        with models.transaction():
+            dead_letters.reopen(letter.id)
+            audit.record(who, "dlq.reopened", letter.id)
+        if not isinstance(error, Unconfirmed):
+            raise
+        return str(error)
+    return None
 
 
 # Backups
@@ -200,6 +239,34 @@ def limits(mailbox: str | None) -> list[BudgetUsage]:
 
 
 # Health
+
+
+def backlog() -> Backlog:
+    """Return how much of what is waiting.
+
+    Raises:
+        ServerAway: PostgreSQL does not answer.
+    """
+    try:
+        return inspection.backlog()
+    except models.DatabaseAway as away:
+        raise ServerAway(str(away)) from away
+
+
+def queue_depths() -> dict[str, int]:
+    """Return how many messages are ready in each queue that there is, those of dead letters included.
+
+    Raises:
+        ServerAway: RabbitMQ does not answer.
+    """
+    worked = sorted(runtime.fleet_broker.queues)
+    queues = [runtime.SEND_QUEUE, runtime.REJECTED_QUEUE, *worked, *map(xq_name, worked), MIRROR_QUEUE]
+    try:
+        with connect(runtime.rabbitmq) as connection:
+            found = {queue: _declared(connection, queue) for queue in queues}
+    except (pika.exceptions.AMQPError, OSError) as error:
+        raise ServerAway("RabbitMQ is away") from error
+    return {queue: declared.message_count for queue, declared in found.items() if declared}
 
 
 class Finding(NamedTuple):
@@ -284,10 +351,16 @@ def _worked_queues() -> list[str]:
 
 
 def _has_consumer(connection: Any, queue: str) -> bool:
+    declared = _declared(connection, queue)
+    return bool(declared and declared.consumer_count)
+
+
+def _declared(connection: Any, queue: str) -> Any:
+    """Return RabbitMQ's counts of a queue, or None: nobody has made it yet."""
     try:
-        return bool(connection.channel().queue_declare(queue, passive=True).method.consumer_count)
+        return connection.channel().queue_declare(queue, passive=True).method
     except pika.exceptions.ChannelClosedByBroker:
-        return False
+        return None
 
 
 def _reach_rabbitmq() -> str:

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -42,6 +42,10 @@ class Unconfirmed(Exception):
     """Raised when RabbitMQ did not confirm a message: it may or may not have been published."""
 
 
+class Unpublishable(Unconfirmed):
+    """Raised when a message cannot be sent as it is: trying again will not help it."""
+
+
 class Outgoing(NamedTuple):
     """One message for RabbitMQ. ``mandatory``: it counts as unconfirmed if no queue takes it."""
 
@@ -68,6 +72,14 @@ def event_messages(event: Event) -> list[Outgoing]:
     return messages
 
 
+def check_url(url: str) -> None:
+    """Raise ValueError if pika cannot read something in the URL. The error does not quote it."""
+    try:
+        pika.URLParameters(url)
+    except Exception:  # pika reads each parameter in its own way
+        raise ValueError("has a part that is not of the form that it must have") from None
+
+
 def connection_parameters(url: str, client: str) -> pika.URLParameters:
     """Return how every connection of ours is made: it notices a dead or blocked server within half a minute."""
     parameters = pika.URLParameters(url)
@@ -89,6 +101,12 @@ def connect(parameters: pika.URLParameters) -> pika.BlockingConnection:
         return pika.BlockingConnection(parameters)
     except AMQPConnectorException as error:
         raise pika.exceptions.AMQPConnectionError("the handshake was not finished in time") from error
+
+
+def unconfirmed(confirmations: Sequence[Future[None]]) -> list[BaseException | None]:
+    """Wait until all have ended, at most `PUBLISH_WITHIN`; return for each what it failed with, None if confirmed."""
+    wait(confirmations, timeout=PUBLISH_WITHIN.total_seconds())
+    return [done.exception() if done.done() else Unconfirmed("confirmation overdue") for done in confirmations]
 
 
 class _Batch(NamedTuple):
@@ -123,13 +141,15 @@ class Publisher:
         return batch.done
 
     def publish(self, messages: Sequence[Outgoing]) -> None:
-        """Publish and wait until all are confirmed.
+        """Publish and wait until all are confirmed, at most `PUBLISH_WITHIN`.
 
         Raises:
             Unconfirmed: RabbitMQ is away, blocked, or has no queue for a mandatory message.
         """
         if messages:
-            self.submit(messages).result()
+            (failure,) = unconfirmed([self.submit(messages)])
+            if failure:
+                raise failure
 
     def close(self) -> None:
         """Publish what was handed over and end the connection. Whoever still comes afterwards opens another."""
@@ -141,7 +161,7 @@ class Publisher:
 
     def _ensure_started(self) -> None:
         with self._start:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
                 self._thread.start()
 
@@ -151,10 +171,21 @@ class Publisher:
             batches = self._next_batches()
             open = None not in batches
             if work := [batch for batch in batches if batch is not None]:
-                self._settle(work)
+                self._settle_surely(work)
             else:
                 self._keep_alive()
         self._disconnect()
+
+    def _settle_surely(self, batches: list[_Batch]) -> None:
+        """Settle whatever happens: somebody waits for each of them, and this thread must live on."""
+        try:
+            self._settle(batches)
+        except Exception as error:
+            log.error("publishing failed: %s", type(error).__name__)
+            self._disconnect()
+            for batch in batches:
+                if not batch.done.done():
+                    batch.done.set_exception(Unconfirmed(f"publishing failed ({type(error).__name__})"))
 
     def _next_batches(self) -> list[_Batch | None]:
         """Wait for work, then take all that has gathered: batches grow by themselves under load."""
@@ -170,8 +201,12 @@ class Publisher:
         try:
             unroutable = self._publish([message for batch in batches for message in batch.messages])
         except Unconfirmed as error:
-            for batch in batches:
-                batch.done.set_exception(error)
+            if isinstance(error, Unpublishable) and len(batches) > 1:
+                for batch in batches:
+                    self._settle([batch])  # the one that cannot be published fails alone
+            else:
+                for batch in batches:
+                    batch.done.set_exception(error)
             return
         for batch in batches:
             missing = {m.routing_key for m in batch.messages if m.mandatory} & unroutable
@@ -189,15 +224,15 @@ class Publisher:
             self._await_confirms()
         except Unconfirmed:
             raise
-        except (pika.exceptions.AMQPError, OSError) as error:
+        except (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError, OSError) as error:
             self._failed_at = time.monotonic()
             self._disconnect()
             raise Unconfirmed(f"RabbitMQ did not confirm ({type(error).__name__})") from error
         except Exception as error:
-            # pika refuses with whatever came to its mind what it cannot encode; the thread must outlive that.
+            # pika refuses with whatever came to its mind, AMQPErrors too, what it cannot encode.
             log.error("a batch could not be published: %s", type(error).__name__)
             self._disconnect()
-            raise Unconfirmed(f"a message cannot be published ({type(error).__name__})") from error
+            raise Unpublishable(f"a message cannot be published ({type(error).__name__})") from error
         if self._returned:
             self._disconnect()  # the next connection declares what is missing
         return set(self._returned)
@@ -257,7 +292,7 @@ class Publisher:
         if self._connection is not None:
             try:
                 self._connection.process_data_events(0)
-            except (pika.exceptions.AMQPError, OSError):
+            except Exception:  # pika asserts what it expects of a connection
                 self._disconnect()
 
     def _disconnect(self) -> None:
@@ -265,15 +300,15 @@ class Publisher:
         try:
             if connection is not None and connection.is_open:
                 connection.close()
-        except (pika.exceptions.AMQPError, OSError):
+        except Exception:  # as above
             log.debug("the connection was lost while it was closed")
 
 
 class Batcher(Generic[Item]):
     """Gathers what threads add and passes it on in batches, from a thread of its own.
 
-    For what is written in the database already and need not be waited for: if passing a batch on fails, or the process
-    dies, the sweep finds it there.
+    For what need not be waited for and may be lost: if passing a batch on fails, or the process dies, either a sweep
+    makes up for it or nothing depends on it.
     """
 
     #: Gathering so long costs nobody anything and makes batches of single items.
@@ -319,4 +354,4 @@ class Batcher(Generic[Item]):
             if batch:
                 self._pass_on(batch)
         except Exception as error:
-            log.warning("%d %s are left to the sweep: %s", len(batch), self._name, type(error).__name__)
+            log.warning("%d %s were not passed on: %s", len(batch), self._name, type(error).__name__)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
 import dramatiq
 import pika
+from dramatiq.common import q_name
 from dramatiq.middleware import CurrentMessage, TimeLimit
 from periodiq import PeriodiqMiddleware
 from redis import Redis, RedisError
@@ -27,12 +28,12 @@ import models
 import outbox
 import settings
 import telemetry
-from attachments import AttachmentSource
-from broker import DeadLettering, FleetBroker
+from attachments import AttachmentSource, HostPattern
+from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
-from outbox import Batcher, Outgoing, Publisher
+from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from vault import Keyring, Vault
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,21 @@ _MILLISECOND = timedelta(milliseconds=1)
 _WAKE_LASTS = timedelta(seconds=2)
 _WAKE_PAUSE = timedelta(seconds=1)
 _woken_at: dict[str, float] = {}
+_batchers: list[Batcher[Any]] = []
 #: Longer than any upload should take, shorter than RabbitMQ's 30 minutes for an unacknowledged message.
 TIME_LIMIT_MILLISECONDS = timedelta(minutes=20) // _MILLISECOND
 
 
 def _load() -> settings.Settings:
     try:
-        return settings.load({"BACKUP_KEYS": Keyring.parse})
+        return settings.load(
+            {
+                "ATTACHMENT_ALLOWED_HOSTS": lambda text: [*map(HostPattern.parse, settings.comma_separated(text))],
+                "BACKUP_KEYS": Keyring.parse,
+                "RABBITMQ_URL": outbox.check_url,
+                "REDIS_URL": Redis.from_url,
+            }
+        )
     except settings.SettingsInvalid as invalid:
         sys.exit(str(invalid))
 
@@ -121,16 +130,22 @@ def enqueue(messages: Sequence[dramatiq.Message[Any]]) -> Future[None]:
 
 
 def publish_events(events: Sequence[Event]) -> None:
-    """Publish events and mark them as published; what is not confirmed is left to the sweep.
+    """Publish events and mark those as published that are confirmed; the others are left to the sweep.
 
     Raises:
         Unconfirmed, DatabaseAway: Some may have been published without being marked. They keep their ``message_id``.
+        Unpublishable: All are published but some that never will be.
     """
-    publisher.publish([message for event in events for message in outbox.event_messages(event)])
-    crash_point(CrashPoint.EVENTS_PUBLISHED)
-    models.mark_published([event.id for event in events])
-    for event in events:
+    failures = outbox.unconfirmed([publisher.submit(outbox.event_messages(event)) for event in events])
+    confirmed = [event for event, failure in zip(events, failures, strict=True) if failure is None]
+    if confirmed:
+        crash_point(CrashPoint.EVENTS_PUBLISHED)
+        models.mark_published([event.id for event in confirmed])
+    for event in confirmed:
         telemetry.PUBLISHED.labels(event.type).inc()
+    # One that may succeed the next time says more than one that never will.
+    for failure in sorted(filter(None, failures), key=lambda failure: isinstance(failure, Unpublishable)):
+        raise failure
 
 
 def wake(actor_name: str) -> None:
@@ -165,9 +180,21 @@ def _wake_key(actor_name: str) -> str:
     return f"mailfleet:wake:{actor_name}"
 
 
+def is_own_queue(name: str | None) -> bool:
+    """Say whether a queue is one that mailfleet itself works on or keeps things in."""
+    return name is not None and q_name(name) in {SEND_QUEUE, REJECTED_QUEUE, MIRROR_QUEUE, *fleet_broker.queues}
+
+
 def wake_mirror() -> None:
     """Have the dead letters mirrored soon."""
     wake("mirror_dead_letters")
+
+
+def batcher(name: str, pass_on: Callable[[list[Item]], object]) -> Batcher[Item]:
+    """Return a batcher that is emptied at the end of the process, before the publisher is."""
+    made = Batcher(name, pass_on)
+    _batchers.append(made)
+    return made
 
 
 class FlushAtShutdown(dramatiq.Middleware):
@@ -179,8 +206,8 @@ class FlushAtShutdown(dramatiq.Middleware):
 
 def close() -> None:
     """Publish what is still in hand and end the connections. For the end of a process."""
-    events.close()
-    _wake_ups.close()
+    for each in _batchers:
+        each.close()
     publisher.close()
 
 
@@ -242,5 +269,5 @@ fleet_broker = FleetBroker(
 dramatiq.set_broker(fleet_broker)
 
 publisher = Publisher(rabbitmq, declare)
-events: Batcher[Event] = Batcher("events", publish_events)
-_wake_ups: Batcher[str] = Batcher("wake-ups", lambda actor_names: [wake(name) for name in set(actor_names)])
+events: Batcher[Event] = batcher("events", publish_events)
+_wake_ups: Batcher[str] = batcher("wake-ups", lambda actor_names: [wake(name) for name in set(actor_names)])

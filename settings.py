@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
+import psycopg2
+from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -53,7 +55,8 @@ def _of(unit: timedelta) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-def _comma_separated(value: Any) -> Any:
+def comma_separated(value: Any) -> Any:
+    """Return the parts of a text that are not empty, and whatever else is given as it is."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -75,11 +78,42 @@ def _server(*schemes: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+#: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
+_OWN_KEYWORDS = {"host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"} | {
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_count",
+}
+
+
+def _postgresql(secret: SecretStr) -> SecretStr:
+    url = secret.get_secret_value()
+    if own := {keyword for keyword, _ in parse_qsl(urlsplit(url).query)} & _OWN_KEYWORDS:
+        raise ValueError(f"{', '.join(sorted(own))} may not be given in its query: mailfleet sets it")
+    try:
+        parse_dsn(url)
+    except psycopg2.ProgrammingError:
+        raise ValueError("has something in its query that PostgreSQL's clients do not know") from None
+    return secret
+
+
 def _graph(url: str) -> str:
-    parts = urlsplit(url)
-    if not parts.hostname or (parts.scheme != "https" and not (parts.scheme == "http" and _on_loopback(url))):
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable or (parts.scheme != "https" and not (parts.scheme == "http" and _on_loopback(url))):
         raise ValueError("must be an https address (http is accepted on loopback only)")
     return url
+
+
+def _readable(path: Path) -> Path:
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError("names a file that cannot be read") from None
+    return path
 
 
 def _on_loopback(url: str) -> bool:
@@ -93,7 +127,7 @@ Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 #: A limit on use; 0 switches it off.
 Limit = Annotated[int, Field(ge=0)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(comma_separated)]
 
 
 def _setting(variable: str, help: str, *, default: Any = ..., unit: str = "") -> Any:
@@ -105,7 +139,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
 
-    database_url: Annotated[SecretStr, _server("postgresql", "postgres")] = _setting(
+    database_url: Annotated[SecretStr, _server("postgresql", "postgres"), AfterValidator(_postgresql)] = _setting(
         "DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`."
     )
     rabbitmq_url: Annotated[SecretStr, _server("amqp", "amqps")] = _setting(
@@ -135,7 +169,7 @@ class Settings(BaseSettings):
     graph_client_secret: SecretStr | None = _setting(
         "GRAPH_CLIENT_SECRET", "The app registration's secret. Either this or a certificate.", default=None
     )
-    graph_client_certificate: Path | None = _setting(
+    graph_client_certificate: Annotated[Path, AfterValidator(_readable)] | None = _setting(
         "GRAPH_CLIENT_CERTIFICATE",
         "Path of a PEM file with the app registration's private key and certificate.",
         default=None,
@@ -328,11 +362,13 @@ def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Setting
     Raises:
         SettingsInvalid: A value is missing, malformed or contradicts another; all problems are listed.
     """
-    problems = [*_unreadable_files(), *_unclear_credential(), *_failed(checks or {})]
+    problems = [*_unreadable_files(), *_unclear_credential()]
     try:
         settings = Settings()
     except ValidationError as error:
         problems += [problem for details in error.errors() for problem in _sentences(details)]
+    told = {problem.partition(":")[0] for problem in problems}
+    problems += _failed({variable: check for variable, check in (checks or {}).items() if variable not in told})
     if problems:
         raise SettingsInvalid(problems)
     return settings

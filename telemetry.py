@@ -48,6 +48,9 @@ class Step(StrEnum):
     ARCHIVED = "archived"
     REPLAYED = "replayed"
     LEASE_LOST = "lease lost"
+    BACKUP_RETRIED = "backup retried"
+    BACKUP_FAILED = "backup failed"
+    DEAD_LETTER_MIRRORED = "dead letter mirrored"
 
 
 _mail = structlog.get_logger("mail")

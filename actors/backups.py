@@ -14,11 +14,12 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
-from actors.waiting import after_refusal, after_throttling, backoff
+from actors.outcomes import AttemptsUsedUp, hold_back, pause_everything, pause_fleet
+from actors.waiting import after_throttling, backoff, unreachable
 from crash_points import CrashPoint
-from graph_client.errors import GraphError, ItemNotFound, PermanentError, Throttled
+from graph_client.errors import ConfigurationError, GraphError, ItemNotFound, PermanentError, Throttled
 from models import ClaimedBackup, DatabaseAway, Sealed
-from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, LIMITER_REFUSALS, Step, mail_context, mail_log
+from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
 from vault import bind_to
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class NotInMailbox(Exception):
     """Raised when a sent mail is not to be found, perhaps not yet."""
 
 
-@dramatiq.actor(queue_name="backup", throws=(PermanentError, NotInMailbox))
+@dramatiq.actor(queue_name="backup", throws=(PermanentError, NotInMailbox, AttemptsUsedUp))
 def backup_email(incoming_email_id: str, attempt: int) -> None:
     """Store the mail's MIME, sealed, or record why not and when to try again. Safe to repeat."""
     backup = ClaimedBackup.claim(incoming_email_id, attempt, lease=runtime.configuration.lease)
@@ -41,22 +42,15 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
         try:
             runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
             _archive(backup)
-        except limits.Refused as refused:
-            LIMITER_REFUSALS.labels(getattr(refused, "budget", "unavailable")).inc()
-            backup.snooze(after_refusal(refused), str(refused))
-        except Throttled as throttled:
-            wait = after_throttling(throttled)
-            runtime.limiter.pause(backup.mailbox, wait)
-            backup.snooze(wait, str(throttled))
-        except DatabaseAway:
-            raise
         except Exception as error:
-            _retry_or_fail(backup, error)
+            _record(backup, error)
         finally:
             runtime.wake_soon("schedule_emails")
 
 
 def _archive(backup: ClaimedBackup) -> None:
+    if backup.attempt > runtime.configuration.max_attempts:
+        raise AttemptsUsedUp("every attempt ended with the worker")
     # Two requests, one after the other: one slot and one question to the limiter will do.
     with runtime.limiter.slot(backup.mailbox, requests=2):
         message_id = _find(backup)
@@ -92,14 +86,35 @@ def _find(backup: ClaimedBackup) -> str:
     raise NotInMailbox("the mail is not in the mailbox")
 
 
+def _record(backup: ClaimedBackup, error: Exception) -> None:
+    """Record why there is no copy and when to try again; what is everyone's to wait for spends no attempt."""
+    match error:
+        case DatabaseAway():
+            raise error
+        case limits.Refused():
+            wait, _ = hold_back(backup.mailbox, error)
+            backup.snooze(wait, str(error))
+        case Throttled():
+            wait = after_throttling(error)
+            pause_fleet(backup.mailbox, wait, error)
+            backup.snooze(wait, str(error))
+        case ConfigurationError():
+            pause_everything()
+            backup.snooze(unreachable(), str(error))
+        case _:
+            _retry_or_fail(backup, error)
+
+
 def _retry_or_fail(backup: ClaimedBackup, error: Exception) -> None:
-    if not isinstance(error, GraphError | NotInMailbox):
+    if not isinstance(error, GraphError | NotInMailbox | AttemptsUsedUp):
         log.exception("unforeseen %s", type(error).__name__)
         error = RuntimeError(type(error).__name__)
     final = isinstance(error, PermanentError) and not isinstance(error, ItemNotFound)
     if not final and backup.attempt < runtime.configuration.max_attempts:
         backup.retry(backoff(backup.attempt), str(error))
-        mail_log(Step.RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error))
+        mail_log(
+            Step.BACKUP_RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error)
+        )
         return
     message = CurrentMessage.get_current_message()
     given_up = backup.fail(
@@ -112,5 +127,7 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception) -> None:
     if not given_up:
         return
     DEAD_LETTERS.labels(message.queue_name, "backup_failed").inc()
-    mail_log(Step.FAILED, incoming_email_id=backup.incoming_email_id, reason="backup_failed", attempt=backup.attempt)
+    mail_log(
+        Step.BACKUP_FAILED, incoming_email_id=backup.incoming_email_id, reason="backup_failed", attempt=backup.attempt
+    )
     raise error

@@ -30,8 +30,8 @@ from telemetry import Step, mail_log
 
 #: AMQP frames a message's headers once; a long detail would not fit every client's frame.
 _MAX_DETAIL_BYTES = 2000
-#: AMQP's longest property, in bytes; as many characters are never fewer bytes.
-_MAX_PROPERTY = 255
+#: AMQP's longest property.
+_MAX_PROPERTY_BYTES = 255
 _AWAY_PAUSE = timedelta(seconds=2)
 
 
@@ -58,7 +58,9 @@ class _Rejection(NamedTuple):
 
 
 def _carried(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= _MAX_PROPERTY else None
+    # What is printable has no surrogates, so it can be encoded.
+    printable = isinstance(value, str) and value.isprintable()
+    return value if printable and len(value.encode()) <= _MAX_PROPERTY_BYTES else None
 
 
 @dramatiq.actor(queue_name="ingest", found_again=False)
@@ -124,8 +126,11 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]
         try:
             accepted = contracts.accept(delivery.body)
             _check_sender(accepted)
+            _check_reply_to(delivery, accepted)
         except Unacceptable as error:
-            rejections.append(_Rejection(delivery, error.reason, error.detail, error.publisher_message_id))
+            # Even to tell of the rejection nothing is put on a queue of our own.
+            told = delivery._replace(reply_to=None) if runtime.is_own_queue(delivery.reply_to) else delivery
+            rejections.append(_Rejection(told, error.reason, error.detail, error.publisher_message_id))
         else:
             arrivals.append((delivery, Arrival(accepted, *delivery[1:])))
     return arrivals, rejections
@@ -137,6 +142,11 @@ def _check_sender(accepted: contracts.AcceptedEmail) -> None:
         raise Unacceptable(
             "sender_not_allowed", "from: this mailbox may not be sent from", accepted.publisher_message_id
         )
+
+
+def _check_reply_to(delivery: Delivery, accepted: contracts.AcceptedEmail) -> None:
+    if runtime.is_own_queue(delivery.reply_to):
+        raise Unacceptable("invalid", "reply_to: this is a queue of mailfleet's own", accepted.publisher_message_id)
 
 
 def _conflict(delivery: Delivery, publisher_message_id: str, incoming_email_id: str) -> _Rejection:

@@ -51,7 +51,7 @@ def mirror_dead_letters() -> None:
                 pass
         finally:
             connection.close()
-    except pika.exceptions.AMQPError as error:
+    except (pika.exceptions.AMQPError, OSError) as error:
         raise Unconfirmed("RabbitMQ is away") from error
 
 
@@ -67,7 +67,12 @@ def _mirror_batch(channel: Any) -> bool:
     channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
     for copy in missing:
         MIRRORED.labels(copy.queue_name).inc()
-        mail_log(Step.FAILED, incoming_email_id=copy.incoming_email_id, reason=copy.reason, queue=copy.queue_name)
+        mail_log(
+            Step.DEAD_LETTER_MIRRORED,
+            incoming_email_id=copy.incoming_email_id,
+            reason=copy.reason,
+            queue=copy.queue_name,
+        )
     return len(taken) == _BATCH
 
 

@@ -125,7 +125,7 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
         case MailboxUnavailable():
             _retry(email, error, _refused(email.mailbox, error))
         case ConfigurationError():
-            _pause_everything()
+            pause_everything()
             _snooze(email, unreachable(), str(error), "configuration")
         case ConnectionFailed():
             _snooze(email, unreachable(), str(error), "unreachable")
@@ -136,21 +136,26 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
 
 
 def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:
-    wait = after_refusal(refused)
+    wait, budget = hold_back(email.mailbox, refused)
+    _snooze(email, wait, str(refused), budget)
+
+
+def hold_back(mailbox: str, refused: limits.Refused) -> tuple[timedelta, str]:
+    """Have the scheduler pass over a mailbox that is at its limit; return when to ask again, and the limit's name."""
     budget = refused.budget if isinstance(refused, limits.Exhausted) else "unavailable"
     LIMITER_REFUSALS.labels(budget).inc()
     if refused.mailbox_wide and budget != "concurrency":
-        mailboxes.pause(email.mailbox, refused.retry_after, why=f"limit: {budget}")
-    _snooze(email, wait, str(refused), budget)
+        mailboxes.pause(mailbox, refused.retry_after, why=f"limit: {budget}")
+    return after_refusal(refused), budget
 
 
 def _leave_alone(email: ClaimedEmail, throttled: Throttled) -> None:
     wait = after_throttling(throttled)
-    _pause_fleet(email.mailbox, wait, throttled)
+    pause_fleet(email.mailbox, wait, throttled)
     _snooze(email, wait, str(throttled), "throttled")
 
 
-def _pause_fleet(mailbox: str, wait: timedelta, error: GraphError) -> None:
+def pause_fleet(mailbox: str, wait: timedelta, error: GraphError) -> None:
     """Have everyone leave the mailbox alone: at once through Redis, and through the scheduler, which survives Redis."""
     mailboxes.pause(mailbox, wait, why=f"Graph asked to wait: {error}")
     try:
@@ -162,7 +167,8 @@ def _pause_fleet(mailbox: str, wait: timedelta, error: GraphError) -> None:
         log.warning("a pause could not be told to the fleet: Redis is away")
 
 
-def _pause_everything() -> None:
+def pause_everything() -> None:
+    """Have everyone leave Graph alone for a moment: it refused our configuration."""
     try:
         runtime.limiter.pause_all(_CONFIGURATION_PAUSE)
     except limits.Unavailable:
@@ -182,7 +188,7 @@ def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
 
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:
     if unknown.retry_after:
-        _pause_fleet(email.mailbox, unknown.retry_after, unknown)
+        pause_fleet(email.mailbox, unknown.retry_after, unknown)
     evidence = {"asked": "send", "seen": str(unknown), "request_id": unknown.client_request_id}
     email.mark_in_doubt(look_again_in=runtime.configuration.in_doubt_settle, evidence=evidence)
     mail_log(Step.IN_DOUBT, incoming_email_id=email.id, why=str(unknown))

@@ -7,6 +7,7 @@ between, the dispatch's lease runs out and the mail is claimed again.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from contracts import Event
 from crash_points import CrashPoint
 from models import Route, scheduling
 from models.scheduling import Dispatch, DueBackup
-from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed
+from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed, Unpublishable
 from telemetry import DISPATCHED, Step, mail_log
+
+log = logging.getLogger(__name__)
 
 #: Actors of the routes, by name: the modules of the actors import this one.
 ACTORS = {Route.PLAIN: "send_plain", Route.ATTACHED: "send_attached"}
@@ -64,13 +67,19 @@ def _sweep() -> bool:
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
         claims = _claim()
-        backups = scheduling.claim_backups(concurrency=configuration.backup_concurrency, lease=configuration.lease)
+        backups, more_backups = scheduling.claim_backups(
+            concurrency=configuration.backup_concurrency, share=_share(), lease=configuration.lease
+        )
     for incoming_email_id, status in lapsed:
         mail_log(Step.LEASE_LOST, incoming_email_id=incoming_email_id, status=status)
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _announce_expired(expired)
     _dispatch(claims, backups)
-    return max(len(lapsed), len(expired), woken, sum(map(len, claims.values()))) >= scheduling.BATCH
+    return more_backups or max(len(lapsed), len(expired), woken, sum(map(len, claims.values()))) >= scheduling.BATCH
+
+
+def _share() -> int:
+    return runtime.configuration.mailbox_concurrency or _UNLIMITED_SHARE
 
 
 def _claim() -> dict[Route, list[Dispatch]]:
@@ -85,7 +94,7 @@ def _claim() -> dict[Route, list[Dispatch]]:
         claims[route] = scheduling.claim(
             route,
             capacity=limit - in_flight[route],
-            share=configuration.mailbox_concurrency or _UNLIMITED_SHARE,
+            share=_share(),
             busy=busy,
             after=_last_served[route],
             lease=configuration.lease,
@@ -147,12 +156,17 @@ def _announce_expired(events: list[Event]) -> None:
 def publish_leftover_events() -> None:
     """Publish the events whose writer did not: it died, or RabbitMQ was away."""
     while leftover := models.claim_unpublished(PUBLISH_WITHIN):
-        runtime.publish_events(leftover)
+        try:
+            runtime.publish_events(leftover)
+        except Unpublishable as error:
+            log.error("of %d events some cannot be published: %s", len(leftover), error)
 
 
 @dramatiq.actor(queue_name="scheduler")
 def acknowledge_receipt(receipts: list[list[Any]]) -> None:
     """Note which attempts workers have in hand. Safe to repeat.
+
+    Nothing makes up for a message that is lost, and nothing needs to: the receipt only stays unacknowledged in its row.
 
     Args:
         receipts: Pairs of an email's id and the attempt.
@@ -165,7 +179,7 @@ def _tell(receipts: list[tuple[str, int]]) -> None:
 
 
 #: What workers have in hand, on its way to the scheduler. The receipts themselves are rows, written by the claims.
-receipts: Batcher[tuple[str, int]] = Batcher("receipts", _tell)
+receipts: Batcher[tuple[str, int]] = runtime.batcher("receipts", _tell)
 
 
 class _Pace:

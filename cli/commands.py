@@ -153,7 +153,7 @@ def _filter(ids: tuple[str, ...], reason: str | None, mailbox: str | None, since
 def _letter_id(id: str) -> str:
     import operations
 
-    return operations.dead_letter(id)[0].id
+    return operations.open_dead_letter(id).id
 
 
 def _utc(instant: datetime | None) -> datetime | None:

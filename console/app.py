@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pika.exceptions
 from fastapi import Depends, FastAPI, HTTPException, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-import models
 import operations
 from console.access import Access
 from console.fleet_metrics import FleetCollector
+from console.readiness import Readiness
 
 _LOOKING = ["GET", "HEAD"]
 
@@ -20,16 +19,17 @@ def make_app(access: Access) -> FastAPI:
     app = FastAPI(title="mailfleet", docs_url=None, redoc_url=None, openapi_url=None)
     registry = CollectorRegistry()
     registry.register(FleetCollector())
+    readiness = Readiness(operations.ready)
 
     @app.api_route("/healthz", methods=_LOOKING)
-    def healthz() -> dict[str, str]:
-        """Say that the process lives. Open to all: it tells nothing else."""
+    async def healthz() -> dict[str, str]:
+        """Say that the process lives, however many wait for other answers. Open to all: it tells nothing else."""
         return {"status": "alive"}
 
     @app.api_route("/readyz", methods=_LOOKING)
     def readyz() -> JSONResponse:
         """Say whether the servers answer. Open to all: it names no address and no secret."""
-        findings = operations.ready()
+        findings = readiness.findings()
         body = {finding.subject: "ok" if finding.fine else "away" for finding in findings}
         return JSONResponse(body, 200 if all(finding.fine for finding in findings) else 503)
 
@@ -39,7 +39,7 @@ def make_app(access: Access) -> FastAPI:
         """Return the fleet-wide gauges in Prometheus's text format."""
         try:
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-        except (models.DatabaseAway, pika.exceptions.AMQPError, OSError):
+        except operations.ServerAway:
             raise HTTPException(503, "a server is away: /readyz names it") from None
 
     return app

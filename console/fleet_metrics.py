@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-import pika.exceptions
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-import runtime
-from models import inspection
+import operations
 from models.states import Status
-from outbox import connect
-
-QUEUES = ("send_email", "send_email.rejected", *sorted(runtime.fleet_broker.queues))
 
 
 class FleetCollector(Collector):
@@ -29,7 +24,7 @@ class FleetCollector(Collector):
 
 
 def _backlog() -> Iterator[Metric]:
-    backlog = inspection.backlog()
+    backlog = operations.backlog()
     waiting = GaugeMetricFamily(
         "mailfleet_emails_waiting", "Emails that are not settled, by status.", labels=["status"]
     )
@@ -49,11 +44,6 @@ def _backlog() -> Iterator[Metric]:
 
 def _queue_depths() -> Metric:
     depths = GaugeMetricFamily("mailfleet_queue_messages_ready", "Messages ready in a queue.", labels=["queue"])
-    with connect(runtime.rabbitmq) as connection:
-        for queue in QUEUES:
-            try:
-                declared = connection.channel().queue_declare(queue, passive=True)
-            except pika.exceptions.ChannelClosedByBroker:
-                continue  # not made yet
-            depths.add_metric([queue], declared.method.message_count)
+    for queue, count in operations.queue_depths().items():
+        depths.add_metric([queue], count)
     return depths

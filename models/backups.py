@@ -37,13 +37,14 @@ class ClaimedBackup:
 
     @classmethod
     def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta) -> ClaimedBackup | None:
-        """Take a dispatched backup, or return None if it is stored, given up or another attempt's."""
+        """Take a dispatched backup: the attempt begins. None if it is stored, given up or another attempt's."""
         found = rows(
             """
-            UPDATE sent_emails s SET backup_lease_until = now() + %(lease)s, updated_at = now()
+            UPDATE sent_emails s
+            SET backup_attempt_count = %(attempt)s, backup_lease_until = now() + %(lease)s, updated_at = now()
             FROM incoming_emails e
             WHERE s.incoming_email_id = %(id)s AND e.id = s.incoming_email_id AND s.backup_due_at IS NOT NULL
-              AND s.backup_attempt_count = %(attempt)s AND s.backup_lease_until IS NOT NULL
+              AND s.backup_attempt_count = %(attempt)s - 1 AND s.backup_lease_until IS NOT NULL
             RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
                       s.backup_attempt_count
             """,

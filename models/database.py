@@ -19,13 +19,30 @@ import psycopg2.extras
 
 #: A statement that runs longer is stuck: the slowest of ours reads one index range.
 STATEMENT_TIMEOUT_MILLISECONDS = 30_000
+#: A transaction that asks nothing for so long belongs to a process that stands still, and holds its locks meanwhile.
+IDLE_IN_TRANSACTION_TIMEOUT_MILLISECONDS = 30_000
 CONNECT_TIMEOUT_SECONDS = 5
+#: Seconds and counts by which either side finds out that the other's host is gone: without it a host that lost its
+#: power would keep its locks for hours.
+_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 5, "keepalives_count": 3}
+_SERVER_SETTINGS = {
+    "statement_timeout": STATEMENT_TIMEOUT_MILLISECONDS,
+    "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_MILLISECONDS,
+    "timezone": "UTC",
+    **{f"tcp_{name}": value for name, value in _KEEPALIVES.items()},
+}
+
+#: Codes of the class *invalid transaction state* that are no mistake of ours.
+_OUTAGES = {
+    psycopg2.errorcodes.READ_ONLY_SQL_TRANSACTION: "is read-only",
+    psycopg2.errorcodes.IDLE_IN_TRANSACTION_SESSION_TIMEOUT: "ended a transaction that stood still",
+}
 
 database = peewee.PostgresqlDatabase(None)
 
 
 class DatabaseAway(Exception):
-    """Raised when PostgreSQL cannot be reached, gave up on a statement, or is read-only after a failover.
+    """Raised when PostgreSQL cannot be reached, gave up on a statement, is read-only after a failover or not set up.
 
     Whether the statement took effect is not known. Everything that waits is found again in the tables.
     """
@@ -38,7 +55,7 @@ class NotStorable(Exception):
 def connect(url: str, application_name: str) -> None:
     """Set where PostgreSQL is. Connections are opened by the threads that need one."""
     parts = urlsplit(url)
-    options: dict[str, Any] = dict(parse_qsl(parts.query))
+    options: dict[str, Any] = {**_KEEPALIVES, **dict(parse_qsl(parts.query))}
     database.init(
         unquote(parts.path.lstrip("/")),
         host=parts.hostname,
@@ -47,10 +64,7 @@ def connect(url: str, application_name: str) -> None:
         password=unquote(parts.password or ""),
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         application_name=application_name,
-        options=f"-c statement_timeout={STATEMENT_TIMEOUT_MILLISECONDS} -c timezone=UTC",
-        keepalives_idle=30,
-        keepalives_interval=5,
-        keepalives_count=3,
+        options=" ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items()),
         **options,
     )
 
@@ -105,11 +119,16 @@ def _dropping_dead_connections() -> Iterator[None]:
         raise DatabaseAway(f"PostgreSQL is away ({_diagnosis(error)})") from error
     except (peewee.DataError, psycopg2.DataError) as error:
         raise NotStorable(f"PostgreSQL refuses a value ({_diagnosis(error)})") from error
+    except (peewee.ProgrammingError, psycopg2.ProgrammingError) as error:
+        if _code(error) != psycopg2.errorcodes.UNDEFINED_TABLE:
+            raise
+        raise DatabaseAway("PostgreSQL has no tables yet") from error
     except (peewee.InternalError, psycopg2.InternalError) as error:
-        if not _is_read_only(error):
+        outage = _OUTAGES.get(_code(error) or "")
+        if outage is None:
             raise
         _drop_connection()
-        raise DatabaseAway("PostgreSQL is read-only") from error
+        raise DatabaseAway(f"PostgreSQL {outage}") from error
 
 
 def _drop_connection() -> None:
@@ -121,15 +140,14 @@ def _drop_connection() -> None:
         pass  # forgotten all the same: closing a dead connection may fail
 
 
-def _is_read_only(error: BaseException) -> bool:
-    cause = getattr(error, "orig", error)
-    return getattr(cause, "pgcode", None) == psycopg2.errorcodes.READ_ONLY_SQL_TRANSACTION
+def _code(error: BaseException) -> str | None:
+    return getattr(getattr(error, "orig", error), "pgcode", None)
 
 
 def _diagnosis(error: BaseException) -> str:
     """Name the failure without the server's message, which may repeat parameters."""
     cause = getattr(error, "orig", error)
-    code = getattr(cause, "pgcode", None)
+    code = _code(error)
     return f"{type(cause).__name__} {code}" if code else type(cause).__name__
 
 

@@ -110,13 +110,13 @@ def find_open(filter: Filter, limit: int | None) -> list[Letter]:
 
 
 def find(id: str) -> Letter | None:
-    """Find the newest dead letter by its own id, the email's or the publisher's."""
+    """Find a dead letter by its own id, the email's or the publisher's: of several an open one, or the newest."""
     found = rows(
         _SELECT
         + """
         WHERE d.id = %(uuid)s OR d.incoming_email_id = %(uuid)s
            OR d.incoming_email_id = (SELECT id FROM incoming_emails WHERE publisher_message_id = %(id)s)
-        ORDER BY d.created_at DESC LIMIT 1
+        ORDER BY d.status = 'open' DESC, d.created_at DESC LIMIT 1
         """,
         {"id": id, "uuid": as_uuid(id)},
     )
@@ -147,6 +147,17 @@ def resolve(letter_id: str, *, replayed: bool, who: str) -> bool:
         if letter and replayed:
             _put_back(*letter[0])
     return bool(letter)
+
+
+def reopen(letter_id: str) -> None:
+    """Undo the replay of a message that belongs to no email and could not be published."""
+    rows(
+        """
+        UPDATE dlq SET status = 'open', resolved_at = NULL, resolved_by = NULL
+        WHERE id = %(id)s AND status = 'replayed' AND incoming_email_id IS NULL
+        """,
+        {"id": letter_id},
+    )
 
 
 def _put_back(incoming_email_id: str | None, queue_name: str) -> None:

@@ -87,19 +87,19 @@ _WAITING = """
     GROUP BY status
 """
 
+# Each condition is that of a partial index here, too.
+_UNFINISHED = """
+    SELECT (SELECT count(*) FROM sent_emails WHERE status = %(in_doubt)s),
+           (SELECT count(*) FROM outbox_events WHERE published_at IS NULL),
+           (SELECT count(*) FROM dlq WHERE status = 'open'),
+           (SELECT count(*) FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL)
+"""
+
 
 def backlog() -> Backlog:
     """Count what has not come to its end. What has is not counted: its number only grows."""
     waiting = rows(_WAITING, {"statuses": [Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING]})
-    found = rows(
-        """
-        SELECT (SELECT count(*) FROM sent_emails WHERE status = %(in_doubt)s),
-               (SELECT count(*) FROM outbox_events WHERE published_at IS NULL),
-               (SELECT count(*) FROM dlq WHERE status = 'open'),
-               (SELECT count(*) FROM sent_emails WHERE backup_due_at <= now())
-        """,
-        {"in_doubt": Sending.IN_DOUBT},
-    )
+    found = rows(_UNFINISHED, {"in_doubt": Sending.IN_DOUBT})
     by_status = {status: count for status, count, _ in waiting}
     oldest = min((created_at for *_, created_at in waiting if created_at), default=None)
     return Backlog(by_status, oldest, *found[0])

@@ -24,6 +24,10 @@ from models.states import Route
 _LOCK = 0x6D61696C666C6565
 #: Bounds the work of one sweep, and with it the time for which the lock is held.
 BATCH = 500
+#: Backups of a paused mailbox are looked at again by then even if the pause lasts: an operator may have ended it.
+_LONGEST_PUT_OFF = timedelta(minutes=15)
+#: For so long the backups of a mailbox that has its share in flight let those of others come first.
+_CROWDED_PUT_OFF = timedelta(minutes=1)
 
 _READY = "status IN ('received', 'processing') AND lease_until IS NULL AND next_attempt_at IS NULL"
 
@@ -39,7 +43,7 @@ class Dispatch(NamedTuple):
 
 
 class DueBackup(NamedTuple):
-    """One backup that was leased."""
+    """One backup that was leased: what its message says. ``attempt`` begins when a worker claims it."""
 
     incoming_email_id: str
     attempt: int
@@ -132,7 +136,7 @@ _CLAIM = f"""
             WHERE {_READY} AND route = %(route)s AND mailbox = open.mailbox
               -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
               AND (status = 'processing' OR coalesce(expires_at > now(), true))
-            ORDER BY priority, id LIMIT greatest(open.room, 0) FOR UPDATE SKIP LOCKED
+            ORDER BY priority, id LIMIT least(greatest(open.room, 0), %(capacity)s) FOR UPDATE SKIP LOCKED
         ) email
         ORDER BY open.position LIMIT %(capacity)s
     )
@@ -198,27 +202,78 @@ def _expired(now: datetime, id: str, publisher_message_id: str, *delivery: str |
     return Event(event_id(EventType.EXPIRED, id), EventType.EXPIRED, body, id, *delivery)
 
 
+# What is met is bounded by a constant, so that the planner reads the index of due backups and no more of the table. Due
+# backups that cannot be made now are put off, or each sweep would meet them again before those behind them.
 _CLAIM_BACKUPS = """
-    WITH in_flight AS MATERIALIZED (
-        SELECT count(*) AS count FROM sent_emails WHERE backup_lease_until > now()
+    WITH due AS MATERIALIZED (
+        SELECT id, incoming_email_id, backup_due_at FROM sent_emails
+        WHERE backup_due_at <= now() AND backup_lease_until IS NULL
+        ORDER BY backup_due_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+    ), met AS MATERIALIZED (
+        SELECT due.id, due.backup_due_at, m.paused_until,
+               coalesce(busy.in_flight, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
+                   > %(share)s AS crowded,
+               count(*) OVER () = %(batch)s AS more
+        FROM due JOIN incoming_emails e ON e.id = due.incoming_email_id
+        LEFT JOIN mailboxes m ON m.mailbox = e.mailbox AND m.paused_until > now()
+        LEFT JOIN unnest(%(busy)s::text[], %(busy_counts)s::int[]) AS busy (mailbox, in_flight)
+               ON busy.mailbox = e.mailbox
     ), picked AS MATERIALIZED (
-        SELECT s.id FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
-        LEFT JOIN mailboxes m ON m.mailbox = e.mailbox
-        WHERE s.backup_due_at <= now() AND s.backup_lease_until IS NULL AND coalesce(m.paused_until <= now(), true)
-        ORDER BY s.backup_due_at
-        LIMIT greatest(%(concurrency)s - (SELECT count FROM in_flight), 0) FOR UPDATE OF s SKIP LOCKED
+        SELECT id FROM met WHERE paused_until IS NULL AND NOT crowded ORDER BY backup_due_at LIMIT %(room)s
+    ), decided AS MATERIALIZED (
+        SELECT met.id, met.more, picked.id IS NOT NULL AS picked,
+               CASE WHEN paused_until IS NOT NULL THEN least(paused_until, now() + %(longest_wait)s)
+                    -- Left due if there is nobody behind them: the end of another wakes the scheduler.
+                    WHEN crowded AND more THEN now() + %(crowded_wait)s END AS put_off_until
+        FROM met LEFT JOIN picked USING (id)
     )
     UPDATE sent_emails s
-    SET backup_lease_until = now() + %(lease)s, backup_attempt_count = backup_attempt_count + 1, updated_at = now()
-    FROM picked WHERE s.id = picked.id
-    RETURNING s.incoming_email_id::text, s.backup_attempt_count
+    SET backup_lease_until = CASE WHEN decided.picked THEN now() + %(lease)s END,
+        backup_due_at = coalesce(decided.put_off_until, s.backup_due_at), updated_at = now()
+    FROM decided WHERE s.id = decided.id AND (decided.picked OR decided.put_off_until IS NOT NULL)
+    RETURNING decided.picked, decided.more, s.incoming_email_id::text, s.backup_attempt_count + 1
 """
 
 
-def claim_backups(*, concurrency: int, lease: timedelta) -> list[DueBackup]:
-    """Lease due backups, never more than ``concurrency`` at a time in the whole fleet."""
+def claim_backups(*, concurrency: int, share: int, lease: timedelta) -> tuple[list[DueBackup], bool]:
+    """Lease due backups; return them, and whether there may be more to lease at once.
+
+    Args:
+        concurrency: At most so many are in flight in the whole fleet,
+        share: and so many of one mailbox.
+        lease: How long a worker has to take the backup up.
+    """
+    busy = _backups_in_flight()
+    room = concurrency - sum(busy.values())
+    if room <= 0:
+        return [], False
+    parameters = {
+        "room": room,
+        "share": share,
+        "busy": list(busy),
+        "busy_counts": list(busy.values()),
+        "batch": BATCH,
+        "longest_wait": _LONGEST_PUT_OFF,
+        "crowded_wait": _CROWDED_PUT_OFF,
+        "lease": lease,
+    }
+    decided = rows(_CLAIM_BACKUPS, parameters)
+    claimed = [DueBackup(*backup) for picked, _, *backup in decided if picked]
+    put_off_from_many = any(more and not picked for picked, more, *_ in decided)
+    return claimed, put_off_from_many and len(claimed) < room
+
+
+def _backups_in_flight() -> dict[str, int]:
+    """Count the leased backups per mailbox, having ended the leases of those that nobody makes any more."""
     rows("UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()")
-    return [DueBackup(*row) for row in rows(_CLAIM_BACKUPS, {"concurrency": concurrency, "lease": lease})]
+    return dict(
+        rows(
+            """
+            SELECT e.mailbox, count(*) FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
+            WHERE s.backup_lease_until IS NOT NULL GROUP BY e.mailbox
+            """
+        )
+    )
 
 
 def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> None:
@@ -226,8 +281,10 @@ def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> N
     rows(
         """
         WITH backups AS (
-            UPDATE sent_emails SET backup_lease_until = now(), backup_attempt_count = backup_attempt_count - 1
-            WHERE incoming_email_id = ANY(%(backups)s::uuid[]) AND backup_lease_until IS NOT NULL
+            UPDATE sent_emails s SET backup_lease_until = now()
+            FROM unnest(%(backups)s::uuid[], %(attempts)s::int[]) AS taken (id, attempt)
+            WHERE s.incoming_email_id = taken.id AND s.backup_attempt_count = taken.attempt - 1
+              AND s.backup_lease_until IS NOT NULL
         )
         UPDATE incoming_emails SET lease_until = now()
         WHERE id = ANY(%(emails)s::uuid[]) AND status = 'dispatched'
@@ -235,6 +292,7 @@ def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> N
         {
             "emails": [dispatch.incoming_email_id for dispatch in dispatches],
             "backups": [backup.incoming_email_id for backup in backups],
+            "attempts": [backup.attempt for backup in backups],
         },
     )
 

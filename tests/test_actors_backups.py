@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import support
@@ -11,6 +12,7 @@ from support import SENDER, Fleet, email_row, rows, sending, store, table, work
 
 import models
 import runtime
+from graph_client.errors import Throttled
 from models import backups, dead_letters
 from vault import bind_to
 
@@ -128,6 +130,78 @@ def test_the_limiter_holds_a_backup_back_without_an_attempt(fleet: Fleet, limit:
     assert (table("email_backups"), table("sent_emails")[0]["backup_attempt_count"]) == ([], 0)
     assert fleet.backup() == ["done"]
     assert len(table("email_backups")) == 1
+
+
+class ThrottlingGraph:
+    """A Graph that asks the whole tenant to wait, which the simulator's never does."""
+
+    def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._meanwhile = meanwhile
+
+    def find_by_tag(self, *_: object, **__: object) -> None:
+        self._meanwhile()
+        throttled = Throttled("429", status=429, retry_after=timedelta(seconds=90))
+        throttled.scope = "tenant"
+        raise throttled
+
+
+def pause_of_sender() -> float:
+    """For how many seconds the scheduler passes the sender over."""
+    return support.seconds_until("mailboxes", "paused_until", "mailbox", SENDER)
+
+
+def test_a_backup_that_graph_throttles_pauses_the_mailbox_for_the_scheduler_too(fleet: Fleet) -> None:
+    sent(fleet)
+    fleet.graph.throttle(operation="mime", retry_after="90")
+    assert fleet.backup() == ["done"]
+    assert 85 < pause_of_sender() <= 90
+
+
+def test_a_backup_that_meets_the_tenants_limit_pauses_everyone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent(fleet)
+    monkeypatch.setattr(runtime, "graph", ThrottlingGraph())
+    assert fleet.backup() == ["done"]
+    assert runtime.limiter.tenant_paused_until() is not None
+    assert table("sent_emails")[0]["backup_attempt_count"] == 0
+
+
+def test_a_pause_that_redis_cannot_be_told_is_recorded_all_the_same(
+    fleet: Fleet, limit: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent(fleet)
+    monkeypatch.setattr(runtime, "graph", ThrottlingGraph(lambda: limit(url="redis://127.0.0.1:1/0")))
+    assert fleet.backup() == ["done"]
+    (row,) = table("sent_emails")
+    assert (row["backup_attempt_count"], row["backup_lease_until"]) == (0, None)
+    assert 85 < pause_of_sender() <= 90
+
+
+def test_a_token_that_stays_refused_pauses_everything_and_is_no_backups_fault(fleet: Fleet) -> None:
+    sent(fleet)
+    fleet.graph.fail(401, code="InvalidAuthenticationToken", times=None)
+    assert fleet.backup() == ["done"]
+    assert runtime.limiter.tenant_paused_until() is not None
+    assert table("sent_emails")[0]["backup_attempt_count"] == 0
+
+
+def test_a_backup_whose_worker_dies_each_time_is_given_up(fleet: Fleet, configure: Callable[..., None]) -> None:
+    # Given
+    configure(max_attempts=2)
+    id = sent(fleet)
+    for attempt in (1, 2):
+        rows("UPDATE sent_emails SET backup_due_at = now(), backup_lease_until = NULL")
+        fleet.schedule()
+        assert [message.kwargs["attempt"] for message in fleet.take("backup")] == [attempt]
+        assert models.ClaimedBackup.claim(id, attempt, lease=support.LEASE)
+    # When
+    rows("UPDATE sent_emails SET backup_lease_until = NULL")
+    asked = len(fleet.graph.requests())
+    assert fleet.backup() == ["dead-lettered"]
+    # Then
+    (letter,) = table("dlq")
+    assert (letter["reason"], letter["incoming_email_id"]) == ("backup_failed", id)
+    assert len(fleet.graph.requests()) == asked
+    assert fleet.backup() == []
 
 
 def test_without_a_limiter_nothing_is_fetched(fleet: Fleet, limit: Callable[..., None]) -> None:

@@ -157,3 +157,51 @@ def test_a_property_that_cannot_be_carried_is_left_out(fleet: Fleet, name: str, 
 
 def test_a_message_of_another_shape_is_dead_lettered_with_its_content(fleet: Fleet) -> None:
     assert work(actors.ingest_emails.message([{"emails": []}])) == "dead-lettered"
+
+
+def test_properties_are_measured_in_the_bytes_that_they_are_carried_in(fleet: Fleet) -> None:
+    fleet.channel.queue_declare("ä" * 127, durable=True)
+    given = {"correlation_id": "ä" * 128, "reply_to": "ä" * 127, "traceparent": None}
+    ingest([Delivery.of(orjson.dumps(send_email()), **given)])
+    (row,) = table("incoming_emails")
+    assert (row["correlation_id"], row["reply_to"]) == (None, "ä" * 127)
+    assert len(fleet.take_raw("ä" * 127)) == 1
+    fleet.channel.queue_delete("ä" * 127)
+
+
+def test_an_event_that_cannot_be_published_keeps_no_other_from_being_published(fleet: Fleet) -> None:
+    # Given events left over, one of which cannot be encoded
+    support.store_many(3)
+    models.rows("UPDATE outbox_events SET claimed_until = now()")
+    models.rows(
+        "UPDATE outbox_events SET correlation_id = repeat('ä', 200) WHERE id = (SELECT id FROM outbox_events LIMIT 1)"
+    )
+    # When
+    fleet.schedule()
+    # Then the others are published and marked, and the scheduler's turn is complete
+    assert len({body["incoming_email_id"] for _, body in told(fleet)}) == 2
+    assert len([row for row in table("outbox_events") if row["published_at"] is None]) == 1
+
+
+OWN_QUEUES = [
+    "send_email",
+    "send_email.rejected",
+    "mail.dead_letters.mirror",
+    "scheduler",
+    "send_plain.DQ",
+    "backup.XQ",
+]
+
+
+@pytest.mark.parametrize("queue", OWN_QUEUES)
+@pytest.mark.parametrize("email", [send_email(), {"no": "email"}], ids=["valid", "invalid"])
+def test_nobody_has_answers_put_on_our_own_queues(fleet: Fleet, queue: str, email: dict[str, Any]) -> None:
+    # When
+    ingest([delivery(email, reply_to=queue)])
+    # Then it is rejected, which everyone but that queue is told
+    assert table("incoming_emails") == []
+    assert [type for type, _ in told(fleet)] == ["SendEmailRejected"]
+    ((properties, _),) = fleet.take_raw(runtime.REJECTED_QUEUE)
+    assert properties.headers["x-reject-reason"] == "invalid"
+    if queue in support.QUEUES:
+        assert fleet.take_raw(queue) == []

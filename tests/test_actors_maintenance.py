@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import orjson
 import pika
+import pytest
 import support
 from support import Fleet, rows, store, table, wait_until
 
 import actors
 from broker import MIRROR_QUEUE
+from outbox import Unconfirmed
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 
@@ -93,3 +95,29 @@ def test_expired_backups_are_deleted(fleet: Fleet) -> None:
     actors.purge_expired()
     assert table("email_backups") == []
     assert support.sending(id) == "sent"
+
+
+def test_a_rabbitmq_that_cannot_be_reached_is_away_however_the_system_says_so(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(pika, "BlockingConnection", refuse)
+    with pytest.raises(Unconfirmed):
+        actors.mirror_dead_letters()
+
+
+def test_before_the_tables_are_made_the_mirror_fails_without_a_dead_letter_of_its_own(fleet: Fleet) -> None:
+    # Given
+    dead_letter(fleet, b"no message", queue="ingest")
+    rows("ALTER TABLE dlq RENAME TO gone")
+    # When
+    try:
+        assert support.work(actors.mirror_dead_letters.message()) == "done"
+    finally:
+        rows("ALTER TABLE gone RENAME TO dlq")
+    # Then the copy is there for the next turn
+    wait_until("it is back", lambda: waiting(fleet) == 1)
+    actors.mirror_dead_letters()
+    assert len(table("dlq")) == 1

@@ -53,8 +53,10 @@ def emails(count: int) -> list[bytes]:
 
 
 def test_every_delivery_is_stored_told_and_acknowledged(fleet: Fleet) -> None:
-    # Given more than one batch, every email twice
-    publish(fleet, *emails(150), *emails(150), correlation_id="c-1", headers={"traceparent": "00-a-b-01"})
+    # Given more than one batch, every email but the last twice
+    publish(
+        fleet, *emails(149), *emails(149), emails(150)[-1], correlation_id="c-1", headers={"traceparent": "00-a-b-01"}
+    )
     # When
     with running():
         wait_until("all are told", lambda: count("outbox_events WHERE published_at IS NOT NULL") == 150)
@@ -147,3 +149,56 @@ def test_a_bridge_stops_promptly_with_nothing_to_do(fleet: Fleet) -> None:
             "it consumes",
             lambda: fleet.channel.queue_declare(runtime.SEND_QUEUE, passive=True).method.consumer_count == 1,
         )
+
+
+def test_a_bridge_that_is_up_before_the_tables_waits_for_them(fleet: Fleet) -> None:
+    # Given
+    publish(fleet, *emails(3))
+    rows("ALTER TABLE incoming_emails RENAME TO gone")
+    # When
+    try:
+        with running():
+            wait_until("they were tried", lambda: waiting(fleet, runtime.SEND_QUEUE) < 3)
+        wait_until("they are back in the queue", lambda: waiting(fleet, runtime.SEND_QUEUE) == 3)
+    finally:
+        rows("ALTER TABLE gone RENAME TO incoming_emails")
+    # Then
+    with running():
+        wait_until("all are stored", lambda: count("incoming_emails") == 3)
+
+
+# Batches
+
+
+class Scripted:
+    """A channel that hands out given bodies, then nothing, and notes how long it was waited for each."""
+
+    def __init__(self, bodies: list[bytes]) -> None:
+        self.bodies = bodies
+        self.waits: list[float] = []
+
+    def consume(self, _queue: str, inactivity_timeout: float) -> Iterator[tuple[object, object, bytes]]:
+        self.waits.append(inactivity_timeout)
+        yield ("method", "properties", self.bodies.pop(0)) if self.bodies else (None, None, b"")
+
+
+def batches(channel: Scripted) -> list[int]:
+    consuming = bridge.Bridge()
+    sizes = []
+    for batch in consuming._batches(channel):
+        sizes.append(len(batch))
+        if not channel.bodies:
+            consuming.stop()
+    return sizes
+
+
+def test_a_batch_is_bounded_by_its_bytes_as_well_as_by_its_deliveries() -> None:
+    assert batches(Scripted([b"x" * 4_000_000] * 7)) == [3, 3, 1]
+    assert batches(Scripted([b"x" * 20_000_000] * 2)) == [1, 1]
+    assert batches(Scripted([b"x"] * 150)) == [100, 50]
+
+
+def test_only_an_open_batch_is_waited_for_in_short_steps() -> None:
+    channel = Scripted([b"x"])
+    assert batches(channel) == [1]
+    assert channel.waits == [bridge.IDLE.total_seconds(), bridge.LINGER.total_seconds()]

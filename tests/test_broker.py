@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import dramatiq
+import orjson
 import pika
 import pytest
 from dramatiq import Worker
@@ -33,6 +34,7 @@ class Failing:
         )
         self.fail = self._actor("fail")
         self.keep = self._actor("keep", found_again=False)
+        self.sweep = self._actor("sweep", periodic="* * * * *")
         self.connection = pika.BlockingConnection(pika.URLParameters(url))
         self.channel = self.connection.channel()
 
@@ -145,3 +147,39 @@ def test_declaring_everything_again_agrees_with_what_the_workers_declared(failin
     failing.broker.declare_all(failing.channel)
     for name in (failing.queue, failing.queue + ".XQ"):
         assert failing.channel.queue_declare(name, passive=True)
+
+
+@pytest.mark.parametrize("how", ["away", "broken"])
+def test_a_periodic_actors_message_is_never_dead_lettered(failing: Failing, how: str) -> None:
+    failing.sweep.send(how)
+    failing.fail.send("well")
+    wait_until("both are done", lambda: failing.seen == [how, "well"])
+    failing.broker.join(failing.queue, timeout=10_000)
+    assert (failing.taken(failing.queue), failing.mirrored(), failing.dead_letters) == ([], [], [])
+
+
+FORGED = {
+    "another queue": {"queue_name": "another"},
+    "the dead letters": {"queue_name": "{queue}.XQ"},
+    "the delayed": {"queue_name": "{queue}.DQ"},
+    "throws": {"options": {"throws": "RuntimeError"}},
+    "no time limit": {"options": {"time_limit": "none"}},
+    "arguments": {"args": 5},
+}
+
+
+@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED.keys())
+def test_a_message_that_lies_is_dead_lettered_and_costs_no_worker(failing: Failing, forged: dict[str, Any]) -> None:
+    # Given as many as there are workers, and one more
+    failing.fail.send("well")
+    wait_until("the worker is up", lambda: failing.seen)
+    message = orjson.loads(failing.fail.message("broken").encode()) | forged
+    message["queue_name"] = message["queue_name"].format(queue=failing.queue)
+    for _ in range(9):
+        failing.channel.basic_publish("", failing.queue, orjson.dumps(message))
+    # When
+    dead: list[bytes] = []
+    wait_until("all are dead-lettered", lambda: dead.extend(failing.mirrored()) or len(dead) == 9)
+    # Then
+    failing.keep.send("well")
+    wait_until("a worker is left", lambda: failing.seen == ["well", "well"])

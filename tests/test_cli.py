@@ -236,7 +236,8 @@ def test_a_replay_means_the_letters_that_are_named_and_no_other() -> None:
     assert mailfleet("dlq", "replay", "--all", "--limit", "1").output.endswith("1 of 1 replayed\n")
     assert mailfleet("dlq", "discard", "--mailbox", "ann@example.com").output.endswith("1 of 1 discarded\n")
     assert (listed(), mailfleet("dlq", "replay", "--all")) == ([], Ended(0, "0 of 0 replayed\n", ""))
-    says(mailfleet("dlq", "replay", "order-4", "nobody's"), 1, "no dead letter has the id nobody's")
+    says(mailfleet("dlq", "replay", "nobody's"), 1, "no dead letter has the id nobody's")
+    says(mailfleet("dlq", "replay", "order-4"), 1, "no open dead letter has the id order-4: it was discarded by cli:")
 
 
 def test_a_letter_that_cannot_be_replayed_ends_with_1() -> None:

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ import operations
 import runtime
 from console.access import Access, Token, parse_tokens
 from console.app import make_app
+from console.readiness import Readiness
+from operations import Finding
 from sandbox.processes import free_port
 from sandbox.world import ROOT
 
@@ -161,6 +165,28 @@ def test_looking_needs_no_body_and_nothing_else_is_there() -> None:
     }
 
 
+def test_many_that_ask_whether_it_is_ready_at_once_are_answered_from_one_look() -> None:
+    # Given
+    looks: list[float] = []
+    now = [0.0]
+
+    def look() -> list[Finding]:
+        looks.append(now[0])
+        threading.Event().wait(0.05)  # as long as servers take
+        return [Finding("Redis", True, "answers")]
+
+    readiness = Readiness(look, clock=lambda: now[0])
+    # When
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: readiness.findings(), range(8)))
+    # Then
+    assert answers == [[Finding("Redis", True, "answers")]] * 8
+    assert looks == [0.0]
+    for now[0] in (1.9, 2.0, 3.9):
+        readiness.findings()
+    assert looks == [0.0, 2.0]
+
+
 def gauges() -> dict[tuple[str, str], float]:
     text = ask("/metrics").body.decode()
     return {
@@ -183,7 +209,7 @@ def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
     rows("UPDATE incoming_emails SET created_at = now() - interval '9 days' WHERE id = %(id)s", {"id": later})
     ready = support.store(publisher_message_id="ready")
     rows("UPDATE incoming_emails SET created_at = now() - interval '1 hour' WHERE id = %(id)s", {"id": ready})
-    before = gauges()["queue_messages_ready", "send_email"]
+    before = gauges().get(("queue_messages_ready", "send_email"), 0)
     operations.publish(orjson.dumps(support.send_email()))
     runtime.close()
     # When
@@ -194,6 +220,9 @@ def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
     assert (told["emails_in_doubt", ""], told["dead_letters_open", ""], told["backups_due", ""]) == (1, 1, 1)
     assert told["outbox_events_unpublished", ""] == len(support.table("outbox_events")) == 8
     assert told["queue_messages_ready", "send_email"] == before + 1
+    assert {"send_plain.XQ", "mail.dead_letters.mirror"} <= {
+        queue for name, queue in told if name == "queue_messages_ready"
+    }
 
 
 # As a process
@@ -230,14 +259,14 @@ def test_a_readiness_probe_names_the_server_that_is_away_until_it_is_back(tables
             # When
             gate.shut()
             # Then
+            support.wait_until("it is seen", lambda: status_of(f"{url}/readyz") == 503)
             away = requests.get(f"{url}/readyz", timeout=30)
-            assert away.status_code == 503
             assert away.json() == {subject: "away" if subject == names[name] else "ok" for subject in names.values()}
             assert status_of(f"{url}/metrics") == (200 if name == "REDIS_URL" else 503)
             assert status_of(f"{url}/healthz") == 200
             # And when it is back
             gate.open()
-            assert status_of(f"{url}/readyz") == 200
+            support.wait_until("it is seen", lambda: status_of(f"{url}/readyz") == 200)
             assert status_of(f"{url}/metrics") == 200
     for gate in gates.values():
         gate.shut()

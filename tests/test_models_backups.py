@@ -27,12 +27,17 @@ def leased(publisher_id: str = "order-1") -> ClaimedBackup:
 def claim_again(id: str) -> ClaimedBackup:
     rows("UPDATE sent_emails SET backup_lease_until = now() WHERE backup_lease_until IS NOT NULL")
     rows("UPDATE sent_emails SET backup_due_at = now() WHERE backup_due_at IS NOT NULL")
-    with scheduling.sweep():
-        due = scheduling.claim_backups(concurrency=100, lease=LEASE)
-    (attempt,) = [backup.attempt for backup in due if backup.incoming_email_id == id]
-    backup = ClaimedBackup.claim(id, attempt, lease=LEASE)
+    backup = ClaimedBackup.claim(id, dispatched_attempt(id), lease=LEASE)
     assert backup is not None
     return backup
+
+
+def dispatched_attempt(id: str) -> int:
+    """Dispatch every due backup, and return which attempt that is of this one."""
+    with scheduling.sweep():
+        due, _ = scheduling.claim_backups(concurrency=100, share=100, lease=LEASE)
+    (attempt,) = [backup.attempt for backup in due if backup.incoming_email_id == id]
+    return attempt
 
 
 def fail(backup: ClaimedBackup) -> bool:
@@ -67,10 +72,26 @@ def test_a_second_copy_of_the_same_message_is_ignored() -> None:
     assert table("email_backups") == before
 
 
-def test_only_the_dispatched_attempt_can_claim() -> None:
-    backup = leased()
-    for attempt in (0, 2):
-        assert ClaimedBackup.claim(backup.incoming_email_id, attempt, lease=LEASE) is None
+def test_only_the_dispatched_attempt_can_claim_and_only_once() -> None:
+    id = store()
+    claim(id).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    assert ClaimedBackup.claim(id, 1, lease=LEASE) is None
+    assert dispatched_attempt(id) == 1
+    claims = [ClaimedBackup.claim(id, attempt, lease=LEASE) for attempt in (0, 2, 1, 1)]
+    assert [bool(claimed) for claimed in claims] == [False, False, True, False]
+
+
+def test_a_backup_that_waits_for_a_worker_spends_no_attempt_and_one_whose_worker_dies_does() -> None:
+    # Given a sent email whose backup was dispatched twice and taken up by nobody
+    id = store()
+    claim(id).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    for _ in range(2):
+        assert dispatched_attempt(id) == 1
+        rows("UPDATE sent_emails SET backup_lease_until = now()")
+    # When a worker takes it up and dies
+    assert claim_again(id).attempt == 1
+    # Then
+    assert claim_again(id).attempt == 2
 
 
 def test_a_backup_that_waits_gives_its_attempt_back_and_one_that_failed_spends_it() -> None:

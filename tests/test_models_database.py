@@ -114,6 +114,36 @@ def test_a_statement_that_runs_too_long_counts_as_away(tables: str) -> None:
     assert rows("SHOW statement_timeout") == [("30s",)]
 
 
+def test_a_transaction_whose_process_stands_still_is_ended_and_counts_as_away(tables: str) -> None:
+    # Given
+    def stand_still() -> None:
+        with transaction():
+            pid = backend()
+            rows("SET LOCAL idle_in_transaction_session_timeout = '10ms'")
+            support.wait_until("the server ends it", lambda: not alive(tables, pid))
+            rows("SELECT 1")
+
+    # When
+    with pytest.raises(DatabaseAway):
+        stand_still()
+    # Then
+    assert rows("SHOW idle_in_transaction_session_timeout") == [("30s",)]
+
+
+def alive(url: str, pid: int) -> bool:
+    connection = psycopg2.connect(url)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", (pid,))
+        found = cursor.fetchone() is not None
+    connection.close()
+    return found
+
+
+def test_the_server_finds_out_within_a_minute_that_a_host_is_gone(tables: str) -> None:
+    told = [rows(f"SHOW tcp_keepalives_{name}")[0][0] for name in ("idle", "interval", "count")]
+    assert told == ["30", "5", "3"]
+
+
 def test_a_mistake_of_ours_is_not_taken_for_an_outage(tables: str) -> None:
     pid = backend()
     with pytest.raises(peewee.ProgrammingError):

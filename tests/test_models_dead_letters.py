@@ -72,6 +72,17 @@ def test_a_letter_is_found_by_its_own_id_the_emails_and_the_publishers() -> None
     assert dead_letters.find("unknown") is None
 
 
+def test_of_several_letters_of_an_email_an_open_one_is_meant() -> None:
+    # Given an email whose newest letter was resolved, and whose older one was not
+    id = failed("a")
+    dead_letters.mirror([Copy("m-1", "send_plain", "send_plain", id, "actor_failed", "given up", b"{}")])
+    older, newer = dead_letters.find_open(Filter(), 10)
+    dead_letters.resolve(newer.id, replayed=False, who="olga")
+    # Then
+    assert dead_letters.find(id) == older
+    assert letter_of(newer.id).status == "discarded"
+
+
 def test_a_replay_gives_the_attempts_back_and_the_email_is_ready() -> None:
     id = failed("a")
     assert dead_letters.resolve(letter_of("a").id, replayed=True, who="olga")

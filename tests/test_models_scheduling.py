@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,23 @@ def test_a_mailbox_never_has_more_than_its_share_in_flight() -> None:
     _, busy = scheduling.in_flight()
     assert dispatch(share=3, busy=busy) == []
     assert Counter(senders(dispatch(share=4, busy=busy))) == {"a": 1, "c": 1}
+
+
+def test_without_a_share_no_more_is_locked_than_is_claimed(tables: str) -> None:
+    # Given a scheduler that has claimed two and not yet committed
+    fill({"a": 20})
+    with scheduling.sweep():
+        assert len(scheduling.claim(Route.PLAIN, capacity=2, share=10**6, busy={}, after="", lease=LEASE)) == 2
+        # Then the others are anybody's
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(unlocked).result(timeout=10) == 18
+
+
+def unlocked() -> int:
+    try:
+        return len(rows("SELECT 1 FROM incoming_emails FOR UPDATE SKIP LOCKED"))
+    finally:
+        models.disconnect()
 
 
 def test_a_paused_mailbox_is_passed_over_until_its_pause_ends() -> None:
@@ -291,7 +309,7 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
         scheduling.expire_overdue(WITHIN)
         scheduling.wake_due()
         scheduling.in_flight()
-        scheduling.claim_backups(concurrency=8, lease=LEASE)
+        scheduling.claim_backups(concurrency=8, share=4, lease=LEASE)
         scheduling.next_due_at()
     # Then
     assert len(plans) >= 6
@@ -394,13 +412,13 @@ def test_what_a_worker_has_claimed_meanwhile_is_not_taken_back() -> None:
 # Backups
 
 
-def claim_backups(concurrency: int = 100) -> list[DueBackup]:
+def claim_backups(concurrency: int = 100, share: int = 100) -> list[DueBackup]:
     with scheduling.sweep():
-        return scheduling.claim_backups(concurrency=concurrency, lease=LEASE)
+        return scheduling.claim_backups(concurrency=concurrency, share=share, lease=LEASE)[0]
 
 
-def sent_many(count: int) -> list[str]:
-    ids = [store(publisher_message_id=f"sent-{n}") for n in range(count)]
+def sent_many(count: int, sender: str = "ann@example.com") -> list[str]:
+    ids = [store(publisher_message_id=f"{sender}-{n}", **{"from": sender}) for n in range(count)]
     for id in ids:
         claim(id).record_sent(backup_delay=NOW, publish_within=WITHIN)
     return ids
@@ -426,5 +444,69 @@ def test_backups_of_a_paused_mailbox_and_backups_not_yet_due_wait() -> None:
 def test_a_backup_whose_worker_died_is_leased_again_by_the_sweep_that_sees_it() -> None:
     (id,) = sent_many(1)
     claim_backups()
+    assert models.ClaimedBackup.claim(id, 1, lease=LEASE)
     rows("UPDATE sent_emails SET backup_lease_until = now()")
     assert claim_backups() == [DueBackup(id, 2)]
+
+
+def test_a_mailbox_never_has_more_than_its_share_of_backups_in_flight() -> None:
+    ann, ben = sent_many(4), sent_many(1, "ben@example.com")
+    assert [backup.incoming_email_id for backup in claim_backups(share=2)] == [*ann[:2], *ben]
+    assert claim_backups(share=2) == []
+    rows("UPDATE sent_emails SET backup_due_at = NULL, backup_lease_until = NULL WHERE backup_lease_until IS NOT NULL")
+    assert [backup.incoming_email_id for backup in claim_backups(share=2)] == ann[2:]
+
+
+def test_a_backlog_of_backups_that_must_wait_is_met_once_and_then_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given more backups of a paused and of a busy mailbox than one sweep meets, all due before another's
+    monkeypatch.setattr(scheduling, "BATCH", 3)
+    paused, busy, (last,) = sent_many(4), sent_many(7, "ben@example.com"), sent_many(1, "zoe@example.com")
+    mailboxes.pause("ann@example.com", MINUTE, why="429")
+    # When
+    claimed, more = [], True
+    while more:
+        with scheduling.sweep():
+            backups, more = scheduling.claim_backups(concurrency=9, share=2, lease=LEASE)
+        claimed += [backup.incoming_email_id for backup in backups]
+    # Then
+    assert claimed == [*busy[:2], last]
+    for id in paused:
+        assert 50 < seconds_until("sent_emails", "backup_due_at", "incoming_email_id", id) <= 60
+
+
+def test_backups_that_an_operators_pause_holds_back_are_looked_at_again() -> None:
+    (id,) = sent_many(1)
+    mailboxes.pause_by_hand("ann@example.com", why="holiday", who="olga")
+    assert claim_backups() == []
+    assert 800 < seconds_until("sent_emails", "backup_due_at", "incoming_email_id", id) <= 900
+
+
+def test_a_claim_of_backups_reads_the_index_of_due_ones_and_no_settled_mail(
+    backlog: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given 100,000 emails that are sent, of which 20,000 are due for their backup
+    rows(
+        """
+        INSERT INTO sent_emails (id, incoming_email_id, status, intent_at, backup_due_at)
+        SELECT gen_random_uuid(), id, 'sent', now(), CASE WHEN mod(publisher_message_id::int, 5) = 0 THEN now() END
+        FROM incoming_emails WHERE status = 'processed' AND publisher_message_id::int <= 200000
+        """
+    )
+    rows("ANALYZE")
+    # When
+    with explained(monkeypatch) as plans:
+        assert len(claim_backups(concurrency=8)) == 8
+    # Then
+    assert not {"Seq Scan on sent_emails", "Seq Scan on incoming_emails"} & set(
+        re.findall(r"Seq Scan on \w+", str(plans))
+    )
+    assert "sent_emails_backup_due" in plans[-1]
+
+
+def test_what_a_worker_has_begun_meanwhile_keeps_its_lease() -> None:
+    sent_many(1)
+    (backup,) = claim_backups()
+    assert models.ClaimedBackup.claim(*backup, lease=LEASE)
+    before = everything()
+    scheduling.take_back([], [backup])
+    assert everything() == before

@@ -17,6 +17,7 @@ from support import Fleet, email_row, rows, sending
 import models
 import operations
 import runtime
+from broker import MIRROR_QUEUE
 from contracts import Unacceptable
 from models import dead_letters
 from models.dead_letters import Filter, Letter
@@ -167,6 +168,22 @@ def test_a_foreign_message_is_put_on_its_queue_again_under_a_new_id(channel: Any
     assert again["message_id"] != TASK["message_id"]
 
 
+def test_a_foreign_message_that_was_replayed_meanwhile_is_not_published_again(channel: Any) -> None:
+    foreign(orjson.dumps(TASK))
+    seen = letters()
+    assert replay(*seen) + replay(*seen) == ["replayed", "resolved before"]
+    assert channel.basic_get("maintenance", auto_ack=True)[0] is not None
+    assert channel.basic_get("maintenance", auto_ack=True)[0] is None
+
+
+def test_the_queues_depths_tell_of_dead_letters_and_their_copies(channel: Any) -> None:
+    before = operations.queue_depths()
+    for queue in ("maintenance.XQ", MIRROR_QUEUE):
+        channel.basic_publish("", queue, b"{}")
+        support.wait_until("it is there", lambda queue=queue: operations.queue_depths()[queue] == before[queue] + 1)
+        channel.queue_purge(queue)
+
+
 @pytest.mark.parametrize("body", [b"\xff\x00 hello", b"", b'{"kwargs": {}}', b"[1]", orjson.dumps(TASK)[:-9]])
 def test_a_foreign_message_that_no_actor_can_read_stays_open_until_it_is_discarded(body: bytes, channel: Any) -> None:
     foreign(body)
@@ -185,7 +202,8 @@ def test_a_letter_that_cannot_be_put_back_does_not_stop_the_others(channel: Any)
     # Then
     assert "no queue named gone" in first
     assert second == "replayed"
-    assert [letter.queue_name for letter in letters()] == ["gone"]
+    assert [(letter.queue_name, letter.resolved_by) for letter in letters()] == [("gone", None)]
+    assert ("dlq.reopened", letters()[0].id) in {(action, subject) for _, action, subject in audited()}
 
 
 def test_a_rate_spreads_a_replay_and_costs_the_first_letter_nothing() -> None:
@@ -333,3 +351,14 @@ def test_the_backlog_is_counted_without_reading_what_is_settled() -> None:
     # Then
     assert "Seq Scan" not in plan
     assert operations.inspection.backlog().by_status == {"received": 1}
+
+
+def test_due_backups_are_counted_from_their_index() -> None:
+    id = support.store()
+    support.claim(id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
+    assert operations.backlog().backups_due == 1
+    with models.transaction():
+        rows("SET LOCAL enable_seqscan = off")
+        plan = str(rows(f"EXPLAIN {operations.inspection._UNFINISHED}", {"in_doubt": "in_doubt"}))
+    assert "sent_emails_backup_due" in plan
+    assert "Seq Scan" not in plan

@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +14,21 @@ import pika
 import pytest
 from support import wait_until
 
+import outbox
+import runtime
+from actors import scheduling
 from contracts import Event, EventType
-from outbox import Batcher, Outgoing, Publisher, Unconfirmed, connection_parameters, event_messages
+from outbox import (
+    Batcher,
+    Outgoing,
+    Publisher,
+    Unconfirmed,
+    Unpublishable,
+    _Batch,
+    connection_parameters,
+    event_messages,
+    unconfirmed,
+)
 
 
 class Queue:
@@ -157,6 +170,66 @@ def test_a_message_that_cannot_be_encoded_is_unconfirmed_and_the_publisher_lives
     publish_until_confirmed(queue, b"2")
 
 
+def test_a_message_that_cannot_be_encoded_fails_alone(queue: Queue) -> None:
+    # Given a publisher that has a whole batch of batches at once
+    batches = [queue.message(str(n).encode(), correlation_id="ä" * 200 if n == 3 else "c") for n in range(6)]
+    work = [_Batch([message], Future()) for message in batches]
+    for batch in work:
+        queue.publisher._waiting.put(batch)
+    # When
+    queue.publisher._ensure_started()
+    failures = unconfirmed([batch.done for batch in work])
+    # Then
+    assert [type(failure) for failure in failures] == [type(None)] * 3 + [Unpublishable] + [type(None)] * 2
+    assert set(queue.bodies()) == {b"0", b"1", b"2", b"4", b"5"}
+
+
+class Asserting:
+    """A connection that is in a state that pika did not foresee."""
+
+    is_open = True
+
+    def process_data_events(self, _time_limit: float) -> None:
+        raise AssertionError
+
+    def close(self) -> None:
+        raise AssertionError
+
+
+def test_a_publisher_outlives_what_pika_did_not_foresee(queue: Queue) -> None:
+    # Given
+    queue.publisher.publish([queue.message(b"1")])
+    queue.publisher._connection.close()
+    queue.publisher._connection = Asserting()
+    # When
+    publish_until_confirmed(queue, b"2")
+    # Then
+    assert queue.bodies() == [b"1", b"2"]
+
+
+def test_whoever_waits_is_told_when_settling_itself_fails(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.publisher, "_publish", lambda _: None)  # no set, as was promised
+        with pytest.raises(Unconfirmed):
+            queue.publisher.submit([queue.message(b"1")]).result(timeout=5)
+    publish_until_confirmed(queue, b"2")
+
+
+def test_a_publisher_whose_thread_has_ended_begins_another(queue: Queue) -> None:
+    queue.publisher.publish([queue.message(b"1")])
+    thread = queue.publisher._thread
+    assert thread is not None
+    queue.publisher._waiting.put(None)
+    thread.join(10)
+    queue.publisher.submit([queue.message(b"2")]).result(timeout=5)
+
+
+def test_nobody_waits_for_a_confirmation_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "PUBLISH_WITHIN", timedelta(milliseconds=10))
+    (failure,) = unconfirmed([Future()])
+    assert isinstance(failure, Unconfirmed)
+
+
 def test_what_is_submitted_is_published_before_the_publisher_is_closed(queue: Queue) -> None:
     confirmed = [queue.publisher.submit([queue.message(str(n).encode())]) for n in range(300)]
     queue.publisher.close()
@@ -259,3 +332,12 @@ def test_a_batcher_passes_on_what_comes_after_its_close() -> None:
 
 def test_a_batcher_does_not_wait_for_more_than_a_moment() -> None:
     assert timedelta(milliseconds=20) >= Batcher.LINGER
+
+
+def test_every_batcher_is_emptied_at_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_batchers", [*runtime._batchers])
+    passed: list[int] = []
+    runtime.batcher("numbers", passed.extend).add([1, 2])
+    runtime.close()
+    assert passed == [1, 2]
+    assert {runtime.events, runtime._wake_ups, scheduling.receipts} <= set(runtime._batchers)

@@ -108,7 +108,11 @@ def test_an_empty_variable_is_a_missing_one(environment: pytest.MonkeyPatch) -> 
             {"CRASH_DIRECTORY": "/x", "GRAPH_BASE_URL": "https://graph.microsoft.com/v1.0"},
             "CRASH_DIRECTORY is for tests",
         ),
-        ({"GRAPH_CLIENT_CERTIFICATE": "/app.pem"}, "exactly one must be given"),
+        ({"GRAPH_CLIENT_CERTIFICATE": str(ROOT / "LICENSE")}, "exactly one must be given"),
+        ({"GRAPH_BASE_URL": "https://host:x"}, "GRAPH_BASE_URL: must be an https address"),
+        ({"DATABASE_URL": "postgresql://u:p@h/x?connect_timeout=5"}, "DATABASE_URL: connect_timeout may not be given"),
+        ({"DATABASE_URL": "postgresql://u:p@h/x?application_name=a"}, "DATABASE_URL: application_name may not be"),
+        ({"DATABASE_URL": "postgresql://u:p@h/x?colour=red"}, "DATABASE_URL: has something in its query"),
         ({"RABBITMQ_QUEUE_TYPE": "stream"}, "RABBITMQ_QUEUE_TYPE"),
     ],
 )
@@ -208,6 +212,38 @@ def test_a_process_with_a_wrong_environment_ends_with_the_problems_and_no_secret
         assert "Traceback" not in ended.stderr
         assert SECRET not in ended.stderr
         environment.setenv("GRAPH_CLIENT_ID", "app")
+
+
+def test_what_other_parts_would_stumble_over_is_told_at_once_and_without_a_secret(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("ATTACHMENT_ALLOWED_HOSTS", "files.example, https://x")
+    environment.setenv("DATABASE_URL", f"postgresql://mail:{SECRET}@db/mail?connect_timeout=5")
+    environment.setenv("RABBITMQ_URL", f"amqp://mail:{SECRET}@mq/?heartbeat=x")
+    environment.setenv("REDIS_URL", f"redis://:{SECRET}@redis/0?socket_timeout=x")
+    environment.setenv("GRAPH_BASE_URL", "https://host:x")
+    environment.setenv("GRAPH_CLIENT_CERTIFICATE", "/no/such/file.pem")
+    environment.delenv("GRAPH_CLIENT_SECRET")
+    ended = subprocess.run(
+        [sys.executable, "-c", "import runtime"], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert SECRET not in ended.stderr
+    variables = [line.removeprefix("  - ").partition(":")[0] for line in ended.stderr.splitlines()[1:]]
+    assert sorted(variables) == [
+        "ATTACHMENT_ALLOWED_HOSTS",
+        "DATABASE_URL",
+        "GRAPH_BASE_URL",
+        "GRAPH_CLIENT_CERTIFICATE",
+        "RABBITMQ_URL",
+        "REDIS_URL",
+    ]
+
+
+def test_sslmode_and_the_like_may_be_given(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("DATABASE_URL", "postgresql://u:p@h/x?sslmode=require")
+    assert load().database_url.get_secret_value().endswith("sslmode=require")
 
 
 # Documentation

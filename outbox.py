@@ -34,6 +34,8 @@ PUBLISH_WITHIN = timedelta(seconds=30)
 #: RabbitMQ under a memory alarm does not answer; a batch is then given up as unconfirmed.
 CONFIRM_WITHIN = timedelta(seconds=10)
 _BATCH = 200
+#: A process has 15 seconds to end in all; what is not published by then is found by the sweep.
+_CLOSE_WITHIN = timedelta(milliseconds=700)
 _HEARTBEAT_EVERY = timedelta(seconds=5)
 _RECONNECT_PAUSE = timedelta(seconds=1)
 
@@ -47,13 +49,18 @@ class Unpublishable(Unconfirmed):
 
 
 class Outgoing(NamedTuple):
-    """One message for RabbitMQ. ``mandatory``: it counts as unconfirmed if no queue takes it."""
+    """One message for RabbitMQ.
+
+    ``mandatory``: it counts as unconfirmed if no queue takes it. ``best_effort``: it goes to a queue that is somebody
+    else's, and whatever that queue does with it touches nothing else.
+    """
 
     exchange: str
     routing_key: str
     body: bytes
     properties: pika.BasicProperties
     mandatory: bool = False
+    best_effort: bool = False
 
 
 def event_messages(event: Event) -> list[Outgoing]:
@@ -68,7 +75,7 @@ def event_messages(event: Event) -> list[Outgoing]:
     )
     messages = [Outgoing(EXCHANGE, EventType(event.type).routing_key, event.body, properties)]
     if event.reply_to:
-        messages.append(Outgoing("", event.reply_to, event.body, properties))
+        messages.append(Outgoing("", event.reply_to, event.body, properties, best_effort=True))
     return messages
 
 
@@ -132,6 +139,8 @@ class Publisher:
         self._channel: Any = None
         self._failed_at = float("-inf")
         self._returned: list[str] = []
+        self._refused: set[int] = set()
+        self._sent: dict[int, Outgoing] = {}
 
     def submit(self, messages: Sequence[Outgoing]) -> Future[None]:
         """Hand messages over; the future ends when all are confirmed or with `Unconfirmed`."""
@@ -156,7 +165,7 @@ class Publisher:
         with self._start:
             if self._thread:
                 self._waiting.put(None)
-                self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+                self._thread.join(timeout=_CLOSE_WITHIN.total_seconds())
             self._thread = None
 
     def _ensure_started(self) -> None:
@@ -199,7 +208,7 @@ class Publisher:
 
     def _settle(self, batches: list[_Batch]) -> None:
         try:
-            unroutable = self._publish([message for batch in batches for message in batch.messages])
+            unroutable = self._publish([m for batch in batches for m in batch.messages if not m.best_effort])
         except Unconfirmed as error:
             if isinstance(error, Unpublishable) and len(batches) > 1:
                 for batch in batches:
@@ -208,18 +217,33 @@ class Publisher:
                 for batch in batches:
                     batch.done.set_exception(error)
             return
+        self._send_apart([message for batch in batches for message in batch.messages if message.best_effort])
         for batch in batches:
             missing = {m.routing_key for m in batch.messages if m.mandatory} & unroutable
             if missing:
                 batch.done.set_exception(Unconfirmed(f"RabbitMQ has no queue named {', '.join(sorted(missing))}"))
+            elif any(id(message) in self._refused for message in batch.messages):
+                batch.done.set_exception(Unpublishable("a queue that is full refuses it"))
             else:
                 batch.done.set_result(None)
+
+    def _send_apart(self, messages: list[Outgoing]) -> None:
+        """Publish each over a channel of its own: RabbitMQ closes the channel of a reply that it cannot make."""
+        for message in messages:
+            try:
+                channel = self._connection.channel()
+                channel.basic_publish(message.exchange, message.routing_key, message.body, message.properties)
+                channel.close()
+            except Exception as error:
+                log.info("a copy that was asked for could not be delivered: %s", type(error).__name__)
 
     def _publish(self, messages: list[Outgoing]) -> set[str]:
         """Publish and wait until all are confirmed; return the queues that mandatory messages did not find."""
         try:
             channel = self._open_channel()
             self._returned.clear()
+            self._refused.clear()
+            self._sent.clear()
             self._send(channel, messages)
             self._await_confirms()
         except Unconfirmed:
@@ -242,6 +266,7 @@ class Publisher:
             # Noted first: publishing reads from the socket too, and the confirmation may be there at once.
             self._published += 1
             self._pending.add(self._published)
+            self._sent[self._published] = message
             channel.basic_publish(
                 message.exchange, message.routing_key, message.body, message.properties, mandatory=message.mandatory
             )
@@ -251,9 +276,9 @@ class Publisher:
         # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come. By itself it
         # would wait for as long as the connection lives, whatever became of the channel.
         self._connection._flush_output(
-            lambda: not self._pending or self._nacked or self._channel.is_closed or time.monotonic() > deadline
+            lambda: not self._pending or self._channel.is_closed or time.monotonic() > deadline
         )
-        if self._nacked or self._channel.is_closed:
+        if self._channel.is_closed:
             raise pika.exceptions.AMQPChannelError("message refused")
         if self._pending:
             raise pika.exceptions.AMQPConnectionError("confirmation overdue")
@@ -266,7 +291,7 @@ class Publisher:
         self._connection = connect(self._parameters)
         channel = self._channel = self._connection.channel()
         self._declare(channel)
-        self._published, self._pending, self._nacked = 0, set(), False
+        self._published, self._pending = 0, set()
         # BlockingChannel can only wait for one confirmation at a time; the channel beneath it reports each as it comes.
         channel._impl.confirm_delivery(self._on_confirmation)
         channel._impl.add_on_return_callback(self._on_return)
@@ -281,9 +306,10 @@ class Publisher:
 
     def _on_confirmation(self, frame: Any) -> None:
         tag, multiple = frame.method.delivery_tag, frame.method.multiple
+        settled = {t for t in self._pending if t <= tag} if multiple else {tag}
         if isinstance(frame.method, pika.spec.Basic.Nack):
-            self._nacked = True
-        self._pending.difference_update([t for t in self._pending if t <= tag] if multiple else [tag])
+            self._refused |= {id(self._sent[t]) for t in settled if t in self._sent}
+        self._pending -= settled
 
     def _on_return(self, _channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
         self._returned.append(method.routing_key)
@@ -335,7 +361,7 @@ class Batcher(Generic[Item]):
         with self._start:
             if self._thread:
                 self._waiting.put(None)
-                self._thread.join(timeout=CONFIRM_WITHIN.total_seconds())
+                self._thread.join(timeout=_CLOSE_WITHIN.total_seconds())
             self._thread = None
 
     def _run(self) -> None:

@@ -8,6 +8,7 @@ confirmed by RabbitMQ: who calls may acknowledge what it consumed. Running a bat
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -25,8 +26,10 @@ import telemetry
 from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
 from models import Arrival, Reception
-from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, event_messages
+from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
 from telemetry import Step, mail_log
+
+log = logging.getLogger(__name__)
 
 #: AMQP frames a message's headers once; a long detail would not fit every client's frame.
 _MAX_DETAIL_BYTES = 2000
@@ -156,18 +159,15 @@ def _conflict(delivery: Delivery, publisher_message_id: str, incoming_email_id: 
 
 def _announce(events: list[Event], rejections: list[_Rejection]) -> None:
     """Publish everything with one confirmation, then note and log it."""
-    messages = [message for event in events for message in event_messages(event)]
-    for rejection in rejections:
-        messages += _rejection_messages(rejection)
     if events:
         runtime.wake("schedule_emails")
     runtime.crash_point(CrashPoint.INGEST_STORED)
-    runtime.publisher.publish(messages)
+    try:
+        runtime.publish_events(events)
+    except Unpublishable:
+        log.warning("a consumer's queue refuses events: they are left to the sweep")
+    runtime.publisher.publish([message for rejection in rejections for message in _rejection_messages(rejection)])
     runtime.crash_point(CrashPoint.INGEST_PUBLISHED)
-    if events:
-        models.mark_published([event.id for event in events])
-    for event in events:
-        telemetry.PUBLISHED.labels(event.type).inc()
     for rejection in rejections:
         _note_rejection(rejection)
 
@@ -205,7 +205,9 @@ def _rejection_messages(rejection: _Rejection) -> list[Outgoing]:
         rejection.incoming_email_id,
         *delivery[1:],
     )
-    return [Outgoing("", runtime.REJECTED_QUEUE, delivery.body, kept, mandatory=True), *event_messages(event)]
+    # Of the rest nothing is stored, so it must not stop the line: the original is what is kept.
+    told = [message._replace(best_effort=True) for message in event_messages(event)]
+    return [Outgoing("", runtime.REJECTED_QUEUE, delivery.body, kept, mandatory=True), *told]
 
 
 def _cut(detail: str) -> str:

@@ -402,7 +402,9 @@ _DEAD_LETTER = """
                %(message_id)s, %(queue_name)s, %(actor_name)s
         FROM email ON CONFLICT (message_id) DO UPDATE
         SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
-            last_error = excluded.last_error, mailbox = excluded.mailbox
+            last_error = excluded.last_error, mailbox = excluded.mailbox,
+            -- The same message may fail again after a replay: then it is a dead letter once more.
+            status = 'open', resolved_at = NULL, resolved_by = NULL
     )
 """
 _AMENDED = """

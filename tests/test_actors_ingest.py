@@ -57,6 +57,40 @@ def test_a_publisher_that_named_a_queue_gets_its_copy_there(fleet: Fleet) -> Non
     assert len(table("incoming_emails")) == 2
 
 
+REFUSING = {"x-max-length": 1, "x-overflow": "reject-publish"}
+
+
+@pytest.mark.parametrize("reply_to", ["test.full", "amq.rabbitmq.reply-to.g1h2AA==.xx"])
+def test_a_reply_that_cannot_be_made_harms_nobody_else(fleet: Fleet, reply_to: str) -> None:
+    # Given a publisher whose queue is full, or who has gone
+    fleet.channel.queue_declare("test.full", arguments=REFUSING)
+    fleet.channel.basic_publish("", "test.full", b"full")
+    # When
+    try:
+        ingest([Delivery(b"no json", reply_to=reply_to), delivery(reply_to=reply_to)])
+        ingest([delivery(send_email(publisher_message_id="2"))])
+    finally:
+        fleet.channel.queue_delete("test.full")
+    # Then
+    assert sorted(type for type, _ in told(fleet)) == ["SendEmailReceived", "SendEmailReceived", "SendEmailRejected"]
+    assert [row["published_at"] is None for row in table("outbox_events")] == [False, False]
+
+
+def test_a_consumer_whose_queue_is_full_does_not_stop_the_line(fleet: Fleet) -> None:
+    # Given
+    fleet.channel.queue_declare("test.full", arguments=REFUSING)
+    fleet.channel.queue_bind("test.full", "mail.events", "#")
+    fleet.channel.basic_publish("", "test.full", b"full")
+    # When
+    try:
+        ingest([delivery()])
+    finally:
+        fleet.channel.queue_delete("test.full")
+    # Then the email is stored, and its event is the sweep's to tell
+    assert len(table("incoming_emails")) == 1
+    assert table("outbox_events")[0]["published_at"] is None
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -188,3 +188,26 @@ def test_a_copy_of_an_unknown_message_makes_a_row_once_with_its_body() -> None:
 def test_a_copy_that_names_an_email_that_is_not_here_is_kept_without_it() -> None:
     dead_letters.mirror([Copy("m-1", "send_plain", "send_plain", str(uuid.uuid4()), "actor_failed", "x", b"")])
     assert table("dlq")[0]["incoming_email_id"] is None
+
+
+def test_a_message_that_fails_again_after_its_replay_is_a_dead_letter_once_more() -> None:
+    # Given a replayed letter, whose message comes again and claims the new attempt
+    id = store()
+    _fail(id)
+    dead_letters.resolve(letter_of("order-1").id, replayed=True, who="olga")
+    # When
+    _fail(id)
+    # Then
+    (letter,) = dead_letters.find_open(Filter(), 10)
+    assert (letter.incoming_email_id, letter.resolved_by) == (id, None)
+
+
+def _fail(id: str) -> None:
+    claim(id).fail(
+        reason="invalid_recipient",
+        error="Graph says no",
+        message_id="the-same",
+        queue_name="send_plain",
+        actor_name="send_plain",
+        publish_within=WITHIN,
+    )

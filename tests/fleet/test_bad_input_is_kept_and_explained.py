@@ -201,7 +201,6 @@ ODD_PROPERTIES: list[dict[str, Any]] = [
     {"headers": {"traceparent": 17}},
     {"headers": {"traceparent": "x" * 5000}},
     {"reply_to": "a queue that does not exist"},
-    {"reply_to": "send_email"},
     {"content_type": "text/html", "content_encoding": "gzip", "expiration": "600000", "priority": 200},
 ]
 

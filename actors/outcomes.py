@@ -51,7 +51,7 @@ _LONGEST_REFUSAL_PAUSE = timedelta(hours=1)
 #: Without a token nothing works, for any mailbox.
 _CONFIGURATION_PAUSE = timedelta(seconds=15)
 #: A mail that could not be looked up for so long is left to the operator.
-_LONGEST_DOUBT = timedelta(days=3)
+LONGEST_DOUBT = timedelta(days=3)
 #: A draft may stay invisible for a moment after it was made; if it still is after so many attempts, it is gone.
 _DRAFT_ATTEMPTS = 3
 
@@ -201,7 +201,7 @@ def _snooze(email: ClaimedEmail, wait: timedelta, why: str, reason: str) -> None
 
 def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
     if email.in_doubt_for is not None:
-        if email.in_doubt_for > _LONGEST_DOUBT:
+        if email.in_doubt_for > LONGEST_DOUBT:
             _fail(email, InDoubtHeld(f"it could not be looked up: {error}"))
     elif email.attempt >= runtime.configuration.max_attempts:
         _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error}"), because=error)

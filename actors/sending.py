@@ -26,7 +26,7 @@ from actors import outcomes
 from actors.composition import graph_message
 from actors.drafts import AlreadySent, prepare_draft
 from actors.graph_calls import graph_call
-from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
+from actors.outcomes import GIVEN_UP, LONGEST_DOUBT, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
 from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
@@ -108,6 +108,8 @@ def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
             found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - CLOCKS_DIFFER)
     except PermanentError as error:
         # It says something about the question and nothing about the mail.
+        if in_doubt_for > LONGEST_DOUBT:
+            raise InDoubtHeld(f"it could not be looked up: {error}") from error
         evidence = {"asked": "messages by tag", "seen": str(error)}
         email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
         return

@@ -50,7 +50,7 @@ def aftermath(worlds: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def _publish_every_kind(world: World, armed: Path, refused: str) -> tuple[set[str], set[str]]:
     simulator = world.simulator
-    simulator.fail(400, code="ErrorInvalidRecipients", mailbox=refused, times=None)
+    simulator.fail(400, code="ErrorInvalidRecipients", mailbox=refused, operation="send_mail", times=None)
     doubtful = a_mailbox("doubtful")
     simulator.lose_next_answer(mailbox=doubtful, times=4)
     mailboxes = [a_mailbox() for _ in range(6)]

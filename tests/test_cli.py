@@ -247,8 +247,8 @@ def test_a_letter_that_cannot_be_replayed_ends_with_1() -> None:
 
 def test_of_two_replays_at_once_each_letter_is_replayed_by_one() -> None:
     ids = [give_up(f"order-{number}") for number in range(20)]
-    with ThreadPoolExecutor(2) as both:
-        ended = list(both.map(lambda _: mailfleet("dlq", "replay", "--all", "--rate", "100"), range(2)))
+    with ThreadPoolExecutor(2) as terminals:
+        ended = list(terminals.map(lambda tty: mailfleet("dlq", "replay", "--all", TERM=tty), ("xterm", "vt100")))
     assert sum(each.output.count("  replayed\n") for each in ended) == len(ids)
     assert sorted(subject for _, _, subject in audited()) == sorted(letter_of(id) for id in ids)
 

@@ -1,13 +1,14 @@
 """The backup actor: one sealed copy of every sent mail.
 
-Dying anywhere leaves the backup leased and due: it is made again, and the second copy finds the first. The message is
-found by its tag, since the id that a draft had need not survive its sending.
+The message is read under the id that its draft had, where it had one; Graph's pages disagree on whether that id
+survives the sending, so if nothing is there, and for mail that never was a draft, the tag decides.
+
+Dying anywhere leaves the backup leased and due: it is made again, and the second copy finds the first.
 """
 
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
 
 import dramatiq
 from dramatiq.middleware import CurrentMessage
@@ -15,17 +16,14 @@ from dramatiq.middleware import CurrentMessage
 import limiter as limits
 import runtime
 from actors.outcomes import AttemptsUsedUp, hold_back, pause_everything, pause_fleet
-from actors.waiting import after_throttling, backoff, unreachable
+from actors.waiting import CLOCKS_DIFFER, after_throttling, backoff, unreachable
 from crash_points import CrashPoint
 from graph_client.errors import ConfigurationError, GraphError, ItemNotFound, PermanentError, Throttled
 from models import ClaimedBackup, DatabaseAway, Sealed
 from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
-from vault import bind_to
+from vault import SealedBlob, bind_to
 
 log = logging.getLogger(__name__)
-
-#: A mail cannot have been sent before Graph was asked; clocks differ by less than this.
-_CLOCKS_DIFFER = timedelta(minutes=10)
 
 
 class NotInMailbox(Exception):
@@ -51,11 +49,7 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
 def _archive(backup: ClaimedBackup) -> None:
     if backup.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")
-    # Two requests, one after the other: one slot and one question to the limiter will do.
-    with runtime.limiter.slot(backup.mailbox, requests=2):
-        message_id = _find(backup)
-        with runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks:
-            sealed = runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
+    message_id, sealed = _copy_known(backup) or _copy_found(backup)
     runtime.crash_point(CrashPoint.BACKUP_FETCHED)
     backup.store(
         message_id,
@@ -76,14 +70,35 @@ def _archive(backup: ClaimedBackup) -> None:
     )
 
 
+def _copy_known(backup: ClaimedBackup) -> tuple[str, SealedBlob] | None:
+    """Copy the message under the id that is known, if there is one and Graph still knows it."""
+    if backup.graph_message_id is None:
+        return None
+    try:
+        with runtime.limiter.slot(backup.mailbox):
+            return backup.graph_message_id, _copy(backup, backup.graph_message_id)
+    except ItemNotFound:
+        return None
+
+
+def _copy_found(backup: ClaimedBackup) -> tuple[str, SealedBlob]:
+    # Two requests, one after the other: one slot and one question to the limiter will do.
+    with runtime.limiter.slot(backup.mailbox, requests=2):
+        message_id = _find(backup)
+        return message_id, _copy(backup, message_id)
+
+
 def _find(backup: ClaimedBackup) -> str:
-    found = runtime.graph.find_by_tag(
-        backup.mailbox, backup.incoming_email_id, since=backup.received_at - _CLOCKS_DIFFER
-    )
-    for message in found:
+    since = backup.received_at - CLOCKS_DIFFER
+    for message in runtime.graph.find_by_tag(backup.mailbox, backup.incoming_email_id, since=since).messages:
         if not message.is_draft:
             return message.id
     raise NotInMailbox("the mail is not in the mailbox")
+
+
+def _copy(backup: ClaimedBackup, message_id: str) -> SealedBlob:
+    with runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks:
+        return runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
 
 
 def _record(backup: ClaimedBackup, error: Exception) -> None:

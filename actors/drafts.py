@@ -13,10 +13,12 @@ from typing import Any
 
 import runtime
 from actors.composition import graph_message
+from actors.evidence import looked_up
 from actors.graph_calls import graph_call
+from actors.waiting import CLOCKS_DIFFER
 from attachments import AttachmentStream
 from crash_points import CrashPoint
-from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, UploadSession
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession
 from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
@@ -30,9 +32,10 @@ _PIECE_BYTES = 64 * 1024
 class AlreadySent(Exception):
     """Raised when the search for a draft finds the sent mail: it showed itself later than the grace period."""
 
-    def __init__(self, message_id: str) -> None:
+    def __init__(self, message: Message, evidence: dict[str, Any]) -> None:
         super().__init__("the mail was found sent")
-        self.message_id = message_id
+        self.message = message
+        self.evidence = evidence
 
 
 def prepare_draft(email: ClaimedEmail) -> str:
@@ -71,10 +74,12 @@ def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
 def _find_orphan(email: ClaimedEmail) -> str | None:
     """Find the draft that an earlier attempt made without living to record it."""
     with graph_call(email):
-        found = runtime.graph.find_by_tag(email.mailbox, email.id)
-    if sent := [message.id for message in found if not message.is_draft]:
-        raise AlreadySent(sent[0])
-    return found[0].id if found else None
+        found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - CLOCKS_DIFFER)
+    sent = [message for message in found.messages if not message.is_draft]
+    drafts = [message.id for message in found.messages if message.is_draft]
+    if sent:
+        raise AlreadySent(sent[0], looked_up(found, sent=len(sent), drafts=len(drafts)))
+    return drafts[0] if drafts else None
 
 
 def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:

@@ -25,6 +25,7 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
+from actors.evidence import refused
 from actors.waiting import after_refusal, after_throttling, backoff, unreachable
 from attachments import AttachmentRefused, SourceUnavailable
 from crash_points import CrashPoint
@@ -123,7 +124,7 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
         case OutcomeUnknown():
             _doubt(email, error)
         case MailboxUnavailable():
-            _retry(email, error, _refused(email.mailbox, error))
+            _retry(email, error, _pause_mailbox(email.mailbox, error))
         case ConfigurationError():
             pause_everything()
             _snooze(email, unreachable(), str(error), "configuration")
@@ -175,7 +176,7 @@ def pause_everything() -> None:
         log.warning("a pause could not be told to the fleet: Redis is away")
 
 
-def _refused(mailbox: str, error: MailboxUnavailable) -> timedelta:
+def _pause_mailbox(mailbox: str, error: MailboxUnavailable) -> timedelta:
     return mailboxes.refuse(mailbox, why=str(error), first_wait=_REFUSAL_PAUSE, longest_wait=_LONGEST_REFUSAL_PAUSE)
 
 
@@ -189,8 +190,7 @@ def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:
     if unknown.retry_after:
         pause_fleet(email.mailbox, unknown.retry_after, unknown)
-    evidence = {"asked": "send", "seen": str(unknown), "request_id": unknown.client_request_id}
-    email.mark_in_doubt(look_again_in=runtime.configuration.in_doubt_settle, evidence=evidence)
+    email.mark_in_doubt(look_again_in=runtime.configuration.in_doubt_settle, evidence=refused("send", unknown))
     mail_log(Step.IN_DOUBT, incoming_email_id=email.id, why=str(unknown))
 
 
@@ -220,7 +220,8 @@ def _retry_unforeseen(email: ClaimedEmail, error: Exception) -> None:
     log.exception("unforeseen %s", type(error).__name__)
     if email.intended:
         email.mark_in_doubt(
-            look_again_in=runtime.configuration.in_doubt_settle, evidence={"seen": type(error).__name__}
+            look_again_in=runtime.configuration.in_doubt_settle,
+            evidence={"asked": "send", "seen": type(error).__name__, "client_request_id": email.send_id},
         )
     else:
         _retry(email, Unforeseen(type(error).__name__), backoff(email.attempt))

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import dramatiq
@@ -25,6 +26,7 @@ import runtime
 from actors import outcomes
 from actors.composition import graph_message
 from actors.drafts import AlreadySent, prepare_draft
+from actors.evidence import LOOK_UP, accepted, looked_up, refused
 from actors.graph_calls import graph_call
 from actors.outcomes import GIVEN_UP, LONGEST_DOUBT, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
@@ -62,9 +64,9 @@ def _send_at_once(email: ClaimedEmail) -> None:
     message = graph_message(email.id, email.payload)
     with graph_call(email, sends=True):
         runtime.crash_point(CrashPoint.SEND_INTENDED)
-        answer = runtime.graph.send_mail(email.mailbox, message)
+        answer = runtime.graph.send_mail(email.mailbox, message, client_request_id=email.send_id)
         runtime.crash_point(CrashPoint.SEND_ANSWERED)
-    outcomes.record_sent(email, evidence={"asked": "sendMail", "seen": "202", "request_id": answer.request_id})
+    outcomes.record_sent(email, evidence=accepted("sendMail", answer))
 
 
 def _send_draft(email: ClaimedEmail) -> None:
@@ -72,16 +74,20 @@ def _send_draft(email: ClaimedEmail) -> None:
         draft_id = prepare_draft(email)
     except AlreadySent as already:
         email.record_intent(runtime.configuration.lease)
-        evidence = {"asked": "messages by tag", "seen": "1 sent"}
-        outcomes.record_sent(email, graph_message_id=already.message_id, evidence=evidence)
-        return
+        outcomes.record_sent(
+            email, graph_message_id=already.message.id, sent_at=already.message.sent_at, evidence=already.evidence
+        )
+    else:
+        _send_prepared(email, draft_id, email.record_intent)
+
+
+def _send_prepared(email: ClaimedEmail, draft_id: str, commit_intent: Callable[[timedelta], None]) -> None:
     with graph_call(email, sends=True):
-        email.record_intent(runtime.configuration.lease)
+        commit_intent(runtime.configuration.lease)
         runtime.crash_point(CrashPoint.SEND_INTENDED)
-        answer = runtime.graph.send_draft(email.mailbox, draft_id)
+        answer = runtime.graph.send_draft(email.mailbox, draft_id, client_request_id=email.send_id)
         runtime.crash_point(CrashPoint.SEND_ANSWERED)
-    evidence = {"asked": "send", "seen": "202", "request_id": answer.request_id}
-    outcomes.record_sent(email, graph_message_id=draft_id, evidence=evidence)
+    outcomes.record_sent(email, graph_message_id=draft_id, evidence=accepted("send", answer))
 
 
 def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> None:
@@ -110,23 +116,20 @@ def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
         # It says something about the question and nothing about the mail.
         if in_doubt_for > LONGEST_DOUBT:
             raise InDoubtHeld(f"it could not be looked up: {error}") from error
-        evidence = {"asked": "messages by tag", "seen": str(error)}
+        evidence = refused(LOOK_UP, error)
         email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
         return
     runtime.crash_point(CrashPoint.SETTLE_FOUND)
-    sent = [message for message in found if not message.is_draft]
+    sent = [message for message in found.messages if not message.is_draft]
     # Another draft with this tag is one that a worker made and did not live to record; it may lack attachments.
-    drafts = [message for message in found if message.is_draft and email.draft_id in (None, message.id)]
-    evidence = {"asked": "messages by tag", "seen": f"{len(sent)} sent, {len(drafts)} drafts"}
+    drafts = [message for message in found.messages if message.is_draft and email.draft_id in (None, message.id)]
+    evidence = looked_up(found, sent=len(sent), drafts=len(drafts))
     if sent:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="sent", count=len(sent))
         outcomes.record_sent(email, graph_message_id=sent[0].id, sent_at=sent[0].sent_at, evidence=evidence)
     elif drafts:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="draft")
-        with graph_call(email, sends=True):
-            email.repeat_intent(configuration.lease)
-            runtime.graph.send_draft(email.mailbox, drafts[0].id)
-        outcomes.record_sent(email, graph_message_id=drafts[0].id, evidence=evidence)
+        _send_prepared(email, drafts[0].id, partial(email.repeat_intent, evidence=evidence))
     elif in_doubt_for < configuration.in_doubt_grace:
         email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
     elif configuration.in_doubt_policy == "resend" or email.replayed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from graph_client.auth import TokenSource, roles_in
 from graph_client.calls import MAX_REQUEST_BYTES
 from graph_client.client import SMALL_ATTACHMENT_BYTES, GraphClient
-from graph_client.records import Answer, Attachment, Call, Message, UploadSession
+from graph_client.records import Answer, Attachment, Call, Found, Message, UploadSession
 from graph_client.retry_after import MAX_RETRY_AFTER, parse_retry_after
 from graph_client.uploads import MAX_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 
@@ -22,6 +22,7 @@ __all__ = [
     "Answer",
     "Attachment",
     "Call",
+    "Found",
     "GraphClient",
     "Message",
     "TokenSource",

@@ -48,7 +48,10 @@ class Tokens(Protocol):
 
 
 class Request(NamedTuple):
-    """What to ask, and of whose mailbox; ``headers`` come on top of those that every call has."""
+    """What to ask, and of whose mailbox; ``headers`` come on top of those that every call has.
+
+    ``client_request_id`` names the call in Graph's own logs; without one each gets a new one.
+    """
 
     operation: Operation
     mailbox: str
@@ -56,6 +59,7 @@ class Request(NamedTuple):
     url: str
     body: bytes | None = None
     headers: Mapping[str, str] = {}
+    client_request_id: str | None = None
 
 
 class Calls:
@@ -114,7 +118,7 @@ class Calls:
         return self._observed(request, self._tokens.token())
 
     def _observed(self, request: Request, token: str | None) -> requests.Response:
-        client_request_id = str(uuid.uuid4())
+        client_request_id = request.client_request_id or str(uuid.uuid4())
         headers = {**self._headers, **request.headers, "client-request-id": client_request_id}
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"

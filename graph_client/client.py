@@ -22,7 +22,7 @@ from graph_client import errors, uploads
 from graph_client.auth import roles_in
 from graph_client.calls import MAX_REQUEST_BYTES, Calls, OnCall, OnUnknownCode, Request, Tokens, encode, understood
 from graph_client.classification import Operation, Reply
-from graph_client.records import Answer, Attachment, Message, UploadSession
+from graph_client.records import Answer, Attachment, Found, Message, UploadSession
 from graph_client.transport import chunks, origin_of, require_secure
 
 #: Attach up to this in one request, and open an upload session for more. Documented is "under 3 MB" for the one and
@@ -94,28 +94,37 @@ class GraphClient:
 
     # Sending
 
-    def send_mail(self, mailbox: str, message: Mapping[str, Any]) -> Answer:
+    def send_mail(self, mailbox: str, message: Mapping[str, Any], *, client_request_id: str | None = None) -> Answer:
         """Send a message at once; a copy is kept in Sent Items. Graph tells no id: tag the message to find it again.
+
+        Args:
+            client_request_id: A UUID under which Graph logs the call; a caller who notes it before can have a call
+                traced that it did not live to see answered.
 
         Raises:
             OutcomeUnknown: It may have been sent. Look for the tag before repeating.
         """
         body = encode({"message": message, "saveToSentItems": True})
-        return _answer(self._post(_SEND_MAIL, mailbox, f"{self._mailbox(mailbox)}/sendMail", body))
+        url = f"{self._mailbox(mailbox)}/sendMail"
+        return _answer(self._post(_SEND_MAIL, mailbox, url, body, client_request_id))
 
     def create_draft(self, mailbox: str, message: Mapping[str, Any]) -> Message:
         """Store a message as a draft. Repeating leaves another draft: find it by its tag and delete it."""
         reply = self._post(_CREATE_DRAFT, mailbox, f"{self._mailbox(mailbox)}/messages", encode(message))
         return understood(reply, Message.from_graph)
 
-    def send_draft(self, mailbox: str, message_id: str) -> Answer:
+    def send_draft(self, mailbox: str, message_id: str, *, client_request_id: str | None = None) -> Answer:
         """Send a draft.
+
+        Args:
+            client_request_id: As for `send_mail`.
 
         Raises:
             OutcomeUnknown: It may have been sent.
             ItemNotFound: There is no such draft; after an earlier ``send_draft`` it probably was sent.
         """
-        return _answer(self._post(_SEND_DRAFT, mailbox, f"{self._message(mailbox, message_id)}/send", b""))
+        url = f"{self._message(mailbox, message_id)}/send"
+        return _answer(self._post(_SEND_DRAFT, mailbox, url, b"", client_request_id))
 
     # Messages
 
@@ -133,7 +142,7 @@ class GraphClient:
         properties = [*message.get("singleValueExtendedProperties", ()), {"id": self._tag_id, "value": value}]
         return {**message, "singleValueExtendedProperties": properties}
 
-    def find_by_tag(self, mailbox: str, value: str, since: datetime | None = None) -> list[Message]:
+    def find_by_tag(self, mailbox: str, value: str, since: datetime | None = None) -> Found:
         """Return every message of the mailbox, in any folder, that carries the tag's value (compared without case).
 
         A message just sent may take seconds, at times minutes, to show: finding nothing proves nothing yet.
@@ -151,12 +160,18 @@ class GraphClient:
         except errors.InvalidMessage:
             return self._find_tagged(mailbox, value, "")
 
-    def _find_tagged(self, mailbox: str, value: str, further: str) -> list[Message]:
+    def _find_tagged(self, mailbox: str, value: str, further: str) -> Found:
         tag_id, wanted = _literal(self._tag_id), _literal(value)
         # Outlook understands the tag in exactly this form, and no other.
         tag = f"singleValueExtendedProperties/Any(ep: ep/id eq {tag_id} and ep/value eq {wanted})"
         query = f"$filter={quote(tag + further, safe='')}&$select={Message.SELECT}&$top={_PAGE_SIZE}"
-        return list(self._pages(_FIND, mailbox, f"{self._mailbox(mailbox)}/messages?{query}", Message.from_graph))
+        found = Found([], [])
+        for messages, request_id in self._pages(
+            _FIND, mailbox, f"{self._mailbox(mailbox)}/messages?{query}", Message.from_graph
+        ):
+            found.messages.extend(messages)
+            found.request_ids.extend([request_id] if request_id else [])
+        return found
 
     @contextmanager
     def fetch_mime(self, mailbox: str, message_id: str) -> Iterator[Iterator[bytes]]:
@@ -210,7 +225,8 @@ class GraphClient:
     def attachments(self, mailbox: str, message_id: str) -> list[Attachment]:
         """Return a message's attachments, without their contents."""
         url = f"{self._message(mailbox, message_id)}/attachments?$select={Attachment.SELECT}&$top={_PAGE_SIZE}"
-        return list(self._pages(_ATTACHMENTS, mailbox, url, Attachment.from_graph))
+        pages = self._pages(_ATTACHMENTS, mailbox, url, Attachment.from_graph)
+        return [attachment for attachments, _ in pages for attachment in attachments]
 
     def delete_attachment(self, mailbox: str, message_id: str, attachment_id: str) -> None:
         """Take an attachment off a draft."""
@@ -282,20 +298,25 @@ class GraphClient:
     def _get(self, operation: Operation, mailbox: str, url: str) -> Reply:
         return self._calls.call(Request(operation, mailbox, "GET", url, None, _IMMUTABLE))
 
-    def _post(self, operation: Operation, mailbox: str, url: str, body: bytes) -> Reply:
-        return self._calls.call(Request(operation, mailbox, "POST", url, body, _JSON if body else _IMMUTABLE))
+    def _post(
+        self, operation: Operation, mailbox: str, url: str, body: bytes, client_request_id: str | None = None
+    ) -> Reply:
+        headers = _JSON if body else _IMMUTABLE
+        return self._calls.call(Request(operation, mailbox, "POST", url, body, headers, client_request_id))
 
     def _delete(self, operation: Operation, mailbox: str, url: str) -> None:
         self._calls.call(Request(operation, mailbox, "DELETE", url, None, _IMMUTABLE))
 
     def _pages(
         self, operation: Operation, mailbox: str, url: str | None, parse: Callable[[Mapping[str, Any]], T]
-    ) -> Iterator[T]:
+    ) -> Iterator[tuple[list[T], str | None]]:
+        """Yield each page's items with Graph's id of the request."""
         while url is not None:
-            items, url = understood(self._get(operation, mailbox, url), lambda body: _page(body, parse))
+            reply = self._get(operation, mailbox, url)
+            items, url = understood(reply, lambda body: _page(body, parse))
             if url is not None and origin_of(url) != self._origin:
                 raise errors.InsecureUrl("the next page is on another host")
-            yield from items
+            yield items, reply.request_id
 
 
 def _page(body: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,13 @@ class Message:
             sent_at=None if is_draft else parse_instant(body.get("sentDateTime")),
             parent_folder_id=body.get("parentFolderId"),
         )
+
+
+class Found(NamedTuple):
+    """What a search found, and Graph's ids of the requests that it took: one for each page."""
+
+    messages: list[Message]
+    request_ids: list[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ from models.states import Sending, Status, check
 
 #: Longer errors are cut: they are read by people.
 MAX_ERROR_CHARACTERS = 1000
+#: A mail that cannot be looked up is asked for again and again, for days.
+MAX_EVIDENCE = 50
 
 
 class LeaseLost(Exception):
@@ -148,6 +150,11 @@ class ClaimedEmail:
             _token=token,
         )
 
+    @property
+    def send_id(self) -> str:
+        """The UUID under which Graph is to log the one send of this claim: it outlives the worker in the tables."""
+        return self._token
+
     def renew(self, lease: timedelta) -> None:
         """Keep the email for another ``lease``, or learn that it is lost."""
         self.write("UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING 1", lease=lease)
@@ -191,15 +198,16 @@ class ClaimedEmail:
         )
         self.intended = True
 
-    def repeat_intent(self, lease: timedelta) -> None:
-        """Commit that the send in doubt is about to be begun again: its doubt is as fresh as the call that follows."""
+    def repeat_intent(self, lease: timedelta, evidence: dict[str, Any]) -> None:
+        """Commit that the send in doubt is about to be begun again: its doubt begins when this lease can have ended."""
         self.write(
-            """
-            WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
-            UPDATE sent_emails SET intent_at = now(), updated_at = now()
+            f"""
+            WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {{held}} RETURNING id)
+            UPDATE sent_emails SET intent_at = now() + %(lease)s, updated_at = now(), response_metadata = {_AMENDED}
             WHERE incoming_email_id IN (SELECT id FROM email) RETURNING 1
             """,
             lease=lease,
+            evidence=_dated(evidence),
         )
 
     def record_sent(
@@ -243,7 +251,10 @@ class ClaimedEmail:
             "next_attempt_at = now() + %(look_again_in)s, last_error = %(error)s",
             """
             doubted AS (
-                UPDATE sent_emails SET status = 'in_doubt', updated_at = now(), response_metadata = {amended}
+                UPDATE sent_emails
+                SET status = 'in_doubt', updated_at = now(), response_metadata = {amended},
+                    -- The doubt begins with the lost answer, which may come long after the intent.
+                    intent_at = CASE WHEN status = 'sending' OR intent_at > now() THEN now() ELSE intent_at END
                 WHERE incoming_email_id IN (SELECT id FROM email)
             )
             """,
@@ -351,7 +362,7 @@ class ClaimedEmail:
             parameters |= {"event_id": event.id, "event_type": event.type, "event_body": event.body.decode()}
             parameters |= {"publish_within": publish_within}
         if evidence:
-            parameters["evidence"] = orjson.dumps({"at": datetime.now(UTC), **evidence}).decode()
+            parameters["evidence"] = _dated(evidence)
         self.write(
             f"""
             WITH email AS (
@@ -407,9 +418,17 @@ _DEAD_LETTER = """
             status = 'open', resolved_at = NULL, resolved_by = NULL
     )
 """
-_AMENDED = """
-    jsonb_set(response_metadata, '{evidence}', coalesce(response_metadata->'evidence', '[]') || %(evidence)s::jsonb)
+# The first entry is the send itself; of the looks that follow, the oldest makes room.
+_AMENDED = f"""
+    jsonb_set(response_metadata, '{{evidence}}',
+        CASE WHEN jsonb_array_length(response_metadata->'evidence') >= {MAX_EVIDENCE}
+             THEN (response_metadata->'evidence') - 1
+             ELSE coalesce(response_metadata->'evidence', '[]') END || %(evidence)s::jsonb)
 """
+
+
+def _dated(evidence: dict[str, Any]) -> str:
+    return orjson.dumps({"at": datetime.now(UTC), **evidence}).decode()
 
 
 def _error(text: str) -> str:

@@ -59,7 +59,7 @@ def sweep() -> Iterator[None]:
 
 _EXPIRE_LEASES = """
     WITH lapsed AS MATERIALIZED (
-        SELECT e.id, e.status, s.status AS sending
+        SELECT e.id, e.status, e.lease_token, s.status AS sending
         FROM incoming_emails e
         LEFT JOIN sent_emails s ON s.incoming_email_id = e.id AND s.status IN ('sending', 'in_doubt')
         WHERE e.lease_until <= now() ORDER BY e.lease_until LIMIT %(batch)s FOR UPDATE OF e SKIP LOCKED
@@ -68,7 +68,8 @@ _EXPIRE_LEASES = """
         UPDATE sent_emails s SET status = 'in_doubt', intent_at = now(), updated_at = now(),
                response_metadata = jsonb_set(response_metadata, '{evidence}',
                    coalesce(response_metadata->'evidence', '[]') ||
-                   jsonb_build_object('at', now(), 'seen', 'the worker''s lease ran out during the send'))
+                   jsonb_build_object('at', now(), 'asked', 'send', 'client_request_id', lapsed.lease_token,
+                                      'seen', 'the worker''s lease ran out during the send'))
         FROM lapsed WHERE s.incoming_email_id = lapsed.id AND s.status = 'sending'
     )
     UPDATE incoming_emails e

@@ -58,6 +58,7 @@ class Request:
     status: str
     code: str
     request_bytes: int
+    client_request_id: str | None
 
 
 class Journal:
@@ -72,9 +73,9 @@ class Journal:
         self.deliveries.append(Delivery(datetime.now(UTC), mailbox, tags, message))
         self.delivered_tags.update(tags or ("",))
 
-    def note(self, operation: str, mailbox: str, status: str, code: str, request_bytes: int) -> None:
-        self.request_counts[operation, status, mailbox] += 1
-        self.requests.append(Request(datetime.now(UTC), operation, mailbox, status, code, request_bytes))
+    def note(self, request: Request) -> None:
+        self.request_counts[request.operation, request.status, request.mailbox] += 1
+        self.requests.append(request)
 
     def deliveries_of(self, mailbox: str | None, tag: str | None) -> Iterator[Delivery]:
         return (

@@ -20,7 +20,7 @@ from aiohttp import ClientError, web
 from . import control_api, errors, file_server, page, routes, tokens
 from .calls import JSON, Answer, Call
 from .faults import Fault
-from .journal import NO_ANSWER
+from .journal import NO_ANSWER, Request
 from .mailboxes import Mailbox
 from .uploads import PREFIX as UPLOAD_PREFIX
 from .world import World
@@ -93,7 +93,17 @@ class GraphServer:
         except errors.ConnectionDropped as drop:
             return _drop(request, hard=drop.hard)
         finally:
-            self.world.journal.note(trace.operation, trace.mailbox, trace.status, trace.code, trace.request_bytes)
+            self.world.journal.note(
+                Request(
+                    at=datetime.now(UTC),
+                    operation=trace.operation,
+                    mailbox=trace.mailbox,
+                    status=trace.status,
+                    code=trace.code,
+                    request_bytes=trace.request_bytes,
+                    client_request_id=request.headers.get("client-request-id"),
+                )
+            )
 
     async def _graph(self, request: web.BaseRequest, trace: Trace) -> Answer:
         destination = routes.find(request.method, request.rel_url.raw_path)

@@ -51,6 +51,40 @@ def test_a_sent_mail_is_archived_compressed_and_sealed(fleet: Fleet, attachments
     assert fleet.backup() == []
 
 
+def asked_of(fleet: Fleet) -> list[str]:
+    return [request["operation"] for request in fleet.graph.requests() if request["operation"] != "token"]
+
+
+def test_both_ways_of_sending_a_plain_mail_take_three_requests_up_to_the_archive(
+    fleet: Fleet, configure: Callable[..., None]
+) -> None:
+    # Given a Graph on which the id of a draft survives its sending
+    fleet.graph.set_behaviour(immutable_ids="stable")
+    sent(fleet)
+    fleet.backup()
+    assert asked_of(fleet) == ["send_mail", "find", "mime"]
+    # When a draft is made of the mail
+    configure(send_plain_via="draft")
+    id = sent(fleet, publisher_message_id="order-2")
+    fleet.backup()
+    # Then nothing has to be searched for
+    assert asked_of(fleet)[3:] == ["create_draft", "send_draft", "mime"]
+    assert [row["incoming_email_id"] for row in table("email_backups")].count(id) == 1
+
+
+def test_a_draft_whose_id_did_not_survive_its_sending_is_found_by_its_tag(
+    fleet: Fleet, configure: Callable[..., None]
+) -> None:
+    fleet.graph.set_behaviour(immutable_ids="change")
+    configure(send_plain_via="draft")
+    sent(fleet, subject="Found by its tag")
+    assert fleet.backup() == ["done"]
+    (row,) = table("email_backups")
+    assert b"Subject: Found by its tag" in opened(row)
+    assert asked_of(fleet) == ["create_draft", "send_draft", "mime", "find", "mime"]
+    assert table("sent_emails")[0]["graph_message_id"] == row["graph_message_id"]
+
+
 def test_a_backup_that_is_repeated_makes_no_second_copy(fleet: Fleet) -> None:
     sent(fleet)
     rows("UPDATE sent_emails SET backup_due_at = now()")

@@ -54,6 +54,16 @@ def test_a_mail_is_sent_once_told_and_made_due_for_its_backup(fleet: Fleet) -> N
     assert fleet.send() == []
 
 
+def test_a_send_is_asked_for_under_the_id_that_the_evidence_names(fleet: Fleet) -> None:
+    id = store()
+    fleet.send()
+    (request,) = fleet.graph.requests(operation="send_mail")
+    (seen,) = table("sent_emails")[0]["response_metadata"]["evidence"]
+    assert (seen["asked"], seen["seen"], seen["client_request_id"]) == ("sendMail", "202", request["client_request_id"])
+    assert seen["request_id"]
+    assert fleet.mails(id) == 1
+
+
 def test_what_the_publisher_asked_for_reaches_graph(fleet: Fleet) -> None:
     id = store(
         cc=["carl@example.org"],

@@ -45,13 +45,29 @@ def test_found_sent_is_recorded_with_its_time_and_the_evidence(fleet: Fleet) -> 
     assert email_row(id)["attempt_count"] == 1
 
 
+def test_the_evidence_names_each_call_as_graph_knows_it(fleet: Fleet) -> None:
+    # Given a send without an answer
+    fleet.graph.lose_next_answer()
+    id = store()
+    fleet.send()
+    # When it is looked up
+    fleet.settle(id)
+    # Then our id of the one and Graph's id of the other are kept
+    (sent,) = table("sent_emails")
+    asked, looked = sent["response_metadata"]["evidence"]
+    (request,) = fleet.graph.requests(operation="send_mail")
+    assert (asked["asked"], asked["client_request_id"]) == ("send", request["client_request_id"])
+    assert looked["asked"] == "messages by tag"
+    assert looked["request_id"]
+
+
 def test_found_as_a_draft_is_sent(fleet: Fleet) -> None:
     id = in_doubt(fleet)
     payload = rows("SELECT payload FROM incoming_emails")[0][0]
     runtime.graph.create_draft(SENDER, graph_message(id, payload))
     fleet.settle(id)
     assert (sending(id), fleet.mails(id)) == ("sent", 1)
-    assert evidence()[-1] == "0 sent, 1 drafts"
+    assert evidence()[-2:] == ["0 sent, 1 drafts", "202"]
     assert fleet.events() == ["SendEmailSent"]
 
 

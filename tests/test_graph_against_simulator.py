@@ -64,7 +64,7 @@ def test_a_sent_mail_is_found_by_its_tag(graph: GraphClient, simulator: Simulato
     assert answer.request_id
     (delivery,) = simulator.deliveries(mailbox)
     assert delivery["tags"] == ["it's-1"]
-    (found,) = graph.find_by_tag(mailbox, "it's-1", since=began - timedelta(minutes=1))
+    (found,) = graph.find_by_tag(mailbox, "it's-1", since=began - timedelta(minutes=1)).messages
     assert not found.is_draft
     assert found.sent_at is not None
     assert graph.get_message(mailbox, found.id) == found
@@ -73,15 +73,15 @@ def test_a_sent_mail_is_found_by_its_tag(graph: GraphClient, simulator: Simulato
 def test_what_was_created_before_is_left_out_of_a_search(graph: GraphClient, mailbox: str) -> None:
     graph.create_draft(mailbox, graph.tagged(mail(), "e1"))
 
-    assert graph.find_by_tag(mailbox, "e1", since=datetime.now(UTC) + timedelta(minutes=1)) == []
-    assert [found.is_draft for found in graph.find_by_tag(mailbox, "e1")] == [True]
-    assert graph.find_by_tag(mailbox, "e2") == []
+    assert graph.find_by_tag(mailbox, "e1", since=datetime.now(UTC) + timedelta(minutes=1)).messages == []
+    assert [found.is_draft for found in graph.find_by_tag(mailbox, "e1").messages] == [True]
+    assert graph.find_by_tag(mailbox, "e2").messages == []
 
 
 def test_a_search_reads_every_page(graph: GraphClient, mailbox: str) -> None:
     drafts = {graph.create_draft(mailbox, graph.tagged(mail(), "same")).id for _ in range(103)}
 
-    assert {found.id for found in graph.find_by_tag(mailbox, "same")} == drafts
+    assert {found.id for found in graph.find_by_tag(mailbox, "same").messages} == drafts
 
 
 def test_a_draft_with_attachments_is_sent_whole(graph: GraphClient, simulator: Simulator, mailbox: str) -> None:

@@ -237,14 +237,18 @@ def test_a_tag_is_looked_for_in_the_whole_mailbox_over_all_pages(graph: GraphCli
     requests_mock.get(
         f"{USER}/messages",
         [
-            {"json": {"value": [{"id": "m1", "isDraft": True}], "@odata.nextLink": following}},
-            {"json": {"value": [{"id": "m2", "isDraft": False}]}},
+            {
+                "json": {"value": [{"id": "m1", "isDraft": True}], "@odata.nextLink": following},
+                "headers": {"request-id": "r1"},
+            },
+            {"json": {"value": [{"id": "m2", "isDraft": False}]}, "headers": {"request-id": "r2"}},
         ],
     )
 
     found = graph.find_by_tag(MAILBOX, "it's", since=datetime(2026, 3, 1, 12, tzinfo=UTC))
 
-    assert [message.id for message in found] == ["m1", "m2"]
+    assert [message.id for message in found.messages] == ["m1", "m2"]
+    assert found.request_ids == ["r1", "r2"]
     first, second = requests_mock.request_history
     assert parse_qs(urlsplit(first.url).query)["$filter"] == [
         f"singleValueExtendedProperties/Any(ep: ep/id eq '{TAG_ID}' and ep/value eq 'it''s')"

@@ -345,7 +345,7 @@ def test_a_replay_frees_an_email_in_doubt_and_no_later_doubt_of_it() -> None:
     email = claim(id)
     assert (email.replayed, email.attempt) == (True, 1)
     # When its send is begun once more and is in doubt again
-    email.repeat_intent(LEASE)
+    email.repeat_intent(LEASE, {"seen": "0 sent, 1 drafts"})
     email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
     # Then that doubt is held like any other
     scheduling.wake_due()
@@ -358,12 +358,53 @@ def test_a_send_that_is_begun_again_is_as_fresh_a_doubt() -> None:
     email = claim(id)
     assert email.in_doubt_for is not None
     assert email.in_doubt_for > timedelta(minutes=59)
-    email.repeat_intent(LEASE)
+    email.repeat_intent(LEASE, {"seen": "0 sent, 1 drafts"})
     email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
     scheduling.wake_due()
     again = claim(id).in_doubt_for
     assert again is not None
     assert again < timedelta(minutes=1)
+
+
+def test_a_send_that_is_begun_again_by_a_worker_that_dies_is_in_doubt_from_the_end_of_its_lease() -> None:
+    id = in_doubt()
+    claim(id).repeat_intent(LEASE, {"seen": "0 sent, 1 drafts"})
+    lapse(id)
+    again = claim(id).in_doubt_for
+    assert again is not None
+    assert -LEASE <= again < -LEASE + timedelta(minutes=1)
+
+
+def test_the_doubt_begins_with_the_lost_answer_however_long_the_call_took() -> None:
+    id = store()
+    email = claim(id, intent=True)
+    rows("UPDATE sent_emails SET intent_at = now() - interval '1 hour'")
+    email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
+    scheduling.wake_due()
+    found = claim(id).in_doubt_for
+    assert found is not None
+    assert found < timedelta(minutes=1)
+
+
+def test_of_endless_looks_the_send_and_the_newest_are_kept() -> None:
+    id = in_doubt()
+    for n in range(models.claims.MAX_EVIDENCE + 5):
+        make_due(id)
+        scheduling.wake_due()
+        claim(id).mark_in_doubt(look_again_in=MINUTE, evidence={"seen": f"look {n}"})
+    (sent,) = table("sent_emails")
+    seen = [entry["seen"] for entry in sent["response_metadata"]["evidence"]]
+    assert len(seen) == models.claims.MAX_EVIDENCE
+    assert (seen[0], seen[1], seen[-1]) == ("timeout", "look 6", f"look {models.claims.MAX_EVIDENCE + 4}")
+
+
+def test_a_send_whose_worker_died_can_be_traced_at_graph_by_its_id() -> None:
+    id = store()
+    email = claim(id, intent=True)
+    lapse(id)
+    (sent,) = table("sent_emails")
+    (seen,) = sent["response_metadata"]["evidence"]
+    assert (seen["client_request_id"], seen["asked"]) == (email.send_id, "send")
 
 
 def test_an_email_that_came_too_late_is_expired_and_told_once() -> None:

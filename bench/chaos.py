@@ -1,11 +1,10 @@
 """The proof harness: mail goes through while everything dies, and the record must show each mail once.
 
 A seeded schedule kills and freezes processes of every type and kills PostgreSQL, RabbitMQ and Redis, while Graph fails
-on a share of all calls: throttling, 5xx executed and not, lost answers, resets. Then Graph's own record is held against
-the database and the events.
+in every way that it may (`bench.faults`). Then Graph's own record is held against the database and the events.
 
     python -m bench.chaos --emails 5000 --kills 150 --seed 1
-    python -m bench.chaos --emails 2000 --kills 20 --lost-answers 0.3     504 after the mail was sent, on 30 % of sends
+    python -m bench.chaos --emails 5000 --kills 150 --fault gateway-timeout-after-send=0.3
 
 Exit status 1 on any loss or duplicate.
 """
@@ -30,6 +29,7 @@ import pika.exceptions
 from rich.console import Console
 from rich.table import Table
 
+from bench.faults import FAULTS, break_graph, rates
 from sandbox.programs import ServerFailed
 from sandbox.servers import Servers
 from sandbox.world import ROOT, Overdue, World
@@ -99,22 +99,6 @@ def emails(count: int, mailboxes: int, simulator: Simulator, chance: random.Rand
         yield email
 
 
-def break_graph(simulator: Simulator, rate: float, lost_answers: float) -> None:
-    """Have Graph fail on this share of all calls, in every way it knows, until told otherwise."""
-    simulator.set_sent_items_delay(1)
-    if lost_answers:
-        for operation in ("send_mail", "send_draft"):
-            simulator.fail(504, executed=True, times=None, operation=operation, probability=lost_answers)
-    share = rate / 10
-    for details in ({"retry_after": "1"}, {"retry_after": "0.5"}, {"retry_after": "0,1"}):
-        simulator.throttle(times=None, probability=share, **details)
-    for status, executed in ((500, True), (502, False), (503, False), (504, True), (504, False)):
-        simulator.fail(status, executed=executed, times=None, probability=share)
-    for operation in ("send_mail", "send_draft", "attach", "upload_range", "create_draft", "mime", "find"):
-        simulator.lose_next_answer(operation=operation, times=None, probability=share)
-        simulator.reset_connection(operation=operation, times=None, probability=share)
-
-
 class Publisher(threading.Thread):
     """Publishes as an application would: again and again until RabbitMQ has confirmed, and some mail twice."""
 
@@ -166,6 +150,16 @@ def _start(server: Any) -> None:
     raise last
 
 
+_MUST_BE_NONE = (
+    "not archived once",
+    "not acknowledged",
+    "not told as sent",
+    "repeated under another id",
+    "attachments wrong",
+    "of nobody's emails",
+)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the record shows."""
@@ -176,10 +170,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        return self.lost == self.duplicated == 0 and not any(
-            self.figures[name]
-            for name in ("not archived once", "not acknowledged", "not told as sent", "attachments wrong")
-        )
+        return self.lost == self.duplicated == 0 and not any(self.figures[name] for name in _MUST_BE_NONE)
 
 
 def judge(world: World, mail: list[dict[str, Any]]) -> Verdict:
@@ -198,9 +189,11 @@ def judge(world: World, mail: list[dict[str, Any]]) -> Verdict:
         "not acknowledged": sum(not told["SendEmailReceived"][id] for id in ids),
         "not told as sent": sum(not told["SendEmailSent"][id] for id in ids),
         "events repeated": sum(count - 1 for counter in told.values() for count in counter.values()),
+        "repeated under another id": sum(len(ids) - 1 for ids in _ids_of_events(world)),
         "attachments wrong": _wrong_attachments(world, mail, known),
         "were in doubt": world.count(_WERE_IN_DOUBT),
         "dead letters": world.count("SELECT count(*) FROM dlq"),
+        "of nobody's emails": sum(delivered.values()) - sum(counts),
     }
     return Verdict(figures, lost=counts.count(0), duplicated=sum(count > 1 for count in counts))
 
@@ -210,6 +203,14 @@ _WERE_IN_DOUBT = """
     SELECT count(*) FROM sent_emails
     WHERE jsonb_array_length(coalesce(response_metadata->'evidence', '[]')) > 1
 """
+
+
+def _ids_of_events(world: World) -> Iterator[set[str]]:
+    """Yield under which ids each event came: one, however often it came."""
+    ids: dict[tuple[str, str], set[str]] = {}
+    for event in world.events():
+        ids.setdefault((event.type, event.body["incoming_email_id"]), set()).add(event.message_id)
+    yield from ids.values()
 
 
 def _wrong_attachments(world: World, mail: list[dict[str, Any]], known: dict[str, str]) -> int:
@@ -235,7 +236,7 @@ def run(options: argparse.Namespace, screen: Console) -> tuple[Verdict, dict[str
         with World(servers.environment, folder / "world", settings, **world_options) as world:
             world.wait_until_ready(timedelta(seconds=60))
             mail = list(emails(options.emails, options.mailboxes, world.simulator, chance))
-            break_graph(world.simulator, options.fault_rate, options.lost_answers)
+            break_graph(world.simulator, rates(options.fault_rate, dict(options.fault)))
             began = time.monotonic()
             publisher = Publisher(world, mail, options.seconds, chance)
             publisher.start()
@@ -274,6 +275,13 @@ def _wait(world: World, count: int, screen: Console) -> None:
         screen.print(f"[red]{overdue}[/red]")
 
 
+def _named_rate(text: str) -> tuple[str, float]:
+    name, _, rate = text.partition("=")
+    if name not in FAULTS or not 0 <= float(rate) <= 1:
+        raise ValueError(text)
+    return name, float(rate)
+
+
 def _scratch() -> Path:
     scratch = ROOT / ".local"
     scratch.mkdir(exist_ok=True)
@@ -288,9 +296,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=120, help="over which mail and kills are spread")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--fault-rate", type=float, default=0.1, help="share of all Graph calls that go wrong")
+    parser.add_argument("--fault-rate", type=float, default=0.12, help="share of all Graph calls that go wrong")
     parser.add_argument(
-        "--lost-answers", type=float, default=0.0, help="share of sends answered 504 after they happened"
+        "--fault",
+        type=_named_rate,
+        action="append",
+        default=[],
+        metavar="NAME=RATE",
+        help=f"share of one kind, of the calls that it can strike; may be given again: {', '.join(FAULTS)}",
     )
     parser.add_argument("--via", choices=["sendmail", "draft"], default="sendmail")
     parser.add_argument("--directory", help="where logs stay")

@@ -148,22 +148,28 @@ class Simulator:
         seconds: float | None = None,
         executed: Executed = False,
         times: int | None = 1,
+        probability: float = 1.0,
     ) -> None:
         """Hold the call for some seconds, or until ``release`` or until the client gives up.
 
         It takes effect before that (True), never (False) or at the end, whoever still waits (``"late"``).
         """
-        self._add_fault("hang", operation, mailbox, times, 1.0, seconds=seconds, executed=executed)
+        self._add_fault("hang", operation, mailbox, times, probability, seconds=seconds, executed=executed)
 
     def release(self) -> None:
         """Let go of all calls that are held."""
         self._ask("release")
 
     def accept_with_retry_after(
-        self, mailbox: str | None = None, retry_after: str = "5", operation: str = "send_mail", times: int | None = 1
+        self,
+        mailbox: str | None = None,
+        retry_after: str = "5",
+        operation: str = "send_mail",
+        times: int | None = 1,
+        probability: float = 1.0,
     ) -> None:
         """Answer as usual, with a Retry-After besides."""
-        self._add_fault("accepted_with_retry_after", operation, mailbox, times, 1.0, retry_after=retry_after)
+        self._add_fault("accepted_with_retry_after", operation, mailbox, times, probability, retry_after=retry_after)
 
     def deliver_twice(self, mailbox: str | None = None, operation: str = "any", times: int | None = 1) -> None:
         """Let one accepted send leave as two mails."""
@@ -181,17 +187,21 @@ class Simulator:
         """Accept a send, store it in Sent Items, and put a non-delivery report into the Inbox."""
         self._decide_fate("bounced", mailbox, operation, times)
 
-    def lose_upload_session(self, mailbox: str | None = None, times: int | None = 1) -> None:
+    def lose_upload_session(self, mailbox: str | None = None, times: int | None = 1, probability: float = 1.0) -> None:
         """Forget the session that the next range is for."""
-        self._add_fault("upload_session_lost", "upload_range", mailbox, times, 1.0)
+        self._add_fault("upload_session_lost", "upload_range", mailbox, times, probability)
 
-    def hide_next_draft(self, seconds: float, mailbox: str | None = None, times: int | None = 1) -> None:
+    def hide_next_draft(
+        self, seconds: float, mailbox: str | None = None, times: int | None = 1, probability: float = 1.0
+    ) -> None:
         """Let a draft be found only this long after its creation."""
-        self._add_fault("draft_not_visible", "create_draft", mailbox, times, 1.0, seconds=seconds)
+        self._add_fault("draft_not_visible", "create_draft", mailbox, times, probability, seconds=seconds)
 
-    def expire_token(self, mailbox: str | None = None, operation: str = "any", times: int | None = 1) -> None:
+    def expire_token(
+        self, mailbox: str | None = None, operation: str = "any", times: int | None = 1, probability: float = 1.0
+    ) -> None:
         """Answer 401 and refuse the token of that call from then on."""
-        self._add_fault("token_expired", operation, mailbox, times, 1.0)
+        self._add_fault("token_expired", operation, mailbox, times, probability)
 
     def expire_all_tokens(self) -> None:
         self._ask("expire-tokens")
@@ -201,9 +211,10 @@ class Simulator:
         mailbox: str | None = None,
         how: Literal["unconvertible", "truncated"] = "unconvertible",
         times: int | None = 1,
+        probability: float = 1.0,
     ) -> None:
         """Refuse to make a message's MIME, or break off in the middle of it."""
-        self._add_fault("bad_mime", "mime", mailbox, times, 1.0, how=how)
+        self._add_fault("bad_mime", "mime", mailbox, times, probability, how=how)
 
     def deny(self, mailbox: str) -> None:
         """Put the mailbox out of the application's reach: 403 for everything, until ``allow``."""

@@ -1,9 +1,15 @@
 """The bridge: consumes ``send_email`` and calls the ingest actor in its own process, a batch at a time.
 
-Crash points: before the commit nothing has happened, and RabbitMQ delivers again; between the commit and the ACK the
-batch is delivered again and finds its rows. A delivery is acknowledged only when it is stored and its event confirmed,
-or when it is kept in ``send_email.rejected`` and the publisher told; so bad input never stops the line, and nothing is
-lost when PostgreSQL or RabbitMQ are away: the deliveries stay with RabbitMQ until both are back.
+A delivery is acknowledged only when it is stored and its event confirmed, or when it is kept in
+``send_email.rejected`` and the publisher told; so bad input never stops the line, and nothing is lost when PostgreSQL
+or RabbitMQ are away: the deliveries stay with RabbitMQ until both are back.
+
+Where it may die, and what the next one does:
+
+* ``bridge.consumed``, before the commit: RabbitMQ delivers the batch again; nothing has happened.
+* within ``ingest``: see there.
+* ``bridge.ingested``, before the ACK: RabbitMQ delivers the batch again, and it finds its rows.
+* ``bridge.acknowledged``: nothing is left to do.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ through a topic exchange: the message still lands in ``<queue>.XQ``, and a copy 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,7 +15,11 @@ from typing import Any, ClassVar
 from dramatiq import Middleware
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer
 from dramatiq.common import xq_name
+from dramatiq.errors import ConnectionClosed
 from dramatiq.middleware import Interrupt
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+
+from crash_points import CrashPoint, CrashPoints
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +35,19 @@ class FleetConsumer(_RabbitmqConsumer):
     Delivery tags start anew with each connection. After a reconnect Dramatiq's consumer takes the tag of a message of
     the old connection for one of the new, and so acknowledges a message that is still being worked on.
 
+    Where the process may die: at ``message.done`` RabbitMQ delivers the message again, and the actor finds that it is
+    done; at ``message.acknowledged`` it is over. At ``message.given-up`` it is delivered again, and finds its row of
+    ``dlq`` or is given up once more; at ``message.refused`` RabbitMQ dead-letters it, and the minute's turn mirrors it.
+
     Dramatiq takes a message's word for the queue that it came from and for its members' types; one that lies ends the
     thread that works on it, and the next one's when it comes again. One with an ``eta`` would wait in this process.
     """
+
+    def __init__(self, *arguments: Any) -> None:
+        try:
+            super().__init__(*arguments)
+        except AMQPConnectorException as error:  # a server that accepts and then says nothing
+            raise ConnectionClosed(error) from error
 
     def __next__(self) -> Any:
         message = super().__next__()
@@ -57,15 +72,39 @@ class FleetConsumer(_RabbitmqConsumer):
         )
 
     def ack(self, message: Any) -> None:
-        if message.came_over is self:
+        if self._may_settle(message):
+            self.broker.crash_point(CrashPoint.MESSAGE_DONE, self.queue_name)
             super().ack(message)
+            self.broker.crash_point(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
 
     def nack(self, message: Any) -> None:
-        if message.came_over is self:
+        if self._may_settle(message):
             super().nack(message)
 
+    def _may_settle(self, message: Any) -> bool:
+        """Whether RabbitMQ waits for it; what came over a channel that is closed it delivers again.
+
+        Dramatiq would have the thread wait for the channel, five seconds at a time, before it works on.
+        """
+        return message.came_over is self and bool(self.channel.is_open)
+
+    def close(self) -> None:
+        """Close the connection too when RabbitMQ has closed the channel.
+
+        Raises:
+            ConnectionClosed: Something was closed already. Any other error would end the consumer's thread for good.
+        """
+        try:
+            super().close()
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                self.connection.close()
+            raise ConnectionClosed(error) from error
+
     def _nack(self, tag: int) -> None:
+        self.broker.crash_point(CrashPoint.MESSAGE_GIVEN_UP)
         super()._nack(tag)
+        self.broker.crash_point(CrashPoint.MESSAGE_REFUSED)
         # Of a body that is no message at all Dramatiq tells no middleware.
         self.broker.emit_after("nack", None)
 
@@ -77,9 +116,10 @@ class FleetBroker(RabbitmqBroker):
     def consumer_class(self) -> type[FleetConsumer]:
         return FleetConsumer
 
-    def __init__(self, *, url: Any, queue_type: str, middleware: list[Any]) -> None:
+    def __init__(self, *, url: Any, queue_type: str, middleware: list[Any], crash_point: CrashPoints) -> None:
         super().__init__(url=None, confirm_delivery=True, middleware=middleware)
         self.parameters = url
+        self.crash_point = crash_point
         self._queue_type = queue_type
 
     def declare_all(self, channel: Any) -> None:

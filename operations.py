@@ -35,6 +35,9 @@ from outbox import Outgoing, Unconfirmed, connect
 from telemetry import Step, mail_log
 from vault import bind_to
 
+#: Much longer than publishing takes.
+_REPLAY_LEASE = timedelta(minutes=2)
+
 
 class NotFound(Exception):
     """Raised when no email, dead letter or backup has the id."""
@@ -143,13 +146,15 @@ def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
         message = _message_again(letter) if foreign else None
     except NotReplayable as reason:
         return str(reason)
+    if message:
+        if not dead_letters.reserve(letter.id, who, _REPLAY_LEASE):
+            return "resolved before"
+        if failure := _publish(message, letter):
+            return failure
     with models.transaction():
         if not dead_letters.resolve(letter.id, replayed=replay, who=who):
             return "resolved before"
         audit.record(who, f"dlq.{outcome}", letter.id, incoming_email_id=letter.incoming_email_id)
-    # Only whoever took the letter publishes.
-    if message and (failure := _publish(message, letter, who)):
-        return failure
     if replay:
         mail_log(Step.REPLAYED, incoming_email_id=letter.incoming_email_id, dead_letter_id=letter.id)
     return outcome
@@ -163,15 +168,13 @@ def _message_again(letter: Letter) -> Message[Any]:
         raise NotReplayable("no actor can read it: discard it") from None
 
 
-def _publish(message: Message[Any], letter: Letter, who: str) -> str | None:
-    """Put a message back on its queue; every actor bears a repeat. If that fails the letter is open again: say why."""
+def _publish(message: Message[Any], letter: Letter) -> str | None:
+    """Put a message back on its queue; every actor bears a repeat. If that fails say why: the letter stays open."""
     properties = pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent)
     try:
         runtime.publisher.publish([Outgoing("", letter.queue_name, message.encode(), properties, mandatory=True)])
     except Exception as error:
-        with models.transaction():
-            dead_letters.reopen(letter.id)
-            audit.record(who, "dlq.reopened", letter.id)
+        dead_letters.release(letter.id)
         if not isinstance(error, Unconfirmed):
             raise
         return str(error)

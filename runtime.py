@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
+from orphans import EndWithParent, end_with_parent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from vault import Keyring, Vault
 
@@ -49,7 +51,9 @@ _MILLISECOND = timedelta(milliseconds=1)
 #: A wake-up that got lost on its way blocks others for no longer than this.
 _WAKE_LASTS = timedelta(seconds=2)
 _WAKE_PAUSE = timedelta(seconds=1)
-_woken_at: dict[str, float] = {}
+_next_turn_at: dict[str, float] = {}
+_waiting_to_wake: set[str] = set()
+_wake_lock = threading.Lock()
 _batchers: list[Batcher[Any]] = []
 #: Longer than any upload should take, shorter than RabbitMQ's 30 minutes for an unacknowledged message.
 TIME_LIMIT_MILLISECONDS = timedelta(minutes=20) // _MILLISECOND
@@ -94,6 +98,7 @@ def _count_unknown_code(status: int, _code: str) -> None:
 
 def serve_workers_metrics() -> None:
     """Serve the metrics of all worker processes of this type on ``METRICS_PORT``."""
+    end_with_parent()
     telemetry.serve_workers_metrics(configuration.metrics_port)
 
 
@@ -132,6 +137,9 @@ def enqueue(messages: Sequence[dramatiq.Message[Any]]) -> Future[None]:
 def publish_events(events: Sequence[Event]) -> None:
     """Publish events and mark those as published that are confirmed; the others are left to the sweep.
 
+    A process that dies at ``events.published``, before the mark, has the sweep publish them again, with the same
+    ``message_id``; at ``events.marked`` nothing is left to do.
+
     Raises:
         Unconfirmed, DatabaseAway: Some may have been published without being marked. They keep their ``message_id``.
         Unpublishable: All are published but some that never will be.
@@ -141,6 +149,7 @@ def publish_events(events: Sequence[Event]) -> None:
     if confirmed:
         crash_point(CrashPoint.EVENTS_PUBLISHED)
         models.mark_published([event.id for event in confirmed])
+        crash_point(CrashPoint.EVENTS_MARKED)
     for event in confirmed:
         telemetry.PUBLISHED.labels(event.type).inc()
     # One that may succeed the next time says more than one that never will.
@@ -152,15 +161,46 @@ def wake(actor_name: str) -> None:
     """Have an actor run at once, wherever a worker is free for it; wake-ups that come in a burst are one.
 
     The actor takes the mark away (`waking`) before it looks at the tables, so no wake-up is lost. Without Redis each
-    process wakes it once a second; without RabbitMQ nobody is woken, and the next minute's sweep does the work.
+    process wakes it once a second; one that RabbitMQ does not take is tried again until it does. What dies with this
+    process the next minute's sweep makes up for.
     """
     try:
-        if redis.set(_wake_key(actor_name), 1, nx=True, px=_WAKE_LASTS // _MILLISECOND):
-            enqueue([fleet_broker.get_actor(actor_name).message()])
+        if not redis.set(_wake_key(actor_name), 1, nx=True, px=_WAKE_LASTS // _MILLISECOND):
+            return
     except RedisError:
-        if time.monotonic() - _woken_at.get(actor_name, float("-inf")) > _WAKE_PAUSE.total_seconds():
-            _woken_at[actor_name] = time.monotonic()
-            enqueue([fleet_broker.get_actor(actor_name).message()])
+        if wait := _until_next_turn(actor_name):
+            _wake_later(actor_name, wait)
+            return
+    crash_point(CrashPoint.WAKE_UP_MARKED)
+    sent = enqueue([fleet_broker.get_actor(actor_name).message()])
+    # By then the mark, which keeps others from trying, has lapsed.
+    sent.add_done_callback(lambda done: _wake_later(actor_name, _WAKE_LASTS) if done.exception() else None)
+
+
+def _until_next_turn(actor_name: str) -> timedelta | None:
+    """Return how long to wait before this process may wake the actor without having asked Redis; None: it may now."""
+    wait = _next_turn_at.get(actor_name, float("-inf")) - time.monotonic()
+    if wait > 0:
+        return timedelta(seconds=wait)
+    _next_turn_at[actor_name] = time.monotonic() + _WAKE_PAUSE.total_seconds()
+    return None
+
+
+def _wake_later(actor_name: str, wait: timedelta) -> None:
+    """Wake the actor after a while, once however many ask for it meanwhile."""
+
+    def ring() -> None:
+        with _wake_lock:
+            _waiting_to_wake.discard(actor_name)
+        wake(actor_name)
+
+    with _wake_lock:
+        if actor_name in _waiting_to_wake:
+            return
+        _waiting_to_wake.add(actor_name)
+    timer = threading.Timer(wait.total_seconds(), ring)
+    timer.daemon = True
+    timer.start()
 
 
 def wake_soon(actor_name: str) -> None:
@@ -168,12 +208,14 @@ def wake_soon(actor_name: str) -> None:
     _wake_ups.add([actor_name])
 
 
-def waking(actor_name: str) -> None:
-    """Take the mark of a wake-up away: from here on another may come."""
+def waking(actor_name: str) -> bool:
+    """Take the mark of a wake-up away: from here on another may come. Return whether Redis answered."""
     try:
         redis.delete(_wake_key(actor_name))
     except RedisError:
         log.warning("Redis is away")
+        return False
+    return True
 
 
 def _wake_key(actor_name: str) -> str:
@@ -255,11 +297,13 @@ source = AttachmentSource(
 fleet_broker = FleetBroker(
     url=rabbitmq,
     queue_type=configuration.rabbitmq_queue_type,
+    crash_point=crash_point,
     middleware=[
         TimeLimit(time_limit=TIME_LIMIT_MILLISECONDS),
         CurrentMessage(),
         DeadLettering((models.DatabaseAway, outbox.Unconfirmed, limits.Unavailable, RedisError), wake_mirror),
         FlushAtShutdown(),
+        EndWithParent(),
         PeriodiqMiddleware(skip_delay=30),
         telemetry.WorkerMetrics(
             serve_workers_metrics if configuration.prometheus_multiproc_dir and configuration.metrics_port else None

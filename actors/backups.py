@@ -3,7 +3,14 @@
 The message is read under the id that its draft had, where it had one; Graph's pages disagree on whether that id
 survives the sending, so if nothing is there, and for mail that never was a draft, the tag decides.
 
-Dying anywhere leaves the backup leased and due: it is made again, and the second copy finds the first.
+Where the worker may die, and what the next one does:
+
+* ``backup.taken``, before the claim: RabbitMQ delivers the dispatch again.
+* ``backup.claimed``, ``backup.fetched``: makes it again when the lease has run out, an attempt spent.
+* ``backup.stored``, ``backup.postponed``, ``backup-failure.recorded``: the dispatch is delivered again and claims
+  nothing; what is recorded holds.
+
+A second copy of a message, however it came about, finds the first.
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ class NotInMailbox(Exception):
 @dramatiq.actor(queue_name="backup", throws=(PermanentError, NotInMailbox, AttemptsUsedUp))
 def backup_email(incoming_email_id: str, attempt: int) -> None:
     """Store the mail's MIME, sealed, or record why not and when to try again. Safe to repeat."""
+    runtime.crash_point(CrashPoint.BACKUP_TAKEN)
     backup = ClaimedBackup.claim(incoming_email_id, attempt, lease=runtime.configuration.lease)
     if backup is None:
         return
@@ -42,6 +50,7 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
             _archive(backup)
         except Exception as error:
             _record(backup, error)
+            runtime.crash_point(CrashPoint.BACKUP_POSTPONED)
         finally:
             runtime.wake_soon("schedule_emails")
 
@@ -141,6 +150,7 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception) -> None:
     )
     if not given_up:
         return
+    runtime.crash_point(CrashPoint.BACKUP_FAILURE_RECORDED)
     DEAD_LETTERS.labels(message.queue_name, "backup_failed").inc()
     mail_log(
         Step.BACKUP_FAILED, incoming_email_id=backup.incoming_email_id, reason="backup_failed", attempt=backup.attempt

@@ -3,6 +3,15 @@
 Recovery points, each committed under the email's lease before the next step: the draft's id; for each attachment its
 upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by
 the email's tag, an attachment by looking at the draft.
+
+Where the worker may die, and what the next claimant does once the lease has run out:
+
+* ``draft.created``, before its id is recorded: finds the draft by the tag. ``draft.recorded``: has its id.
+* ``attachment.attached``, before it is recorded: sees it on the draft. ``upload.recorded``: goes on with the next.
+* ``session.created``, before its address is recorded: opens another; the first leaves nothing on the draft.
+* ``session.recorded``, ``range.recorded``: goes on in the session, where it was.
+* ``range.uploaded``, before it is recorded: Graph refuses the range and says where to go on; where it does not, the
+  file begins anew in another session.
 """
 
 from __future__ import annotations
@@ -159,6 +168,7 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
             raise UploadOutOfOrder("Graph expects another range than the next")
         upload.uploaded_bytes = following
         uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+        runtime.crash_point(CrashPoint.RANGE_RECORDED)
     raise UploadSessionLost("the file is up and Graph still waits")
 
 
@@ -186,6 +196,7 @@ def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dic
     runtime.crash_point(CrashPoint.SESSION_CREATED)
     upload.session_url, upload.session_expires_at, upload.uploaded_bytes = session.url, session.expires_at, 0
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+    runtime.crash_point(CrashPoint.SESSION_RECORDED)
     return session
 
 

@@ -3,6 +3,14 @@
 The bridge calls the actor in its own process with what it has consumed; Python producers may send to the queue
 ``ingest`` instead. Either way a batch is one transaction, and it is done only when its events and rejections are
 confirmed by RabbitMQ: who calls may acknowledge what it consumed. Running a batch again finds the rows of the first.
+
+Where it may die, and what happens when the batch is run again:
+
+* ``ingest.stored``, before anything is published: the rows are found; their events are left to the scheduler's sweep,
+  which also does the work if the scheduler was not woken; rejections are decided and published again.
+* ``events.published``, ``events.marked``: see `runtime.publish_events`.
+* ``ingest.published``, all confirmed: the rows are found; rejections are published again, an event with the same
+  ``message_id``.
 """
 
 from __future__ import annotations

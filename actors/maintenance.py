@@ -1,13 +1,17 @@
 """Housekeeping: the copies of dead letters are read into their table, and what has expired is deleted.
 
-Both do a bounded batch at a time and may be stopped anywhere: a copy is acknowledged only when its row is committed,
-and a row that two of them see is made once.
+Both do a bounded batch at a time. Where they may die, and what happens next:
+
+* ``mirror.consumed``, before the commit: RabbitMQ delivers the copies again at the next turn.
+* ``mirror.stored``, before the ACK: the copies are delivered again and find their rows. ``mirror.acknowledged``: done.
+* ``purge.deleted``: the next turn deletes the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -23,7 +27,7 @@ from broker import MIRROR_QUEUE
 from crash_points import CrashPoint
 from models import backups, dead_letters
 from models.dead_letters import Copy
-from models.ids import as_uuid
+from models.ids import as_uuid, new_id
 from outbox import Unconfirmed, connect
 from telemetry import MIRRORED, Step, mail_log
 
@@ -60,11 +64,14 @@ def _mirror_batch(channel: Any) -> bool:
     taken = list(_take(channel))
     if not taken:
         return False
-    copies = [_copy(properties, body) for _, properties, body in taken]
+    runtime.crash_point(CrashPoint.MIRROR_CONSUMED)
+    known = Counter[str]()
     with models.transaction():
+        copies = [_copy(method, properties, body, known) for method, properties, body in taken]
         missing = [copy for copy in copies if dead_letters.mirror([copy])]
     runtime.crash_point(CrashPoint.MIRROR_STORED)
     channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
+    runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
     for copy in missing:
         MIRRORED.labels(copy.queue_name).inc()
         mail_log(
@@ -88,15 +95,14 @@ def _take(channel: Any) -> Iterator[tuple[Any, Any, bytes]]:
             return
 
 
-def _copy(properties: Any, body: bytes) -> Copy:
+def _copy(method: Any, properties: Any, body: bytes, known: Counter[str]) -> Copy:
     death = ((properties.headers or {}).get("x-death") or [{}])[0]
     queue_name = str(death.get("queue", "unknown"))
     message = _message(body)
     incoming_email_id = message.get("kwargs", {}).get("incoming_email_id")
-    # A foreign body has no id of its own; what, where and when it was makes one.
-    own_id = hashlib.sha256(body + repr((queue_name, death.get("time"))).encode()).hexdigest()
+    fingerprint = hashlib.sha256(body + repr((queue_name, death.get("time"))).encode()).hexdigest()
     return Copy(
-        message_id=_text(message.get("message_id")) or own_id,
+        message_id=_text(message.get("message_id")) or _own_id(fingerprint, method.redelivered, known),
         queue_name=queue_name.removesuffix(".DQ"),
         actor_name=_text(message.get("actor_name")),
         incoming_email_id=as_uuid(incoming_email_id) if isinstance(incoming_email_id, str) else None,
@@ -105,6 +111,19 @@ def _copy(properties: Any, body: bytes) -> Copy:
         # A message that can be read may be replayed, so it is kept whole.
         body=body if message else body[:_MAX_BODY_BYTES],
     )
+
+
+def _own_id(fingerprint: str, redelivered: bool, known: Counter[str]) -> str:
+    """Return an id for a foreign body, which has none: a new one, or that of the row which an earlier turn has made.
+
+    Only a copy that comes again can have a row. Of several alike each stands for another of their rows.
+    """
+    if redelivered:
+        earlier = dead_letters.message_ids(f"{fingerprint}:")
+        known[fingerprint] += 1
+        if known[fingerprint] <= len(earlier):
+            return earlier[known[fingerprint] - 1]
+    return f"{fingerprint}:{new_id()}"
 
 
 def _text(value: Any) -> str | None:
@@ -126,6 +145,7 @@ def _message(body: bytes) -> dict[str, Any]:
 def purge_expired() -> None:
     """Delete backups whose retention has ended."""
     while purged := backups.purge_expired(_PURGE_BATCH):
+        runtime.crash_point(CrashPoint.PURGE_DELETED)
         log.info("deleted %d expired backups", purged)
         if purged < _PURGE_BATCH:
             return

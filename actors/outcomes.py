@@ -95,7 +95,9 @@ def record_sent(
 
 def record_expired(email: ClaimedEmail) -> None:
     """Record that the mail came too late to be sent, and have the world told."""
-    runtime.events.add([email.expire(PUBLISH_WITHIN)])
+    event = email.expire(PUBLISH_WITHIN)
+    runtime.crash_point(CrashPoint.EXPIRY_RECORDED)
+    runtime.events.add([event])
     mail_log(Step.EXPIRED, incoming_email_id=email.id)
 
 
@@ -190,12 +192,19 @@ def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:
     if unknown.retry_after:
         pause_fleet(email.mailbox, unknown.retry_after, unknown)
-    email.mark_in_doubt(look_again_in=runtime.configuration.in_doubt_settle, evidence=refused("send", unknown))
+    leave_in_doubt(email, refused("send", unknown))
     mail_log(Step.IN_DOUBT, incoming_email_id=email.id, why=str(unknown))
+
+
+def leave_in_doubt(email: ClaimedEmail, evidence: dict[str, Any]) -> None:
+    """Let go of an email of which nobody knows whether it was sent; it is looked up in a while."""
+    email.mark_in_doubt(look_again_in=runtime.configuration.in_doubt_settle, evidence=evidence)
+    runtime.crash_point(CrashPoint.DOUBT_RECORDED)
 
 
 def _snooze(email: ClaimedEmail, wait: timedelta, why: str, reason: str) -> None:
     email.snooze(wait, why)
+    runtime.crash_point(CrashPoint.RETRY_RECORDED)
     mail_log(Step.SNOOZED, incoming_email_id=email.id, why=reason, seconds=round(wait.total_seconds(), 3))
 
 
@@ -206,6 +215,7 @@ def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
     elif email.attempt >= runtime.configuration.max_attempts:
         _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error}"), because=error)
     email.retry(wait, str(error) or type(error).__name__)
+    runtime.crash_point(CrashPoint.RETRY_RECORDED)
     mail_log(
         Step.RETRIED,
         incoming_email_id=email.id,
@@ -219,10 +229,8 @@ def _retry_unforeseen(email: ClaimedEmail, error: Exception) -> None:
     """Treat an error of our own as one: where the intent stands it may have come after the send."""
     log.exception("unforeseen %s", type(error).__name__)
     if email.intended:
-        email.mark_in_doubt(
-            look_again_in=runtime.configuration.in_doubt_settle,
-            evidence={"asked": "send", "seen": type(error).__name__, "client_request_id": email.send_id},
-        )
+        evidence = {"asked": "send", "seen": type(error).__name__, "client_request_id": email.send_id}
+        leave_in_doubt(email, evidence)
     else:
         _retry(email, Unforeseen(type(error).__name__), backoff(email.attempt))
 

@@ -1,8 +1,18 @@
 """The scheduler: decides which mail goes out now, and hands it to the send actors.
 
 ``schedule_emails`` is woken by ingest, by every finished send and by the next due time, and swept each minute in case
-a wake-up was lost. What it claims is committed before it is published; if publishing fails, or the process dies in
-between, the dispatch's lease runs out and the mail is claimed again.
+a wake-up was lost. What it claims is committed before it is published.
+
+Where it may die, and what the next one does:
+
+* ``wake-up.marked``, before the wake-up is published: nobody is woken for two seconds; the minute's sweep makes up.
+* ``scheduler.woken``, before the commit: RabbitMQ delivers the wake-up again; nothing has happened.
+* ``scheduler.claimed``, before anything is published: the dispatches' leases run out, and the mail is claimed again, no
+  attempt spent; the same for backups.
+* ``expiry.recorded``: the mail is expired; the event is left to the next sweep.
+* ``scheduler.dispatched``: workers have the dispatches; the wake-up is delivered again and finds nothing to do.
+* ``events.taken``, leftover events about to be published: they are anybody's again after `outbox.PUBLISH_WITHIN`.
+* ``receipts.noted``: the message is delivered again and notes the same.
 """
 
 from __future__ import annotations
@@ -48,28 +58,29 @@ _last_served = dict.fromkeys(Route, "")
 def schedule_emails() -> None:
     """Dispatch what may go out, and see to it that the next due time is not slept through. Safe to repeat."""
     _pace.keep()
-    runtime.waking("schedule_emails")
+    can_count = runtime.waking("schedule_emails")
+    runtime.crash_point(CrashPoint.SCHEDULER_WOKEN)
     try:
-        while _sweep():
+        while _sweep(hand_out=can_count):
             pass
         publish_leftover_events()
-        _alarm.ring_at(scheduling.next_due_at())
+        _alarm.ring_at(scheduling.next_due_at() if can_count else datetime.now(UTC) + _AWAY_PAUSE)
     except (models.DatabaseAway, Unconfirmed):
         _alarm.ring_at(datetime.now(UTC) + _AWAY_PAUSE)  # who would have woken us may have failed just so
         raise
 
 
-def _sweep() -> bool:
-    """Claim and publish one batch; return whether there may be more to claim at once."""
-    configuration = runtime.configuration
+def _sweep(*, hand_out: bool) -> bool:
+    """Claim and publish one batch; return whether there may be more to claim at once.
+
+    While Redis is away nothing is handed out: no worker could count it, and all would put it back as fast as it came.
+    """
     with scheduling.sweep():
         lapsed = scheduling.expire_leases()
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
-        claims = _claim()
-        backups, more_backups = scheduling.claim_backups(
-            concurrency=configuration.backup_concurrency, share=_share(), lease=configuration.lease
-        )
+        claims = _claim() if hand_out else {}
+        backups, more_backups = _claim_backups() if hand_out else ([], False)
     for incoming_email_id, status in lapsed:
         mail_log(Step.LEASE_LOST, incoming_email_id=incoming_email_id, status=status)
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
@@ -103,6 +114,13 @@ def _claim() -> dict[Route, list[Dispatch]]:
             busy[dispatch.mailbox] = busy.get(dispatch.mailbox, 0) + 1
             _last_served[route] = dispatch.mailbox
     return claims
+
+
+def _claim_backups() -> tuple[list[DueBackup], bool]:
+    configuration = runtime.configuration
+    return scheduling.claim_backups(
+        concurrency=configuration.backup_concurrency, share=_share(), lease=configuration.lease
+    )
 
 
 def _dispatch(claims: dict[Route, list[Dispatch]], backups: Sequence[DueBackup]) -> None:
@@ -148,6 +166,8 @@ def _backup_message(backup: DueBackup) -> dramatiq.Message[Any]:
 
 
 def _announce_expired(events: list[Event]) -> None:
+    if events:
+        runtime.crash_point(CrashPoint.EXPIRY_RECORDED)
     runtime.events.add(events)
     for event in events:
         mail_log(Step.EXPIRED, incoming_email_id=event.incoming_email_id)
@@ -156,6 +176,7 @@ def _announce_expired(events: list[Event]) -> None:
 def publish_leftover_events() -> None:
     """Publish the events whose writer did not: it died, or RabbitMQ was away."""
     while leftover := models.claim_unpublished(PUBLISH_WITHIN):
+        runtime.crash_point(CrashPoint.EVENTS_TAKEN)
         try:
             runtime.publish_events(leftover)
         except Unpublishable as error:
@@ -172,6 +193,7 @@ def acknowledge_receipt(receipts: list[list[Any]]) -> None:
         receipts: Pairs of an email's id and the attempt.
     """
     scheduling.acknowledge_receipts([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt in receipts])
+    runtime.crash_point(CrashPoint.RECEIPTS_NOTED)
 
 
 def _tell(receipts: list[tuple[str, int]]) -> None:

@@ -1,13 +1,18 @@
 """The send actors: one mail each, sent once, whatever dies.
 
-Where the worker may die, and what the next claimant finds:
+Where the worker may die, and what the next claimant does:
 
-* before the claim: a dispatched email whose lease runs out; it is dispatched again.
-* between claim and intent (attached mail only): an email in ``processing`` without an intent. It is sent from its last
-  recovery point: the draft's id, the attachments that are up.
-* after the intent, before or during the Graph call, or before the outcome is recorded: the intent stands when the lease
-  runs out, so the email is in doubt. Its tag is looked for in the mailbox; it is sent again only if it stays absent.
-* after the outcome: nothing is left to do; the event is published by the sweep.
+* ``send.taken``, before the claim: RabbitMQ delivers the dispatch again, and it is claimed.
+* ``send.claimed``: a mail that is sent at once has its intent with its claim: it is in doubt, as below. A draft goes on
+  from its last recovery point when the lease has run out, an attempt spent (see `actors.drafts`).
+* ``send.intended``, before or during the call, and ``send.answered``, before the outcome is recorded: the intent stands
+  when the lease runs out, so the email is in doubt. Its tag is looked for in the mailbox; it is sent again only if it
+  stays absent.
+* ``send.recorded``, ``expiry.recorded``, ``failure.recorded``: nothing is left to do but to publish the event, which
+  the sweep does. The dispatch is delivered again and claims nothing.
+* ``doubt.recorded``, ``retry.recorded``: the email waits without a lease, as it would have.
+* ``settle.found``, before anything is recorded: it is looked for again when the lease has run out.
+* ``settle.recorded``, found absent: it is ready to be sent.
 
 A dispatch that arrives twice claims once. ``settle`` is the only way out of doubt.
 """
@@ -116,8 +121,7 @@ def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
         # It says something about the question and nothing about the mail.
         if in_doubt_for > LONGEST_DOUBT:
             raise InDoubtHeld(f"it could not be looked up: {error}") from error
-        evidence = refused(LOOK_UP, error)
-        email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
+        outcomes.leave_in_doubt(email, refused(LOOK_UP, error))
         return
     runtime.crash_point(CrashPoint.SETTLE_FOUND)
     sent = [message for message in found.messages if not message.is_draft]
@@ -131,9 +135,10 @@ def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="draft")
         _send_prepared(email, drafts[0].id, partial(email.repeat_intent, evidence=evidence))
     elif in_doubt_for < configuration.in_doubt_grace:
-        email.mark_in_doubt(look_again_in=configuration.in_doubt_settle, evidence=evidence)
+        outcomes.leave_in_doubt(email, evidence)
     elif configuration.in_doubt_policy == "resend" or email.replayed:
         email.settle_as_not_sent(evidence)
+        runtime.crash_point(CrashPoint.SETTLE_RECORDED)
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="absent")
     else:
         raise InDoubtHeld("its send was begun, and it is not in the mailbox")
@@ -142,6 +147,7 @@ def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
 @contextmanager
 def _claimed(incoming_email_id: str, attempt: int, *, intent: bool) -> Iterator[ClaimedEmail | None]:
     """Claim the email for the block, and turn whatever the block raises into one recorded outcome."""
+    runtime.crash_point(CrashPoint.SEND_TAKEN)
     email = ClaimedEmail.claim(incoming_email_id, attempt, lease=runtime.configuration.lease, intent=intent)
     if email is None:
         yield None

@@ -37,6 +37,9 @@ MAX_ERROR_CHARACTERS = 1000
 #: A mail that cannot be looked up is asked for again and again, for days.
 MAX_EVIDENCE = 50
 
+#: Goes on while this process, or the whole machine, is suspended; Linux's monotonic clock does not do the latter.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
 
 class LeaseLost(Exception):
     """Raised when another worker has taken the email: what this one knows is no longer of use."""
@@ -89,7 +92,7 @@ class ClaimedEmail:
     #: The intent to send is committed: from here on only evidence shows that it was not sent.
     intended: bool = False
     _token: str = field(default="", repr=False)
-    #: By this process's monotonic clock, which goes on while the process is suspended.
+    #: In seconds, by `_now`.
     _held_until: float = 0.0
 
     @classmethod
@@ -109,7 +112,7 @@ class ClaimedEmail:
             "intent": intent,
             "sent_id": new_id(),
         }
-        asked_at = time.monotonic()
+        asked_at = _now()
         found = rows(_CLAIM, parameters)
         if not found:
             return None
@@ -161,7 +164,7 @@ class ClaimedEmail:
 
     def ensure_held(self, *, at_least: timedelta, lease: timedelta) -> None:
         """Make sure that the lease lasts for ``at_least``, renewing it if need be, or learn that it is lost."""
-        if time.monotonic() + at_least.total_seconds() > self._held_until:
+        if _now() + at_least.total_seconds() > self._held_until:
             self.renew(lease)
 
     def record_draft(self, draft_id: str) -> None:
@@ -379,7 +382,7 @@ class ClaimedEmail:
     def write(self, sql: str, **parameters: Any) -> None:
         """Run one statement that returns a row exactly if this worker still holds the email (``{held}``)."""
         statement = sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
-        asked_at = time.monotonic()
+        asked_at = _now()
         if not rows(statement, {"id": self.id, "token": self._token, **parameters}):
             raise LeaseLost(f"email {self.id} is no longer held by this worker")
         if lease := parameters.get("lease"):
@@ -425,6 +428,10 @@ _AMENDED = f"""
              THEN (response_metadata->'evidence') - 1
              ELSE coalesce(response_metadata->'evidence', '[]') END || %(evidence)s::jsonb)
 """
+
+
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)
 
 
 def _dated(evidence: dict[str, Any]) -> str:

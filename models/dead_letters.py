@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from models.database import rows, transaction
@@ -47,6 +47,12 @@ def _mirror(copy: Copy) -> int:
         parameters,
     )[0][0]
     return missing
+
+
+def message_ids(prefix: str) -> list[str]:
+    """Return the ids that begin so, oldest row first."""
+    found = rows("SELECT message_id FROM dlq WHERE starts_with(message_id, %(prefix)s) ORDER BY id", {"prefix": prefix})
+    return [message_id for (message_id,) in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +155,27 @@ def resolve(letter_id: str, *, replayed: bool, who: str) -> bool:
     return bool(letter)
 
 
-def reopen(letter_id: str) -> None:
-    """Undo the replay of a message that belongs to no email and could not be published."""
+def reserve(letter_id: str, who: str, lease: timedelta) -> bool:
+    """Keep others from replaying an open letter that belongs to no email while its message is published.
+
+    Whoever dies meanwhile leaves it open: it can be replayed again once the lease is over.
+    """
+    return bool(
+        rows(
+            """
+            UPDATE dlq SET resolved_at = now(), resolved_by = %(who)s
+            WHERE id = %(id)s AND status = 'open' AND (resolved_at IS NULL OR resolved_at < now() - %(lease)s)
+            RETURNING 1
+            """,
+            {"id": letter_id, "who": who, "lease": lease},
+        )
+    )
+
+
+def release(letter_id: str) -> None:
+    """Undo a reservation: the message could not be published."""
     rows(
-        """
-        UPDATE dlq SET status = 'open', resolved_at = NULL, resolved_by = NULL
-        WHERE id = %(id)s AND status = 'replayed' AND incoming_email_id IS NULL
-        """,
-        {"id": letter_id},
+        "UPDATE dlq SET resolved_at = NULL, resolved_by = NULL WHERE id = %(id)s AND status = 'open'", {"id": letter_id}
     )
 
 

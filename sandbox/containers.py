@@ -76,3 +76,8 @@ class Container:
 
     def resume(self) -> None:
         self._project.compose("unpause", self.name)
+
+    def wipe(self) -> None:
+        """Put a new container in its place, without the data of this one."""
+        self._project.compose("rm", "--stop", "--force", "--volumes", self.name)
+        self.start()

@@ -237,6 +237,7 @@ class RabbitMQ(Program):
         self._node = f"mailfleet-{secrets.token_hex(4)}@localhost"
         self._epmd_port = free_port()
         self._distribution_port = free_port()
+        self._data = self.directory / "data"
 
     @classmethod
     def find(cls) -> Path:
@@ -279,7 +280,7 @@ class RabbitMQ(Program):
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{own}/enabled_plugins",
             "RABBITMQ_LOG_BASE": f"{own}/logs",
-            "RABBITMQ_MNESIA_BASE": f"{own}/data",
+            "RABBITMQ_MNESIA_BASE": str(self._data),
             "RABBITMQ_NODENAME": self._node,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -start_epmd false -kernel inet_dist_use_interface "
@@ -312,6 +313,15 @@ class RabbitMQ(Program):
         """Return a row per queue, as in ``list_queues("name", "messages_ready")``."""
         rows: list[dict[str, Any]] = json.loads(self.rabbitmqctl("list_queues", "--formatter=json", *columns))
         return rows
+
+    def wipe(self) -> None:
+        """Lose everything, as a new node in the place of a lost disk would have: queues, exchanges, bindings, messages.
+
+        Port, user and virtual host stay. Returns when the server answers again.
+        """
+        self.kill()
+        shutil.rmtree(self._data)
+        self.start()
 
     def _start_epmd(self) -> None:
         """Start the port mapper, which the server would otherwise start as a daemon that outlives it."""

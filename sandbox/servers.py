@@ -62,7 +62,8 @@ class Servers:
 
     Attributes:
         postgresql, rabbitmq, redis: Each has ``url``, ``ours``, ``kill``, ``stop``, ``start`` (same port, same data),
-            ``suspend``, ``resume``; Redis also ``wipe``, RabbitMQ ``rabbitmqctl`` and ``list_queues``.
+            ``suspend``, ``resume``; RabbitMQ and Redis also ``wipe`` (same port, user and password, nothing else),
+            RabbitMQ ``rabbitmqctl`` and ``list_queues``.
         directory: This run's own directory, below the one that was given.
     """
 

@@ -9,7 +9,9 @@ import support
 from support import Fleet, rows, store, table, wait_until
 
 import actors
+import runtime
 from broker import MIRROR_QUEUE
+from crash_points import CrashPoint
 from outbox import Unconfirmed
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
@@ -81,6 +83,33 @@ def test_whatever_was_dead_lettered_is_kept_and_does_not_stop_the_mirror(fleet: 
     }
     kept = {bytes.fromhex(letter["body"][2:]) for letter in letters}
     assert kept == {body[:1_000_000] for body in POISON.values()}
+    assert waiting(fleet) == 0
+
+
+class Died(Exception):
+    """Raised in the place of a death of the process."""
+
+
+def test_of_foreign_messages_that_are_all_alike_each_has_its_row_whatever_dies(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given some, and a process that dies after it has stored their rows, before it has acknowledged them
+    def die(point: CrashPoint) -> None:
+        if point is CrashPoint.MIRROR_STORED:
+            raise Died
+
+    for _ in range(3):
+        dead_letter(fleet, b"who am I?")
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "crash_point", die)
+        with pytest.raises(Died):
+            actors.mirror_dead_letters()
+    wait_until("RabbitMQ delivers again", lambda: waiting(fleet) == 3)
+    # When they come again, with one that is new
+    dead_letter(fleet, b"who am I?")
+    actors.mirror_dead_letters()
+    # Then
+    assert len(table("dlq")) == 4
     assert waiting(fleet) == 0
 
 

@@ -135,10 +135,22 @@ def test_wake_ups_of_a_burst_are_one_and_none_is_lost(fleet: Fleet) -> None:
     assert wait_until("it is woken again", lambda: fleet.take("scheduler"))
 
 
-def test_without_redis_nobody_is_woken_and_nothing_breaks(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "redis", runtime.Redis(port=1, retry=runtime.Retry(runtime.NoBackoff(), 0)))
+def test_without_redis_nothing_is_handed_out_and_it_is_looked_for_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a limiter that cannot count
     store()
-    runtime.wake("schedule_emails")
+    store(publisher_message_id="order-2", expires_at=(datetime.now(UTC) + timedelta(minutes=1)).isoformat())
+    rows("UPDATE incoming_emails SET expires_at = now() WHERE publisher_message_id = 'order-2'")
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "redis", runtime.Redis(port=1, retry=runtime.Retry(runtime.NoBackoff(), 0)))
+        # When
+        fleet.schedule()
+        # Then nothing is sent to workers who would put it back, and the rest goes on
+        assert fleet.take("send_plain") == []
+        assert fleet.events() == ["SendEmailExpired"]
+    # And the scheduler wakes itself until Redis is back
+    support.wait_until("it is woken", lambda: fleet.take("scheduler"))
     fleet.schedule()
     assert len(fleet.take("send_plain")) == 1
 

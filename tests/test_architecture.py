@@ -13,6 +13,7 @@ import pytest
 
 import actors
 import runtime
+from crash_points import CrashPoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 500
@@ -25,6 +26,7 @@ LEAVES = {
     "crash_points",
     "graph_client",
     "limiter",
+    "orphans",
     "settings",
     "telemetry",
     "vault",
@@ -32,6 +34,7 @@ LEAVES = {
 #: Whom each part may import. Every part must be here.
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
+    "broker": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
     "migrations": {"settings"},
@@ -114,6 +117,25 @@ def reads_environment(node: ast.AST) -> bool:
 def test_the_models_know_no_network_but_postgresql() -> None:
     foreign = {"requests", "redis", "pika", "dramatiq", "msal", "urllib3", "socket"}
     assert not foreign & set().union(*map(imported, modules("models")))
+
+
+# Lines at which a process may die
+
+DOCUMENTED = re.compile(r"``?([a-z-]+\.[a-z-]+)``?")
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    for node in nodes(path):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+@pytest.mark.parametrize("point", CrashPoint)
+def test_what_happens_after_a_death_is_told_in_the_code_that_may_die_and_in_the_docs(point: CrashPoint) -> None:
+    sources = [path for part in PRODUCT - {"crash_points"} for path in modules(part)]
+    assert any(re.search(rf"crash_point\(CrashPoint\.{point.name}\b", path.read_text()) for path in sources)
+    assert point in {name for path in sources for text in docstrings(path) for name in DOCUMENTED.findall(text)}
+    assert point in DOCUMENTED.findall((ROOT / "docs" / "flow.md").read_text())
 
 
 # Processes and queues

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import dramatiq
@@ -12,11 +14,13 @@ import pika
 import pytest
 from dramatiq import Worker
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL
+from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import CurrentMessage, Shutdown
 from support import wait_until
 
 import runtime
-from broker import DEAD_LETTER_EXCHANGE, MIRROR_QUEUE, DeadLettering, FleetBroker
+from broker import DEAD_LETTER_EXCHANGE, MIRROR_QUEUE, DeadLettering, FleetBroker, FleetConsumer
+from crash_points import CrashPoints
 from models import DatabaseAway
 
 
@@ -30,6 +34,7 @@ class Failing:
         self.broker = FleetBroker(
             url=pika.URLParameters(url),
             queue_type=queue_type,
+            crash_point=CrashPoints(None),
             middleware=[CurrentMessage(), DeadLettering((DatabaseAway,), lambda: self.dead_letters.append("told"))],
         )
         self.fail = self._actor("fail")
@@ -183,3 +188,51 @@ def test_a_message_that_lies_is_dead_lettered_and_costs_no_worker(failing: Faili
     # Then
     failing.keep.send("well")
     wait_until("a worker is left", lambda: failing.seen == ["well", "well"])
+
+
+@pytest.fixture
+def consumer(failing: Failing) -> Iterator[Any]:
+    """A consumer of a queue of its own, in this thread."""
+    queue = failing.queue + ".alone"
+    failing.channel.queue_declare(queue, durable=True)
+    consumer = FleetConsumer(failing.broker, queue, 1, 5_000)
+    yield consumer
+    if consumer.connection.is_open:
+        consumer.connection.close()
+    failing.channel.queue_delete(queue)
+
+
+def test_a_consumer_whose_queue_was_deleted_ends_with_its_connection(failing: Failing, consumer: Any) -> None:
+    # Given a consumer that RabbitMQ has refused the queue
+    failing.channel.queue_delete(consumer.queue_name)
+    with pytest.raises(BrokerConnectionError):
+        next(consumer)
+    # When
+    with pytest.raises(BrokerConnectionError):
+        consumer.close()
+    # Then
+    assert consumer.connection.is_closed
+
+
+def test_a_message_whose_connection_is_gone_is_left_to_rabbitmq_without_waiting(
+    failing: Failing, consumer: Any
+) -> None:
+    # Given
+    message = failing.fail.message("well").copy(queue_name=consumer.queue_name)
+    failing.channel.basic_publish("", consumer.queue_name, message.encode())
+    taken = next(consumer)
+    consumer.connection.close()
+    # When
+    consumer.ack(taken)
+    consumer.nack(taken)
+    # Then
+    (left,) = wait_until("it is there again", lambda: failing.taken(consumer.queue_name))
+    assert left[1] == message.encode()
+
+
+def test_a_server_that_accepts_and_says_nothing_counts_as_away() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host, port = silent.getsockname()
+        parameters = pika.ConnectionParameters(host, port, socket_timeout=0.2, stack_timeout=0.3)
+        with pytest.raises(BrokerConnectionError):
+            FleetConsumer(SimpleNamespace(parameters=parameters), "any", 1, 50)

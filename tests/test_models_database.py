@@ -30,11 +30,38 @@ def terminate(url: str, pid: int) -> None:
     connection.close()
 
 
-def test_a_connection_that_the_server_closed_is_reported_and_replaced(tables: str) -> None:
-    pid = backend()
-    terminate(tables, pid)
-    with pytest.raises(DatabaseAway):
+def test_a_connection_that_the_server_closed_meanwhile_is_replaced_and_costs_nobody_a_statement(tables: str) -> None:
+    for ask in (lambda: rows("SELECT 1"), store, transact):
+        pid = backend()
+        terminate(tables, pid)
+        ask()
+        assert backend() != pid
+
+
+def transact() -> None:
+    with transaction():
         rows("SELECT 1")
+
+
+def test_what_the_server_says_unasked_costs_no_connection(tables: str) -> None:
+    pid = backend()
+    notify(tables)
+    assert backend() == pid
+
+
+def notify(url: str) -> None:
+    """Have the server send something to everybody who listens, this thread's connection among them."""
+    rows("LISTEN everybody")
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    connection.cursor().execute("NOTIFY everybody")
+    connection.close()
+
+
+def test_a_connection_that_is_closed_during_a_statement_is_reported_and_replaced(tables: str) -> None:
+    pid = backend()
+    with pytest.raises(DatabaseAway):
+        rows("SELECT pg_terminate_backend(pg_backend_pid()), pg_sleep(5)")
     assert backend() != pid
 
 
@@ -70,24 +97,6 @@ def test_a_connection_that_is_closed_before_the_commit_is_reported(tables: str) 
     with pytest.raises(DatabaseAway):
         fail_at_the_commit()
     assert email_row(id)["mailbox"] == "ann@example.com"
-
-
-def test_a_connection_that_is_closed_before_the_transaction_begins_is_reported(tables: str) -> None:
-    def fail_at_the_begin() -> None:
-        terminate(tables, backend())
-        with transaction():
-            rows("SELECT 1")
-
-    with pytest.raises(DatabaseAway):
-        fail_at_the_begin()
-    assert rows("SELECT 1") == [(1,)]
-
-
-def test_a_batch_whose_connection_is_closed_is_reported_and_may_be_stored_again(tables: str) -> None:
-    terminate(tables, backend())
-    with pytest.raises(DatabaseAway):
-        store()
-    assert email_row(store())["status"] == "received"
 
 
 def test_a_read_only_server_counts_as_away(tables: str) -> None:

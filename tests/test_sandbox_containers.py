@@ -43,13 +43,15 @@ def test_a_server_without_a_program_runs_as_a_container_until_the_block_ends(eng
         servers.redis.resume()
         servers.redis.kill()
         servers.redis.start()
+        servers.redis.wipe()
         servers.redis.stop()
         assert servers.redis.ours
         assert servers.environment["REDIS_URL"].startswith("redis://:")
 
     up = "up --detach --wait redis"
     assert verbs(calls) == [
-        up, "pause redis", "unpause redis", "kill redis", up, "stop redis", "down --volumes --timeout=0",
+        up, "pause redis", "unpause redis", "kill redis", up, "rm --stop --force --volumes redis", up, "stop redis",
+        "down --volumes --timeout=0",
     ]  # fmt: skip
     assert list((tmp_path / "local").iterdir()) == []
 

@@ -14,7 +14,7 @@ import pika
 import psycopg2
 import pytest
 import redis
-from pika.exceptions import ProbableAuthenticationError
+from pika.exceptions import ChannelClosedByBroker, ProbableAuthenticationError
 
 from sandbox.processes import wait_until
 from sandbox.programs import ServerFailed
@@ -154,6 +154,24 @@ def test_a_killed_broker_comes_back_with_its_persistent_messages(servers: Server
     kept = [{"name": "kept", "messages": 1}]
     assert wait_until(lambda: servers.rabbitmq.list_queues("name", "messages") == kept, SOON)
     assert servers.rabbitmq.rabbitmqctl("eval", "1 + 1.").strip() == "2"
+
+
+def test_a_wiped_broker_is_a_new_one_at_the_same_address(servers: Servers) -> None:
+    url = servers.rabbitmq.url
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        channel = connection.channel()
+        channel.exchange_declare("lost", durable=True)
+        channel.queue_declare("lost", durable=True)
+        channel.queue_bind("lost", "lost", "lost")
+
+    servers.rabbitmq.wipe()
+
+    assert servers.rabbitmq.url == url
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        for declare in ("exchange_declare", "queue_declare"):
+            with pytest.raises(ChannelClosedByBroker, match="NOT_FOUND"):
+                getattr(connection.channel(), declare)("lost", passive=True)
+    assert servers.rabbitmq.list_queues("name") == []
 
 
 def test_redis_is_empty_after_a_wipe_and_after_every_start(servers: Servers) -> None:

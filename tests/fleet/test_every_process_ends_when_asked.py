@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from contextlib import ExitStack
+from pathlib import Path
 
+import pytest
 from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates, settled
 
 from sandbox.world import ROOT, World, new_database
@@ -32,6 +36,31 @@ def test_all_end_within_fifteen_seconds_under_load_and_go_on_afterwards(world: W
     known = settled(world, given, 60)
     assert {each.status for each in known.values()} == {"processed"}
     assert_each_left_once(world, known.values())
+
+
+@pytest.mark.parametrize("type", ["send_plain", "maintenance"])
+def test_a_worker_ends_with_its_main_process_though_that_was_killed(world: World, type: str) -> None:
+    # Given Dramatiq's main process, its workers, and the one that serves their metrics
+    tree = world.fleet.pids(type)
+    (main,) = [pid for pid in tree if parent_of(pid) not in tree]
+    assert len(tree) > 2
+    # When the main process alone is killed
+    os.kill(main, signal.SIGKILL)
+    # Then
+    world.wait_until("all have ended", lambda: not any(alive(pid) for pid in tree))
+    world.fleet.start(type)
+    world.wait_until_ready()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_two_releases_at_once_are_safe(world: World, servers: dict[str, str]) -> None:

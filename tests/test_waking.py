@@ -1,0 +1,46 @@
+"""Wake-ups while Redis or RabbitMQ is away: the last of them is made up for, or mail would wait for the next minute."""
+
+from __future__ import annotations
+
+import pytest
+import support
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from support import Fleet, wait_until
+
+import runtime
+from outbox import Publisher, connection_parameters
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+
+
+def test_a_wake_up_that_comes_too_soon_after_another_without_redis_comes_later(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    monkeypatch.setattr(runtime, "redis", Redis(port=1, retry=Retry(NoBackoff(), 0)))
+    runtime.wake("schedule_emails")
+    wait_until("it is woken", lambda: fleet.take("scheduler"))
+    # When
+    for _ in range(50):
+        runtime.wake("schedule_emails")
+    # Then
+    (message,) = wait_until("it is woken again", lambda: fleet.take("scheduler"))
+    assert message.actor_name == "schedule_emails"
+
+
+def test_a_wake_up_that_rabbitmq_did_not_take_comes_when_it_is_back(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    away = Publisher(connection_parameters("amqp://127.0.0.1:1", "tests"), runtime.declare)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "publisher", away)
+        # When
+        runtime.wake("schedule_emails")
+        wait_until("it was refused", lambda: "schedule_emails" in runtime._waiting_to_wake)
+    away.close()
+    # Then
+    (message,) = wait_until("it is woken", lambda: fleet.take("scheduler"))
+    assert message.actor_name == "schedule_emails"

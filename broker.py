@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from dramatiq import Middleware
@@ -75,7 +76,7 @@ class FleetConsumer(_RabbitmqConsumer):
         if self._may_settle(message):
             self.broker.crash_point(CrashPoint.MESSAGE_DONE, self.queue_name)
             super().ack(message)
-            self.broker.crash_point(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
+            self._die_behind(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
 
     def nack(self, message: Any) -> None:
         if self._may_settle(message):
@@ -87,6 +88,11 @@ class FleetConsumer(_RabbitmqConsumer):
         Dramatiq would have the thread wait for the channel, five seconds at a time, before it works on.
         """
         return message.came_over is self and bool(self.channel.is_open)
+
+    def _die_behind(self, point: CrashPoint, queue_name: str = "") -> None:
+        """Pass a line behind what Dramatiq has only told the connection's own thread to do."""
+        if self.broker.crash_point.armed:
+            self.connection.add_callback_threadsafe(partial(self.broker.crash_point, point, queue_name))
 
     def close(self) -> None:
         """Close the connection too when RabbitMQ has closed the channel.
@@ -104,7 +110,7 @@ class FleetConsumer(_RabbitmqConsumer):
     def _nack(self, tag: int) -> None:
         self.broker.crash_point(CrashPoint.MESSAGE_GIVEN_UP)
         super()._nack(tag)
-        self.broker.crash_point(CrashPoint.MESSAGE_REFUSED)
+        self._die_behind(CrashPoint.MESSAGE_REFUSED)
         # Of a body that is no message at all Dramatiq tells no middleware.
         self.broker.emit_after("nack", None)
 

@@ -75,6 +75,11 @@ class CrashPoints:
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
 
+    @property
+    def armed(self) -> bool:
+        """Whether any line can be armed at all."""
+        return self._directory is not None
+
     def __call__(self, point: CrashPoint, queue_name: str = "") -> None:
         """Die here, if this line is armed; ``queue_name`` tells apart what every queue's worker passes."""
         if self._directory is None:

@@ -1,7 +1,8 @@
 """The backup actor: one sealed copy of every sent mail.
 
 The message is read under the id that its draft had, where it had one; Graph's pages disagree on whether that id
-survives the sending, so if nothing is there, and for mail that never was a draft, the tag decides.
+survives the sending, so if nothing is there, and for mail that never was a draft, the tag decides. Whether what is there
+has left Drafts already is not asked: that would be a request more for each mail, and it has had ``BACKUP_DELAY`` for it.
 
 Where the worker may die, and what the next one does:
 
@@ -22,10 +23,18 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
-from actors.outcomes import AttemptsUsedUp, hold_back, pause_everything, pause_fleet
+from actors.outcomes import AttemptsUsedUp, hold_back, pause_everything, pause_fleet, pause_mailbox
 from actors.waiting import CLOCKS_DIFFER, after_throttling, backoff, unreachable
 from crash_points import CrashPoint
-from graph_client.errors import ConfigurationError, GraphError, ItemNotFound, PermanentError, Throttled
+from graph_client.errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    GraphError,
+    ItemNotFound,
+    MailboxUnavailable,
+    PermanentError,
+    Throttled,
+)
 from models import ClaimedBackup, DatabaseAway, Sealed
 from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
 from vault import SealedBlob, bind_to
@@ -98,7 +107,9 @@ def _copy_found(backup: ClaimedBackup) -> tuple[str, SealedBlob]:
 
 
 def _find(backup: ClaimedBackup) -> str:
-    since = backup.received_at - CLOCKS_DIFFER
+    # Cheap in a full mailbox; the last look does not depend on when the clocks said that the mail came.
+    last = backup.attempt >= runtime.configuration.max_attempts
+    since = None if last else backup.received_at - CLOCKS_DIFFER
     for message in runtime.graph.find_by_tag(backup.mailbox, backup.incoming_email_id, since=since).messages:
         if not message.is_draft:
             return message.id
@@ -125,6 +136,11 @@ def _record(backup: ClaimedBackup, error: Exception) -> None:
         case ConfigurationError():
             pause_everything()
             backup.snooze(unreachable(), str(error))
+        case ConnectionFailed():
+            backup.snooze(unreachable(), str(error))
+        case MailboxUnavailable():
+            pause_mailbox(backup.mailbox, error)
+            _retry_or_fail(backup, error)
         case _:
             _retry_or_fail(backup, error)
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import dramatiq
@@ -39,6 +38,8 @@ _PURGE_BATCH = 1000
 _QUIET = timedelta(seconds=1)
 #: Of what nobody can read, more is of no use to anybody.
 _MAX_BODY_BYTES = 1_000_000
+#: Of a foreign message; an index holds no more than a few thousand.
+_MAX_ID_BYTES = 255
 
 
 @dramatiq.actor(queue_name="maintenance", periodic=cron("* * * * *"))
@@ -51,7 +52,8 @@ def mirror_dead_letters() -> None:
             channel = connection.channel()
             runtime.declare(channel)
             channel.basic_qos(prefetch_count=_BATCH)
-            while _mirror_batch(channel):
+            earlier = _EarlierRows(models.now())
+            while _mirror_batch(channel, earlier):
                 pass
         finally:
             connection.close()
@@ -59,16 +61,18 @@ def mirror_dead_letters() -> None:
         raise Unconfirmed("RabbitMQ is away") from error
 
 
-def _mirror_batch(channel: Any) -> bool:
+def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     """Mirror what is there, at most a batch; return whether there may be more."""
     taken = list(_take(channel))
     if not taken:
         return False
     runtime.crash_point(CrashPoint.MIRROR_CONSUMED)
-    known = Counter[str]()
-    with models.transaction():
-        copies = [_copy(method, properties, body, known) for method, properties, body in taken]
-        missing = [copy for copy in copies if dead_letters.mirror([copy])]
+    copies = [_copy(method, properties, body, earlier) for method, properties, body in taken]
+    try:
+        missing = dead_letters.mirror(copies)
+    except models.NotStorable:
+        # One of them is of a kind that nobody foresaw: it keeps no other from its row, and has one itself.
+        missing = [copy for each in copies for copy in _mirror_alone(each)]
     runtime.crash_point(CrashPoint.MIRROR_STORED)
     channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
     runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
@@ -95,14 +99,22 @@ def _take(channel: Any) -> Iterator[tuple[Any, Any, bytes]]:
             return
 
 
-def _copy(method: Any, properties: Any, body: bytes, known: Counter[str]) -> Copy:
+def _mirror_alone(copy: Copy) -> list[Copy]:
+    try:
+        return dead_letters.mirror([copy])
+    except models.NotStorable as refusal:
+        log.error("a dead letter of %s is kept as bytes: %s", copy.queue_name, refusal)
+        return dead_letters.mirror([copy._replace(actor_name=None, incoming_email_id=None, reason="not_storable")])
+
+
+def _copy(method: Any, properties: Any, body: bytes, earlier: _EarlierRows) -> Copy:
     death = ((properties.headers or {}).get("x-death") or [{}])[0]
     queue_name = str(death.get("queue", "unknown"))
     message = _message(body)
     incoming_email_id = message.get("kwargs", {}).get("incoming_email_id")
     fingerprint = hashlib.sha256(body + repr((queue_name, death.get("time"))).encode()).hexdigest()
     return Copy(
-        message_id=_text(message.get("message_id")) or _own_id(fingerprint, method.redelivered, known),
+        message_id=_id(message.get("message_id")) or earlier.id_of(fingerprint, method.redelivered),
         queue_name=queue_name.removesuffix(".DQ"),
         actor_name=_text(message.get("actor_name")),
         incoming_email_id=as_uuid(incoming_email_id) if isinstance(incoming_email_id, str) else None,
@@ -113,17 +125,31 @@ def _copy(method: Any, properties: Any, body: bytes, known: Counter[str]) -> Cop
     )
 
 
-def _own_id(fingerprint: str, redelivered: bool, known: Counter[str]) -> str:
-    """Return an id for a foreign body, which has none: a new one, or that of the row which an earlier turn has made.
+class _EarlierRows:
+    """Finds the rows of copies that come again, where what was dead-lettered has no id of its own.
 
-    Only a copy that comes again can have a row. Of several alike each stands for another of their rows.
+    Of several that are all alike each stands for another of their rows. What was delivered before this turn began can
+    have a row of before only.
     """
-    if redelivered:
-        earlier = dead_letters.message_ids(f"{fingerprint}:")
-        known[fingerprint] += 1
-        if known[fingerprint] <= len(earlier):
-            return earlier[known[fingerprint] - 1]
-    return f"{fingerprint}:{new_id()}"
+
+    def __init__(self, began_at: datetime) -> None:
+        self._began_at = began_at
+        self._left: dict[str, list[str]] = {}
+
+    def id_of(self, fingerprint: str, redelivered: bool) -> str:
+        """Return the id of a row that an earlier turn has made, or a new one; only what comes again can have a row."""
+        if redelivered:
+            if fingerprint not in self._left:
+                self._left[fingerprint] = dead_letters.message_ids(f"{fingerprint}:", before=self._began_at)
+            if self._left[fingerprint]:
+                return self._left[fingerprint].pop(0)
+        return f"{fingerprint}:{new_id()}"
+
+
+def _id(value: Any) -> str | None:
+    """Return a message's own id, unless it is none: Dramatiq's are UUIDs."""
+    text = _text(value)
+    return text if text and len(text.encode("utf-8", "replace")) <= _MAX_ID_BYTES else None
 
 
 def _text(value: Any) -> str | None:

@@ -81,7 +81,7 @@ def record_sent(
     sent_at: datetime | None = None,
 ) -> None:
     """Record that the mail is sent, and have the world told."""
-    event = email.record_sent(
+    events = email.record_sent(
         backup_delay=runtime.configuration.backup_delay,
         publish_within=PUBLISH_WITHIN,
         graph_message_id=graph_message_id,
@@ -89,15 +89,15 @@ def record_sent(
         evidence=evidence,
     )
     runtime.crash_point(CrashPoint.SEND_RECORDED)
-    runtime.events.add([event])
+    runtime.events.add(events)
     mail_log(Step.SENT, incoming_email_id=email.id, graph_message_id=graph_message_id, attempt=email.attempt)
 
 
 def record_expired(email: ClaimedEmail) -> None:
     """Record that the mail came too late to be sent, and have the world told."""
-    event = email.expire(PUBLISH_WITHIN)
+    events = email.expire(PUBLISH_WITHIN)
     runtime.crash_point(CrashPoint.EXPIRY_RECORDED)
-    runtime.events.add([event])
+    runtime.events.add(events)
     mail_log(Step.EXPIRED, incoming_email_id=email.id)
 
 
@@ -126,7 +126,7 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
         case OutcomeUnknown():
             _doubt(email, error)
         case MailboxUnavailable():
-            _retry(email, error, _pause_mailbox(email.mailbox, error))
+            _retry(email, error, pause_mailbox(email.mailbox, error))
         case ConfigurationError():
             pause_everything()
             _snooze(email, unreachable(), str(error), "configuration")
@@ -178,7 +178,8 @@ def pause_everything() -> None:
         log.warning("a pause could not be told to the fleet: Redis is away")
 
 
-def _pause_mailbox(mailbox: str, error: MailboxUnavailable) -> timedelta:
+def pause_mailbox(mailbox: str, error: MailboxUnavailable) -> timedelta:
+    """Have the scheduler pass over a mailbox that refuses us, longer each time in a row; return for how long."""
     return mailboxes.refuse(mailbox, why=str(error), first_wait=_REFUSAL_PAUSE, longest_wait=_LONGEST_REFUSAL_PAUSE)
 
 
@@ -210,7 +211,7 @@ def _snooze(email: ClaimedEmail, wait: timedelta, why: str, reason: str) -> None
 
 def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
     if email.in_doubt_for is not None:
-        if email.in_doubt_for > LONGEST_DOUBT:
+        if doubted_too_long(email):
             _fail(email, InDoubtHeld(f"it could not be looked up: {error}"))
     elif email.attempt >= runtime.configuration.max_attempts:
         _fail(email, AttemptsUsedUp(f"attempt {email.attempt}: {error}"), because=error)
@@ -223,6 +224,12 @@ def _retry(email: ClaimedEmail, error: Exception, wait: timedelta) -> None:
         why=type(error).__name__,
         seconds=round(wait.total_seconds(), 3),
     )
+
+
+def doubted_too_long(email: ClaimedEmail) -> bool:
+    """Say whether a mail in doubt is to be left to the operator: nobody could look it up, though it was wanted."""
+    waits = [wait for wait in (email.in_doubt_for, email.replayed_for) if wait is not None]
+    return bool(waits) and min(waits) > LONGEST_DOUBT
 
 
 def _retry_unforeseen(email: ClaimedEmail, error: Exception) -> None:
@@ -239,7 +246,7 @@ def _fail(email: ClaimedEmail, error: Exception, *, because: Exception | None = 
     """Give the email up; the reason is the kind of ``because``, by which an operator finds what to mend."""
     reason = _snake_case(type(because or error).__name__)
     message = CurrentMessage.get_current_message()
-    event = email.fail(
+    events = email.fail(
         reason=reason,
         error=str(error),
         message_id=message.message_id,
@@ -248,7 +255,7 @@ def _fail(email: ClaimedEmail, error: Exception, *, because: Exception | None = 
         publish_within=PUBLISH_WITHIN,
     )
     runtime.crash_point(CrashPoint.FAILURE_RECORDED)
-    runtime.events.add([event])
+    runtime.events.add(events)
     DEAD_LETTERS.labels(message.queue_name, reason).inc()
     mail_log(Step.FAILED, incoming_email_id=email.id, reason=reason, attempt=email.attempt)
     raise error

@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import dramatiq
@@ -44,6 +44,7 @@ ACTORS = {Route.PLAIN: "send_plain", Route.ATTACHED: "send_attached"}
 _UNLIMITED_SHARE = 1_000_000
 #: Due times that are closer together than this are one.
 _SHORTEST_NAP = timedelta(milliseconds=200)
+_LONGEST_NAP = timedelta(hours=1)
 #: A server that was away is tried again after this, without waiting for the minute's sweep.
 _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
@@ -64,9 +65,9 @@ def schedule_emails() -> None:
         while _sweep(hand_out=can_count):
             pass
         publish_leftover_events()
-        _alarm.ring_at(scheduling.next_due_at() if can_count else datetime.now(UTC) + _AWAY_PAUSE)
+        _alarm.ring_in(scheduling.next_due_in() if can_count else _AWAY_PAUSE)
     except (models.DatabaseAway, Unconfirmed):
-        _alarm.ring_at(datetime.now(UTC) + _AWAY_PAUSE)  # who would have woken us may have failed just so
+        _alarm.ring_in(_AWAY_PAUSE)  # who would have woken us may have failed just so
         raise
 
 
@@ -228,15 +229,15 @@ class _Alarm:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
-    def ring_at(self, at: datetime | None) -> None:
-        """Forget the earlier time and wake the scheduler then; None: nothing is due."""
+    def ring_in(self, wait: timedelta | None) -> None:
+        """Forget the earlier time and wake the scheduler after this; None: nothing is due."""
         with self._lock:
             if self._timer:
                 self._timer.cancel()
             self._timer = None
-            if at is not None:
-                nap = max(at - datetime.now(UTC), _SHORTEST_NAP)
-                self._timer = threading.Timer(min(nap.total_seconds(), 3600), runtime.wake, ["schedule_emails"])
+            if wait is not None:
+                nap = min(max(wait, _SHORTEST_NAP), _LONGEST_NAP)
+                self._timer = threading.Timer(nap.total_seconds(), runtime.wake, ["schedule_emails"])
                 self._timer.daemon = True
                 self._timer.start()
 

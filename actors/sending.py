@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from actors.composition import graph_message
 from actors.drafts import AlreadySent, prepare_draft
 from actors.evidence import LOOK_UP, accepted, looked_up, refused
 from actors.graph_calls import graph_call
-from actors.outcomes import GIVEN_UP, LONGEST_DOUBT, AttemptsUsedUp, InDoubtHeld
+from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
 from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
@@ -78,17 +78,20 @@ def _send_draft(email: ClaimedEmail) -> None:
     try:
         draft_id = prepare_draft(email)
     except AlreadySent as already:
-        email.record_intent(runtime.configuration.lease)
+        email.record_intent(runtime.configuration.lease, already.message.id)
         outcomes.record_sent(
             email, graph_message_id=already.message.id, sent_at=already.message.sent_at, evidence=already.evidence
         )
+        return
+    if email.expired:  # the uploads may have taken a while
+        outcomes.record_expired(email)
     else:
         _send_prepared(email, draft_id, email.record_intent)
 
 
-def _send_prepared(email: ClaimedEmail, draft_id: str, commit_intent: Callable[[timedelta], None]) -> None:
+def _send_prepared(email: ClaimedEmail, draft_id: str, commit_intent: Callable[[timedelta, str], None]) -> None:
     with graph_call(email, sends=True):
-        commit_intent(runtime.configuration.lease)
+        commit_intent(runtime.configuration.lease, draft_id)
         runtime.crash_point(CrashPoint.SEND_INTENDED)
         answer = runtime.graph.send_draft(email.mailbox, draft_id, client_request_id=email.send_id)
         runtime.crash_point(CrashPoint.SEND_ANSWERED)
@@ -101,7 +104,7 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
         settle(email, email.in_doubt_for)
     elif email.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")
-    elif email.expires_at and email.expires_at <= datetime.now(UTC):
+    elif email.expired:
         outcomes.record_expired(email)
     else:
         send(email)
@@ -110,38 +113,53 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
 def settle(email: ClaimedEmail, in_doubt_for: timedelta) -> None:
     """Find out what became of a send that has been in doubt for so long, and act on that alone.
 
-    Found and not a draft: it was sent. Found as the draft that was to be sent: it is sent now, and may be in doubt
-    again. Absent: looked for again until the grace period has passed, then sent again or held, as the policy says.
+    Found and not a draft: it was sent. Found as the draft whose send is in doubt: it is sent now, and may be in doubt
+    again; any other draft proves nothing until the grace period has passed. Absent: looked for again until then, and
+    once more in the whole mailbox, then sent again or held, as the policy says.
     """
     configuration = runtime.configuration
+    grace_is_over = in_doubt_for >= configuration.in_doubt_grace
+    # What decides must not depend on when the clocks said that the mail came.
+    since = None if grace_is_over else email.created_at - CLOCKS_DIFFER
     try:
         with graph_call(email):
-            found = runtime.graph.find_by_tag(email.mailbox, email.id, since=email.created_at - CLOCKS_DIFFER)
+            found = runtime.graph.find_by_tag(email.mailbox, email.id, since=since)
     except PermanentError as error:
         # It says something about the question and nothing about the mail.
-        if in_doubt_for > LONGEST_DOUBT:
+        if outcomes.doubted_too_long(email):
             raise InDoubtHeld(f"it could not be looked up: {error}") from error
         outcomes.leave_in_doubt(email, refused(LOOK_UP, error))
         return
     runtime.crash_point(CrashPoint.SETTLE_FOUND)
     sent = [message for message in found.messages if not message.is_draft]
-    # Another draft with this tag is one that a worker made and did not live to record; it may lack attachments.
-    drafts = [message for message in found.messages if message.is_draft and email.draft_id in (None, message.id)]
+    drafts = [message.id for message in found.messages if message.is_draft]
     evidence = looked_up(found, sent=len(sent), drafts=len(drafts))
     if sent:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="sent", count=len(sent))
         outcomes.record_sent(email, graph_message_id=sent[0].id, sent_at=sent[0].sent_at, evidence=evidence)
-    elif drafts:
+    elif (draft_id := _unsent(email, drafts, grace_is_over)) and not email.expired:
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="draft")
-        _send_prepared(email, drafts[0].id, partial(email.repeat_intent, evidence=evidence))
-    elif in_doubt_for < configuration.in_doubt_grace:
+        _send_prepared(email, draft_id, partial(email.repeat_intent, evidence=evidence))
+    elif not grace_is_over:
         outcomes.leave_in_doubt(email, evidence)
-    elif configuration.in_doubt_policy == "resend" or email.replayed:
+    elif configuration.in_doubt_policy == "resend" or email.replayed_for is not None:
         email.settle_as_not_sent(evidence)
         runtime.crash_point(CrashPoint.SETTLE_RECORDED)
         mail_log(Step.SETTLED, incoming_email_id=email.id, found="absent")
     else:
         raise InDoubtHeld("its send was begun, and it is not in the mailbox")
+
+
+def _unsent(email: ClaimedEmail, drafts: list[str], grace_is_over: bool) -> str | None:
+    """Return the draft that shows that nothing was sent, and that is complete.
+
+    That is the one whose send is in doubt. Any other may be left over from an earlier attempt, or be how Graph shows a
+    mail on its way: it counts only if nothing sent was seen for so long, and if it lacks no attachment.
+    """
+    if email.doubted_draft_id in drafts:
+        return email.doubted_draft_id
+    complete = [draft_id for draft_id in drafts if draft_id == email.draft_id or not email.payload.get("attachments")]
+    return complete[0] if grace_is_over and complete else None
 
 
 @contextmanager

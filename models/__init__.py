@@ -9,7 +9,7 @@ Nothing in this package talks to RabbitMQ, Redis or Graph.
 
 from models.backups import ClaimedBackup, Sealed
 from models.claims import ClaimedEmail, LeaseLost
-from models.database import DatabaseAway, NotStorable, connect, database, disconnect, rows, transaction
+from models.database import DatabaseAway, NotStorable, connect, database, disconnect, now, rows, transaction
 from models.events import claim_unpublished, mark_published
 from models.ingest import Arrival, Reception, store
 from models.states import Route, Sending, Status
@@ -31,6 +31,7 @@ __all__ = [
     "database",
     "disconnect",
     "mark_published",
+    "now",
     "rows",
     "store",
     "transaction",

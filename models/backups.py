@@ -53,20 +53,23 @@ class ClaimedBackup:
         return cls(*found[0]) if found else None
 
     def store(self, graph_message_id: str, sealed: Sealed, *, retention: timedelta) -> None:
-        """Keep the copy until ``retention`` has passed. A second copy of the same Graph message changes nothing."""
+        """Keep the copy until ``retention`` has passed; the first one counts, whoever made it.
+
+        A worker that was frozen may come with a second one, under another of Graph's ids: it changes nothing.
+        """
         rows(
             """
-            WITH stored AS (
-                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
-                                           compressed_size, checksum, key_id, expires_at)
-                VALUES (%(backup_id)s, %(graph_message_id)s, %(id)s, %(blob)s, %(compression)s, %(size)s,
-                        %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s)
-                ON CONFLICT (graph_message_id) DO NOTHING
+            WITH wanted AS (
+                UPDATE sent_emails
+                SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
+                    backup_error = NULL, updated_at = now()
+                WHERE incoming_email_id = %(id)s AND backup_due_at IS NOT NULL RETURNING incoming_email_id
             )
-            UPDATE sent_emails
-            SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
-                backup_error = NULL, updated_at = now()
-            WHERE incoming_email_id = %(id)s
+            INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
+                                       compressed_size, checksum, key_id, expires_at)
+            SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(blob)s, %(compression)s, %(size)s,
+                   %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
+            FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
             """,
             {
                 "backup_id": new_id(),

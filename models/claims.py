@@ -58,12 +58,13 @@ _CLAIM = """
     ), intent AS (
         INSERT INTO sent_emails (id, incoming_email_id, status, intent_at)
         SELECT %(sent_id)s, id, 'sending', now() FROM claimed WHERE %(intent)s
-        ON CONFLICT (incoming_email_id) DO UPDATE SET status = 'sending', intent_at = now(), updated_at = now()
+        ON CONFLICT (incoming_email_id) DO UPDATE
+        SET status = 'sending', intent_at = now(), graph_message_id = NULL, updated_at = now()
         WHERE sent_emails.status = 'not_sent'
     )
-    SELECT claimed.*, s.status, now() - s.intent_at, EXISTS (
-        SELECT 1 FROM dlq WHERE dlq.incoming_email_id = claimed.id AND dlq.status = 'replayed'
-          AND dlq.queue_name <> 'backup' AND dlq.resolved_at > s.intent_at
+    SELECT claimed.*, s.status, s.graph_message_id, now() - s.intent_at, now() - (
+        SELECT max(resolved_at) FROM dlq WHERE dlq.incoming_email_id = claimed.id AND dlq.status = 'replayed'
+           AND dlq.queue_name <> 'backup' AND dlq.resolved_at > s.intent_at
     )
     FROM claimed LEFT JOIN sent_emails s ON s.incoming_email_id = claimed.id
 """
@@ -84,12 +85,14 @@ class ClaimedEmail:
     created_at: datetime
     #: For how long a send has been in doubt, by PostgreSQL's clock; None if none is.
     in_doubt_for: timedelta | None
-    #: An operator has asked for this email to be sent again although it is in doubt.
-    replayed: bool
+    #: The draft whose send is in doubt; None if what is in doubt is a send without a draft.
+    doubted_draft_id: str | None
+    #: For how long an operator has wanted this email sent although it was given up in doubt; None if none did.
+    replayed_for: timedelta | None
     correlation_id: str | None = None
     reply_to: str | None = None
     traceparent: str | None = None
-    #: The intent to send is committed: from here on only evidence shows that it was not sent.
+    #: This claim has committed its intent to send: from here on only evidence shows that it did not.
     intended: bool = False
     _token: str = field(default="", repr=False)
     #: In seconds, by `_now`.
@@ -134,7 +137,8 @@ class ClaimedEmail:
             traceparent,
             created_at,
         ) = row[:10]
-        sending, intended_for, replayed = row[10:]
+        sending, doubted_draft_id, intended_for, replayed_for = row[10:]
+        in_doubt = sending in (Sending.SENDING, Sending.IN_DOUBT)
         return cls(
             id=str(id),
             publisher_message_id=publisher_id,
@@ -144,12 +148,13 @@ class ClaimedEmail:
             draft_id=draft_id,
             attempt=attempt,
             created_at=created_at,
-            in_doubt_for=intended_for if sending in (Sending.SENDING, Sending.IN_DOUBT) else None,
-            replayed=replayed,
+            in_doubt_for=intended_for if in_doubt else None,
+            doubted_draft_id=doubted_draft_id if in_doubt else None,
+            replayed_for=replayed_for if in_doubt else None,
             correlation_id=correlation_id,
             reply_to=reply_to,
             traceparent=traceparent,
-            intended=intent,
+            intended=intent and not in_doubt,
             _token=token,
         )
 
@@ -186,30 +191,35 @@ class ClaimedEmail:
         )
         self.draft_id = None
 
-    def record_intent(self, lease: timedelta) -> None:
-        """Commit the intent to send, and renew the lease for the call that follows."""
+    def record_intent(self, lease: timedelta, draft_id: str) -> None:
+        """Commit the intent to send this draft, and renew the lease for the call that follows."""
         self.write(
             """
             WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)
-            INSERT INTO sent_emails (id, incoming_email_id, status, intent_at)
-            SELECT %(sent_id)s, id, 'sending', now() FROM email
-            ON CONFLICT (incoming_email_id) DO UPDATE SET status = 'sending', intent_at = now(), updated_at = now()
+            INSERT INTO sent_emails (id, incoming_email_id, status, graph_message_id, intent_at)
+            SELECT %(sent_id)s, id, 'sending', %(draft_id)s, now() FROM email
+            ON CONFLICT (incoming_email_id) DO UPDATE
+            SET status = 'sending', intent_at = now(), graph_message_id = excluded.graph_message_id, updated_at = now()
             WHERE sent_emails.status = 'not_sent' RETURNING 1
             """,
             lease=lease,
             sent_id=new_id(),
+            draft_id=draft_id,
         )
         self.intended = True
 
-    def repeat_intent(self, lease: timedelta, evidence: dict[str, Any]) -> None:
+    def repeat_intent(self, lease: timedelta, draft_id: str, *, evidence: dict[str, Any]) -> None:
         """Commit that the send in doubt is about to be begun again: its doubt begins when this lease can have ended."""
         self.write(
             f"""
             WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {{held}} RETURNING id)
-            UPDATE sent_emails SET intent_at = now() + %(lease)s, updated_at = now(), response_metadata = {_AMENDED}
+            UPDATE sent_emails
+            SET intent_at = now() + %(lease)s, graph_message_id = %(draft_id)s, updated_at = now(),
+                response_metadata = {_AMENDED}
             WHERE incoming_email_id IN (SELECT id FROM email) RETURNING 1
             """,
             lease=lease,
+            draft_id=draft_id,
             evidence=_dated(evidence),
         )
 
@@ -221,11 +231,10 @@ class ClaimedEmail:
         graph_message_id: str | None = None,
         sent_at: datetime | None = None,
         evidence: dict[str, Any] | None = None,
-    ) -> Event:
-        """Note that Graph has accepted the mail, and return the event to publish for ``publish_within``."""
+    ) -> list[Event]:
+        """Note that Graph has accepted the mail, and return what is to be published for ``publish_within``."""
         sent_at = sent_at or datetime.now(UTC)
-        event = self._event(EventType.SENT, sent_at)
-        self._move(
+        return self._move(
             Status.PROCESSED,
             "next_attempt_at = NULL, last_error = NULL",
             """
@@ -237,7 +246,7 @@ class ClaimedEmail:
                 UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
             ), {event}
             """,
-            event=event,
+            event=self._event(EventType.SENT, sent_at),
             mailbox=self.mailbox,
             publish_within=publish_within,
             evidence=evidence,
@@ -245,7 +254,6 @@ class ClaimedEmail:
             graph_message_id=graph_message_id,
             backup_delay=backup_delay,
         )
-        return event
 
     def mark_in_doubt(self, *, look_again_in: timedelta, evidence: dict[str, Any]) -> None:
         """Let go of an email whose send may or may not have happened, to be looked up then."""
@@ -282,23 +290,21 @@ class ClaimedEmail:
             evidence=evidence,
         )
 
-    def expire(self, publish_within: timedelta) -> Event:
-        """Note that ``expires_at`` has passed before the send, and return the event to publish."""
-        event = self._event(EventType.EXPIRED, datetime.now(UTC))
-        self._move(
+    def expire(self, publish_within: timedelta) -> list[Event]:
+        """Note that ``expires_at`` has passed before the send, and return what is to be published."""
+        return self._move(
             Status.EXPIRED,
             "next_attempt_at = NULL",
             _WITHDRAWN + ", {event}",
-            event=event,
+            event=self._event(EventType.EXPIRED, datetime.now(UTC)),
             publish_within=publish_within,
         )
-        return event
 
     @property
-    def expires_at(self) -> datetime | None:
-        """The instant after which the email must not be sent."""
+    def expired(self) -> bool:
+        """Whether the instant has passed after which the email must not be sent."""
         given = self.payload.get("expires_at")
-        return datetime.fromisoformat(given) if given else None
+        return given is not None and datetime.fromisoformat(given) <= datetime.now(UTC)
 
     def snooze(self, wait: timedelta, why: str) -> None:
         """Let go until later without having spent an attempt."""
@@ -322,14 +328,16 @@ class ClaimedEmail:
 
     def fail(
         self, *, reason: str, error: str, message_id: str, queue_name: str, actor_name: str, publish_within: timedelta
-    ) -> Event:
-        """Give up: status ``failed``, one dead letter, one event, which is returned to be published."""
-        event = self._event(EventType.FAILED, datetime.now(UTC), reason=reason, detail=_error(error))
-        self._move(
+    ) -> list[Event]:
+        """Give up: status ``failed``, one dead letter, one event, which is returned to be published.
+
+        An email that was given up before, and replayed, has had its event.
+        """
+        return self._move(
             Status.FAILED,
             "next_attempt_at = NULL, last_error = %(error)s",
             _WITHDRAWN + ", " + _DEAD_LETTER + ", {event}",
-            event=event,
+            event=self._event(EventType.FAILED, datetime.now(UTC), reason=reason, detail=_error(error)),
             publish_within=publish_within,
             reason=reason,
             error=_error(error),
@@ -340,7 +348,6 @@ class ClaimedEmail:
             attempts=self.attempt,
             mailbox=self.mailbox,
         )
-        return event
 
     def _event(self, type: EventType, at: datetime, **details: Any) -> Event:
         body = event_body(
@@ -358,35 +365,42 @@ class ClaimedEmail:
         publish_within: timedelta | None = None,
         evidence: dict[str, Any] | None = None,
         **parameters: Any,
-    ) -> None:
-        """Go to ``target`` and let go of the lease; ``also`` are the further parts of the same statement."""
+    ) -> list[Event]:
+        """Go to ``target`` and let go of the lease; ``also`` are the further parts of the same statement.
+
+        Returns:
+            The event, if this email has had none of its type before.
+        """
         check(Status.PROCESSING, target)
         if event:
             parameters |= {"event_id": event.id, "event_type": event.type, "event_body": event.body.decode()}
             parameters |= {"publish_within": publish_within}
         if evidence:
             parameters["evidence"] = _dated(evidence)
-        self.write(
+        found = self.write(
             f"""
             WITH email AS (
                 UPDATE incoming_emails
                 SET status = %(target)s, lease_token = NULL, lease_until = NULL, updated_at = now(), {assignments}
                 WHERE {{held}} RETURNING id, correlation_id, reply_to, traceparent
             ), {also.replace("{event}", _EVENT).replace("{amended}", _AMENDED if evidence else "response_metadata")}
-            SELECT 1 FROM email
+            SELECT {"EXISTS (SELECT 1 FROM event)" if event else "false"} FROM email
             """,
             target=target,
             **parameters,
         )
+        return [event] if event and found[0][0] else []
 
-    def write(self, sql: str, **parameters: Any) -> None:
+    def write(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement that returns a row exactly if this worker still holds the email (``{held}``)."""
         statement = sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
         asked_at = _now()
-        if not rows(statement, {"id": self.id, "token": self._token, **parameters}):
+        found = rows(statement, {"id": self.id, "token": self._token, **parameters})
+        if not found:
             raise LeaseLost(f"email {self.id} is no longer held by this worker")
         if lease := parameters.get("lease"):
             self._held_until = asked_at + lease.total_seconds()
+        return found
 
 
 # What was seen of an earlier send is kept.
@@ -405,7 +419,7 @@ _EVENT = """
                                    correlation_id, reply_to, traceparent, claimed_until)
         SELECT %(event_id)s, id, %(event_type)s, %(event_body)s,
                correlation_id, reply_to, traceparent, now() + %(publish_within)s
-        FROM email ON CONFLICT (incoming_email_id, type) DO NOTHING
+        FROM email ON CONFLICT (incoming_email_id, type) DO NOTHING RETURNING 1
     )
 """
 _DEAD_LETTER = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -86,12 +87,22 @@ def rows(sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[An
         return cursor.fetchall() if cursor.description else []
 
 
-def insert_many(sql: str, values: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Run ``INSERT … VALUES %s … RETURNING …`` for many rows at once and return what it returned."""
+def now() -> datetime:
+    """Return the instant by PostgreSQL's clock, which is that of every row."""
+    at: datetime = rows("SELECT now()")[0][0]
+    return at
+
+
+def insert_many(sql: str, values: list[tuple[Any, ...]], row: str | None = None) -> list[tuple[Any, ...]]:
+    """Run ``INSERT … VALUES %s … RETURNING …`` for many rows at once and return what it returned.
+
+    Args:
+        row: How one row is written, if it is more than its values: ``(%s, now() + %s)``.
+    """
     with _dropping_dead_connections():
         cursor = database.cursor()  # type: ignore[no-untyped-call]
         returned: list[tuple[Any, ...]] = psycopg2.extras.execute_values(
-            cursor, sql, values, page_size=len(values), fetch=True
+            cursor, sql, values, template=row, page_size=len(values), fetch=True
         )
         return returned
 
@@ -118,6 +129,8 @@ def _dropping_dead_connections() -> Iterator[None]:
         psycopg2.OperationalError,
         psycopg2.InterfaceError,
     ) as error:
+        if _code(error) == psycopg2.errorcodes.PROGRAM_LIMIT_EXCEEDED:
+            raise NotStorable("PostgreSQL refuses a value (it is too long for an index)") from error
         _drop_connection()
         raise DatabaseAway(f"PostgreSQL is away ({_diagnosis(error)})") from error
     except (peewee.DataError, psycopg2.DataError) as error:

@@ -27,31 +27,42 @@ class Copy(NamedTuple):
     body: bytes
 
 
-def mirror(copies: Sequence[Copy]) -> int:
-    """Complete the rows of these dead letters, making those that are missing; return how many were missing."""
-    return sum(_mirror(copy) for copy in copies)
+def mirror(copies: Sequence[Copy]) -> list[Copy]:
+    """Complete the rows of these dead letters, making those that are missing; return which were missing.
+
+    Raises:
+        NotStorable: One of them has something that PostgreSQL cannot keep; none is stored.
+    """
+    with transaction():
+        return [copy for copy in copies if _mirror(copy)]
 
 
-def _mirror(copy: Copy) -> int:
+def _mirror(copy: Copy) -> bool:
     parameters = copy._asdict() | {"id": new_id()}
-    missing: int = rows(
+    return bool(
+        rows(
+            """
+            INSERT INTO dlq (id, incoming_email_id, reason, last_error, mailbox,
+                             message_id, queue_name, actor_name, body, mirrored_at)
+            SELECT %(id)s, e.id, %(reason)s, %(error)s, e.mailbox,
+                   %(message_id)s, %(queue_name)s, %(actor_name)s, %(body)s, now()
+            FROM (VALUES (1)) AS one LEFT JOIN incoming_emails e ON e.id = %(incoming_email_id)s
+            ON CONFLICT (message_id) DO UPDATE SET body = excluded.body, mirrored_at = now()
+            RETURNING xmax = 0
+            """,
+            parameters,
+        )[0][0]
+    )
+
+
+def message_ids(prefix: str, *, before: datetime) -> list[str]:
+    """Return the ids that begin so, of rows made before that, oldest first."""
+    found = rows(
         """
-        INSERT INTO dlq (id, incoming_email_id, reason, last_error, mailbox,
-                         message_id, queue_name, actor_name, body, mirrored_at)
-        SELECT %(id)s, e.id, %(reason)s, %(error)s, e.mailbox,
-               %(message_id)s, %(queue_name)s, %(actor_name)s, %(body)s, now()
-        FROM (VALUES (1)) AS one LEFT JOIN incoming_emails e ON e.id = %(incoming_email_id)s
-        ON CONFLICT (message_id) DO UPDATE SET body = excluded.body, mirrored_at = now()
-        RETURNING (xmax = 0)::int
+        SELECT message_id FROM dlq WHERE starts_with(message_id, %(prefix)s) AND created_at < %(before)s ORDER BY id
         """,
-        parameters,
-    )[0][0]
-    return missing
-
-
-def message_ids(prefix: str) -> list[str]:
-    """Return the ids that begin so, oldest row first."""
-    found = rows("SELECT message_id FROM dlq WHERE starts_with(message_id, %(prefix)s) ORDER BY id", {"prefix": prefix})
+        {"prefix": prefix, "before": before},
+    )
     return [message_id for (message_id,) in found]
 
 
@@ -193,7 +204,11 @@ def _put_back(incoming_email_id: str | None, queue_name: str) -> None:
         rows(
             """
             UPDATE incoming_emails
-            SET status = 'received', attempt_count = 0, next_attempt_at = NULL, updated_at = now()
+            SET status = CASE WHEN doubt.stands THEN 'processing' ELSE 'received' END,
+                -- To be looked up is no attempt of its own.
+                attempt_count = doubt.stands::int, next_attempt_at = NULL, updated_at = now()
+            FROM (SELECT EXISTS (SELECT 1 FROM sent_emails WHERE incoming_email_id = %(id)s
+                                   AND status IN ('sending', 'in_doubt')) AS stands) AS doubt
             WHERE id = %(id)s AND status = 'failed'
             """,
             {"id": incoming_email_id},

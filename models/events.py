@@ -7,7 +7,7 @@ nobody publishes an event twice, and an event outlives its writer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from contracts import Event
 from models.database import insert_many, rows
@@ -16,7 +16,7 @@ from models.database import insert_many, rows
 BATCH = 500
 
 
-def append(events: Sequence[Event], claimed_until: datetime) -> None:
+def append(events: Sequence[Event], publish_within: timedelta) -> None:
     """Write events into the transaction that makes them true. One that exists already is left as it is."""
     if events:
         insert_many(
@@ -34,10 +34,11 @@ def append(events: Sequence[Event], claimed_until: datetime) -> None:
                     event.correlation_id,
                     event.reply_to,
                     event.traceparent,
-                    claimed_until,
+                    publish_within,
                 )
                 for event in events
             ],
+            row="(%s, %s, %s, %s, %s, %s, %s, now() + %s)",
         )
 
 

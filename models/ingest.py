@@ -75,7 +75,7 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Sto
         for publisher_id, arrival in ordered:
             if ids[publisher_id] in new_ids:
                 events[publisher_id] = _received(ids[publisher_id], arrival, now)
-        append(list(events.values()), now + publish_within)
+        append(list(events.values()), publish_within)
         stored = {row[0]: (row[1], bytes(row[2])) for row in rows(_KNOWN, {"ids": list(first)})}
     return [_reception(arrival, first, stored, events) for arrival in arrivals]
 

@@ -194,7 +194,7 @@ def expire_overdue(publish_within: timedelta) -> list[Event]:
     )
     now = datetime.now(UTC)
     events = [_expired(now, *row) for row in expired]
-    append(events, now + publish_within)
+    append(events, publish_within)
     return events
 
 
@@ -298,9 +298,9 @@ def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> N
     )
 
 
-def next_due_at() -> datetime | None:
-    """Return the next instant at which there is something to do that nobody will announce."""
-    due_at: datetime | None = rows(
+def next_due_in() -> timedelta | None:
+    """Return how long it is until there is something to do that nobody will announce, by PostgreSQL's clock."""
+    due_in: timedelta | None = rows(
         """
         SELECT least(
             (SELECT min(next_attempt_at) FROM incoming_emails WHERE next_attempt_at IS NOT NULL),
@@ -310,10 +310,10 @@ def next_due_at() -> datetime | None:
             (SELECT min(backup_lease_until) FROM sent_emails WHERE backup_lease_until IS NOT NULL),
             (SELECT min(paused_until) FROM mailboxes WHERE paused_until > now()),
             (SELECT min(claimed_until) FROM outbox_events WHERE published_at IS NULL)
-        )
+        ) - now()
         """
     )[0][0]
-    return due_at
+    return due_in
 
 
 def acknowledge_receipts(receipts: list[tuple[str, int]]) -> None:

@@ -57,7 +57,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.PROCESSING: frozenset(
         {Status.PROCESSED, Status.FAILED, Status.RECEIVED, Status.PROCESSING, Status.DISPATCHED, Status.EXPIRED}
     ),
-    Status.FAILED: frozenset({Status.RECEIVED}),
+    Status.FAILED: frozenset({Status.RECEIVED, Status.PROCESSING}),
     Status.PROCESSED: frozenset(),
     Status.CANCELLED: frozenset(),
     Status.EXPIRED: frozenset(),

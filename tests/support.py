@@ -236,7 +236,7 @@ def fleet(tables: str, graph: Simulator, monkeypatch: pytest.MonkeyPatch) -> Ite
     with pika.BlockingConnection(runtime.rabbitmq) as connection:
         _empty(connection.channel())
         yield Fleet(graph, connection)
-        scheduler._alarm.ring_at(None)
+        scheduler._alarm.ring_in(None)
         scheduler.receipts.close()
         runtime.close()
 

@@ -12,6 +12,7 @@ from support import SENDER, Fleet, email_row, rows, sending, store, table, work
 
 import models
 import runtime
+from graph_client import GraphClient
 from graph_client.errors import Throttled
 from models import backups, dead_letters
 from vault import bind_to
@@ -154,6 +155,31 @@ def test_a_mime_that_graph_cannot_make_is_given_up_and_made_after_a_replay(
     # Then
     assert len(table("email_backups")) == 1
     assert fleet.mails(id) == 1
+
+
+def test_a_graph_that_cannot_be_reached_is_no_backups_fault(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent(fleet)
+    away = GraphClient("https://127.0.0.1:1/v1.0", runtime.tokens, timedelta(seconds=1), runtime.TAG)
+    monkeypatch.setattr(runtime, "graph", away)
+    assert fleet.backup() == ["done"]
+    assert table("sent_emails")[0]["backup_attempt_count"] == 0
+
+
+def test_a_worker_that_was_frozen_adds_no_second_copy_under_another_id(fleet: Fleet) -> None:
+    # Given a worker that has read the mail under one id, and another that has stored it under another meanwhile
+    id = sent(fleet)
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
+    fleet.take("backup")
+    frozen = models.ClaimedBackup.claim(id, 1, lease=support.LEASE)
+    assert frozen is not None
+    rows("UPDATE sent_emails SET backup_lease_until = NULL")
+    assert fleet.backup() == ["done"]
+    before = (table("email_backups"), table("sent_emails"))
+    # When it wakes
+    frozen.store("another-id", models.Sealed(b"x", "gzip", 1, 1, "0", "k"), retention=timedelta(days=1))
+    # Then
+    assert (table("email_backups"), table("sent_emails")) == before
 
 
 def test_the_limiter_holds_a_backup_back_without_an_attempt(fleet: Fleet, limit: Callable[..., None]) -> None:

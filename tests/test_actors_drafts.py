@@ -180,7 +180,7 @@ def test_a_worker_that_died_around_the_send_leaves_the_mail_in_doubt_and_it_is_s
     id = store(attachments=[file(fleet, "small", SMALL)])
     email = support.claim(id, intent=False)
     draft_id = drafts.prepare_draft(email)
-    email.record_intent(support.LEASE)
+    email.record_intent(support.LEASE, str(email.draft_id))
     if sent:
         runtime.graph.send_draft(SENDER, draft_id)
     lapse(id)

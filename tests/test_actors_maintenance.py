@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import orjson
 import pika
 import pytest
@@ -70,6 +72,9 @@ POISON = {
     "NUL": orjson.dumps({"message_id": "a\x00b", "actor_name": "a\x00b", "kwargs": {"incoming_email_id": "\x00"}}),
     "unknown email": orjson.dumps({"kwargs": {"incoming_email_id": "01900000-0000-7000-8000-000000000000"}}),
     "large": b"x" * 1_500_000,
+    "an id that no index holds": orjson.dumps(
+        {"message_id": secrets.token_hex(20_000), "actor_name": "x", "kwargs": {}, "queue_name": "ingest"}
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from support import SENDER, Fleet, email_row, lapse, rows, sending, store, table
 import models
 import runtime
 from actors.composition import graph_message
+from models import scheduling
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure = support.configure
@@ -45,6 +46,17 @@ def test_found_sent_is_recorded_with_its_time_and_the_evidence(fleet: Fleet) -> 
     assert email_row(id)["attempt_count"] == 1
 
 
+def draft_in_doubt(**changes: object) -> tuple[str, str]:
+    """An email, and the draft whose send was intended by a worker that died before it asked for it."""
+    id = store(**changes)
+    email = support.claim(id, intent=False)
+    draft = runtime.graph.create_draft(SENDER, graph_message(id, email.payload))
+    email.record_draft(draft.id)
+    email.record_intent(support.LEASE, draft.id)
+    lapse(id)
+    return id, draft.id
+
+
 def test_the_evidence_names_each_call_as_graph_knows_it(fleet: Fleet) -> None:
     # Given a send without an answer
     fleet.graph.lose_next_answer()
@@ -62,13 +74,115 @@ def test_the_evidence_names_each_call_as_graph_knows_it(fleet: Fleet) -> None:
 
 
 def test_found_as_a_draft_is_sent(fleet: Fleet) -> None:
-    id = in_doubt(fleet)
-    payload = rows("SELECT payload FROM incoming_emails")[0][0]
-    runtime.graph.create_draft(SENDER, graph_message(id, payload))
+    id, _ = draft_in_doubt()
     fleet.settle(id)
     assert (sending(id), fleet.mails(id)) == ("sent", 1)
     assert evidence()[-2:] == ["0 sent, 1 drafts", "202"]
     assert fleet.events() == ["SendEmailSent"]
+
+
+def test_a_draft_left_over_from_before_is_not_sent_while_the_send_without_it_may_still_show(
+    fleet: Fleet, configure: Configure
+) -> None:
+    # Given a mail whose draft was made, and that was then sent without it, its answer lost, its copy not yet shown
+    configure(send_plain_via="draft")
+    fleet.graph.throttle(SENDER, operation="send_draft")
+    id = store()
+    fleet.send()
+    assert email_row(id)["draft_id"]
+    configure(send_plain_via="sendmail")
+    fleet.graph.set_sent_items_delay(2)
+    fleet.graph.lose_next_answer()
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("in_doubt", 1)
+    # When it is looked for, and only the draft is there
+    fleet.settle(id)
+    # Then
+    assert evidence()[-1] == "0 sent, 1 drafts"
+    assert (sending(id), fleet.mails(id)) == ("in_doubt", 1)
+
+
+def test_a_draft_of_a_plain_mail_is_sent_once_nothing_has_shown_for_so_long(fleet: Fleet, configure: Configure) -> None:
+    id = in_doubt(fleet)
+    payload = rows("SELECT payload FROM incoming_emails")[0][0]
+    runtime.graph.create_draft(SENDER, graph_message(id, payload))
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("in_doubt", 0)
+    configure(**OVER)
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id), fleet.graph.requests(operation="send_mail")) == ("sent", 1, [])
+
+
+def test_an_expired_mail_is_not_sent_though_its_draft_is_found(fleet: Fleet, configure: Configure) -> None:
+    # Given
+    id, _ = draft_in_doubt(expires_at="2100-01-01T00:00:00Z")
+    rows("UPDATE incoming_emails SET payload = jsonb_set(payload::jsonb, '{expires_at}', '\"2020-01-01T00:00:00Z\"')")
+    rows("UPDATE incoming_emails SET expires_at = now()")
+    # When
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("in_doubt", 0)
+    configure(**OVER)
+    fleet.settle(id)
+    fleet.schedule()
+    # Then
+    assert (email_row(id)["status"], fleet.mails(id)) == ("expired", 0)
+
+
+def test_the_look_that_decides_does_not_depend_on_when_the_clock_said_that_the_mail_came(
+    fleet: Fleet, configure: Configure
+) -> None:
+    # Given that PostgreSQL's clock was ahead when the mail was stored
+    fleet.graph.lose_next_answer()
+    id = store()
+    rows("UPDATE incoming_emails SET created_at = now() + interval '1 hour'")
+    fleet.send()
+    configure(**OVER)
+    # When
+    fleet.settle(id)
+    # Then
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+
+
+def test_the_replay_of_a_held_mail_that_has_expired_meanwhile_comes_to_its_end(
+    fleet: Fleet, configure: Configure
+) -> None:
+    # Given
+    id = store(expires_at="2100-01-01T00:00:00Z")
+    support.claim(id, intent=True)
+    lapse(id)
+    configure(**OVER, in_doubt_policy="hold")
+    assert fleet.settle(id) == ["dead-lettered"]
+    rows("UPDATE incoming_emails SET expires_at = now()")
+    # When
+    models.dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
+    fleet.send()
+    fleet.schedule()
+    # Then
+    assert (email_row(id)["status"], sending(id), fleet.mails(id)) == ("expired", "not_sent", 0)
+    assert scheduling.next_due_in() is None or scheduling.next_due_in() > timedelta(0)
+
+
+def test_an_operators_replay_is_given_as_long_as_the_first_doubt_was(fleet: Fleet, configure: Configure) -> None:
+    # Given a mail that could not be looked up for days, and was replayed then
+    id = in_doubt(fleet)
+    rows("UPDATE sent_emails SET intent_at = now() - interval '4 days'")
+    fleet.graph.fail(503, operation="find", times=None)
+    assert fleet.settle(id) == ["dead-lettered"]
+    models.dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
+    # When it still cannot be
+    assert fleet.send() == ["done"]
+    # Then it is looked up again, not given up
+    assert (email_row(id)["status"], sending(id)) == ("processing", "in_doubt")
+
+
+def test_an_error_that_nobody_foresaw_does_not_keep_a_mail_in_doubt_for_ever(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = in_doubt(fleet)
+    rows("UPDATE sent_emails SET intent_at = now() - interval '4 days'")
+    monkeypatch.setattr(runtime, "graph", object())
+    assert fleet.settle(id) == ["dead-lettered"]
+    assert (email_row(id)["status"], sending(id), table("dlq")[0]["reason"]) == ("failed", "in_doubt", "in_doubt_held")
 
 
 @pytest.mark.parametrize("second_send", ["not_found", "invalid", "accepted"])
@@ -96,9 +210,7 @@ def test_a_draft_that_is_being_sent_already_is_neither_sent_twice_nor_given_up(f
 
 
 def test_the_send_of_a_draft_that_was_found_may_be_in_doubt_again(fleet: Fleet) -> None:
-    id = in_doubt(fleet)
-    payload = rows("SELECT payload FROM incoming_emails")[0][0]
-    runtime.graph.create_draft(SENDER, graph_message(id, payload))
+    id, _ = draft_in_doubt()
     fleet.graph.lose_next_answer(operation="send_draft")
     fleet.settle(id)
     assert (sending(id), fleet.mails(id)) == ("in_doubt", 1)

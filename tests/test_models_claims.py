@@ -50,7 +50,7 @@ OUTCOMES: dict[str, Callable[[ClaimedEmail], Any]] = {
     "renew": lambda email: email.renew(LEASE),
     "record_draft": lambda email: email.record_draft("draft-1"),
     "forget_draft": lambda email: email.forget_draft(),
-    "record_intent": lambda email: email.record_intent(LEASE),
+    "record_intent": lambda email: email.record_intent(LEASE, "draft-1"),
     "record_sent": lambda email: record_sent(email),
     "mark_in_doubt": lambda email: email.mark_in_doubt(look_again_in=MINUTE, evidence={"seen": "timeout"}),
     "settle_as_not_sent": lambda email: email.settle_as_not_sent({"seen": "nothing"}),
@@ -211,7 +211,7 @@ def test_a_sent_email_is_processed_with_its_event_and_its_backup_due() -> None:
     id = store()
     at = datetime(2026, 2, 13, 12, 0, tzinfo=UTC)
     # When
-    event = record_sent(claim(id), graph_message_id="m-1", sent_at=at, evidence={"seen": "202"})
+    (event,) = record_sent(claim(id), graph_message_id="m-1", sent_at=at, evidence={"seen": "202"})
     # Then
     row, (sent,) = email_row(id), table("sent_emails")
     assert (row["status"], row["last_error"], row["attempt_count"]) == ("processed", None, 1)
@@ -296,7 +296,7 @@ def test_a_failed_email_has_exactly_one_dead_letter_and_one_event() -> None:
     id = store()
     email = claim(id)
     # When
-    event = fail(email, message_id="message-1")
+    (event,) = fail(email, message_id="message-1")
     # Then
     assert email_row(id)["status"] == "failed"
     (letter,) = table("dlq")
@@ -313,9 +313,9 @@ def test_a_dead_letter_that_rabbitmq_told_of_first_is_completed_instead_of_repea
     id = store()
     email = claim(id)
     copy = dead_letters.Copy("message-1", "send_plain", "send_plain", id, "actor_failed", "given up", b"{}")
-    assert dead_letters.mirror([copy]) == 1
+    assert dead_letters.mirror([copy]) == [copy]
     fail(email, message_id="message-1")
-    assert dead_letters.mirror([copy]) == 0
+    assert dead_letters.mirror([copy]) == []
     (letter,) = table("dlq")
     assert (letter["reason"], letter["attempts"], letter["body"]) == ("invalid_recipient", 1, "\\x7b7d")
 
@@ -343,13 +343,13 @@ def test_a_replay_frees_an_email_in_doubt_and_no_later_doubt_of_it() -> None:
     fail(claim(id))
     dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
     email = claim(id)
-    assert (email.replayed, email.attempt) == (True, 1)
+    assert (email.replayed_for is not None, email.attempt) == (True, 1)
     # When its send is begun once more and is in doubt again
-    email.repeat_intent(LEASE, {"seen": "0 sent, 1 drafts"})
+    email.repeat_intent(LEASE, "draft-1", evidence={"seen": "0 sent, 1 drafts"})
     email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
     # Then that doubt is held like any other
     scheduling.wake_due()
-    assert not claim(id).replayed
+    assert claim(id).replayed_for is None
 
 
 def test_a_send_that_is_begun_again_is_as_fresh_a_doubt() -> None:
@@ -358,7 +358,7 @@ def test_a_send_that_is_begun_again_is_as_fresh_a_doubt() -> None:
     email = claim(id)
     assert email.in_doubt_for is not None
     assert email.in_doubt_for > timedelta(minutes=59)
-    email.repeat_intent(LEASE, {"seen": "0 sent, 1 drafts"})
+    email.repeat_intent(LEASE, "draft-1", evidence={"seen": "0 sent, 1 drafts"})
     email.mark_in_doubt(look_again_in=NOW, evidence={"seen": "timeout"})
     scheduling.wake_due()
     again = claim(id).in_doubt_for
@@ -368,7 +368,7 @@ def test_a_send_that_is_begun_again_is_as_fresh_a_doubt() -> None:
 
 def test_a_send_that_is_begun_again_by_a_worker_that_dies_is_in_doubt_from_the_end_of_its_lease() -> None:
     id = in_doubt()
-    claim(id).repeat_intent(LEASE, {"seen": "0 sent, 1 drafts"})
+    claim(id).repeat_intent(LEASE, "draft-1", evidence={"seen": "0 sent, 1 drafts"})
     lapse(id)
     again = claim(id).in_doubt_for
     assert again is not None
@@ -407,9 +407,19 @@ def test_a_send_whose_worker_died_can_be_traced_at_graph_by_its_id() -> None:
     assert (seen["client_request_id"], seen["asked"]) == (email.send_id, "send")
 
 
+def test_an_email_that_is_given_up_again_after_a_replay_is_told_of_once() -> None:
+    from models import dead_letters
+
+    id = store()
+    (event,) = fail(claim(id), message_id="message-1")
+    dead_letters.resolve(table("dlq")[0]["id"], replayed=True, who="olga")
+    assert fail(claim(id), message_id="message-2") == []
+    assert [row["id"] for row in table("outbox_events") if row["type"] == "SendEmailFailed"] == [event.id]
+
+
 def test_an_email_that_came_too_late_is_expired_and_told_once() -> None:
     id = store(expires_at="2030-01-01T00:00:00Z")
-    event = claim(id).expire(WITHIN)
+    (event,) = claim(id).expire(WITHIN)
     assert (email_row(id)["status"], sending(id), event.type) == ("expired", None, "SendEmailExpired")
     assert [row["type"] for row in table("outbox_events")].count("SendEmailExpired") == 1
 

@@ -179,5 +179,5 @@ def test_a_published_event_is_claimed_by_nobody_and_keeps_the_first_time() -> No
 def test_an_event_that_exists_is_not_replaced() -> None:
     ((_, _, event),) = store(arrival())
     before = table("outbox_events")
-    models.events.append([event._replace(body=b'{"other": 1}')], datetime.now(UTC))
+    models.events.append([event._replace(body=b'{"other": 1}')], support.WITHIN)
     assert table("outbox_events") == before

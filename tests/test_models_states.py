@@ -23,6 +23,7 @@ LEGAL = {
     ("processing", "dispatched"),
     ("processing", "expired"),
     ("failed", "received"),
+    ("failed", "processing"),
 }
 
 

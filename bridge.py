@@ -2,7 +2,7 @@
 
 A delivery is acknowledged only when it is stored and its event confirmed, or when it is kept in
 ``send_email.rejected`` and the publisher told; so bad input never stops the line, and nothing is lost when PostgreSQL
-or RabbitMQ are away: the deliveries stay with RabbitMQ until both are back.
+or RabbitMQ are away: the deliveries stay unacknowledged until both are back.
 
 Where it may die, and what the next one does:
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -63,16 +63,13 @@ class Bridge:
             try:
                 self._consume()
             except (pika.exceptions.AMQPError, OSError) as error:
-                self._wait("RabbitMQ is away", error)
-            except (DatabaseAway, Unconfirmed) as error:
-                # The connection ended with the error: what was in hand goes back to the queue.
-                self._wait("a batch goes back to the queue", error)
+                self._wait("RabbitMQ is away", error, time.sleep)
 
-    def _wait(self, what: str, error: Exception) -> None:
+    def _wait(self, what: str, error: Exception, sleep: Callable[[float], None]) -> None:
         log.warning("%s, trying again in %.1f s: %s", what, self._pause.total_seconds(), type(error).__name__)
         until = time.monotonic() + self._pause.total_seconds()
         while self._running and time.monotonic() < until:
-            time.sleep(0.1)
+            sleep(0.1)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _consume(self) -> None:
@@ -83,7 +80,8 @@ class Bridge:
             channel.basic_qos(prefetch_count=PREFETCH)
             for batch in self._batches(channel):
                 runtime.crash_point(CrashPoint.BRIDGE_CONSUMED)
-                ingest([_delivery(properties, body) for _, properties, body in batch])
+                if not self._ingest([_delivery(properties, body) for _, properties, body in batch], connection):
+                    return
                 runtime.crash_point(CrashPoint.BRIDGE_INGESTED)
                 channel.basic_ack(batch[-1][0].delivery_tag, multiple=True)
                 runtime.crash_point(CrashPoint.BRIDGE_ACKNOWLEDGED)
@@ -91,6 +89,21 @@ class Bridge:
         finally:
             if connection.is_open:
                 connection.close()
+
+    def _ingest(self, deliveries: list[Delivery], connection: pika.BlockingConnection) -> bool:
+        """Ingest, however long it takes; return whether it is done. If not the bridge is to stop.
+
+        The batch is kept meanwhile: RabbitMQ 4 drops what comes back to a quorum queue more than twenty times.
+        """
+        while True:
+            try:
+                ingest(deliveries)
+            except (DatabaseAway, Unconfirmed) as error:
+                self._wait("a batch is kept", error, connection.sleep)
+                if not self._running:
+                    return False
+            else:
+                return True
 
     def _batches(self, channel: Any) -> Iterator[list[tuple[Any, Any, bytes]]]:
         """Yield what has come, at most a batch at a time, waiting a moment for a batch to fill."""

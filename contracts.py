@@ -7,8 +7,10 @@ documented is what is checked. Nothing here depends on how mail is stored or sen
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,6 +23,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -39,10 +42,20 @@ MAX_HEADERS = 5
 MAX_ATTACHMENTS = 50
 #: Graph's limit for one upload session (learn.microsoft.com/graph/outlook-large-attachments).
 MAX_ATTACHMENT_BYTES = 150 * 1024 * 1024
+MAX_METADATA = 50
+_MAX_METADATA_NAME, _MAX_METADATA_TEXT = 64, 1024
+#: Integers that PostgreSQL and every JSON reader with 64-bit integers keep.
+_INTEGERS = {"ge": -(2**63), "le": 2**63 - 1}
+#: Beyond it not every integer is a double (RFC 7493, 2.2): a longer integer would come out as another number.
+_DOUBLES = {"ge": -(2.0**53), "le": 2.0**53}
 
 #: A rejection names so many problems, in so many characters; then it is long enough to start mending.
 _MAX_PROBLEMS = 20
 _MAX_DETAIL_CHARACTERS = 2000
+#: No field of an email holds so many values. Each could be a problem, and a million problems take gigabytes to tell.
+_MAX_VALUES = 1000
+#: In so few bytes there is no room for so many that it matters.
+_FEW_VALUES_BYTES = 16 * _MAX_VALUES
 
 #: Names the ids of events and of emails without an id of their own; it must never change.
 NAMESPACE = uuid.UUID("5f0e1d7a-3c0b-4a53-9a3e-6d2f7c2b9a10")
@@ -50,29 +63,35 @@ NAMESPACE = uuid.UUID("5f0e1d7a-3c0b-4a53-9a3e-6d2f7c2b9a10")
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _ADDRESS = rf"^{_ATOM}(?:\.{_ATOM})*@(?:{_LABEL}\.)+[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?$"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\u2028\u2029]")
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-
-
-def _one_line(text: str) -> str:
-    if _CONTROL.search(text):
-        raise ValueError("must not contain control characters or line breaks")
-    return text
+_BREAKING = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_LINE = rf"^[^{_BREAKING}]*$"
+_SOURCE = rf"^(?:[hH][tT][tT][pP][sS]://[^\s\\{_BREAKING}]+|[A-Za-z0-9._~-]+)$"
+_CONTENT_ID = rf"^[^\s<>{_BREAKING}]+$"
+_RESTRICTED_NAME = r"[A-Za-z0-9!#$&^_.+-]+"
+_CONTENT_TYPE = rf'^{_RESTRICTED_NAME}/{_RESTRICTED_NAME}(; ?{_RESTRICTED_NAME}=[A-Za-z0-9!#$&^_.+" -]+)*$'
+_HEADER = r"^[xX]-[A-Za-z0-9-]+$"
+#: A regular expression is no sentence; the schema has it for those who want it.
+_SENTENCES = {
+    _ADDRESS: "must be an address alone, as in ann@example.com",
+    _LINE: "must not contain control characters or line breaks",
+    _SOURCE: "must be an https URL or the id of a stored attachment",
+    _HEADER: "must be the name of an x- header",
+}
+_CONTROL = re.compile(f"[{_BREAKING}\ud800-\udfff]")
+#: What a body may not contain, which may have tabs and lines: in UTF-8, where these bytes are nothing else.
+_UNPRINTABLE_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127])
+_UNPRINTABLE = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
+#: Every key of a JSON text ends like this, and little else does.
+_END_OF_KEY = re.compile(rb'"[ \t\r\n]*:')
+_FIELD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 def _storable(text: str) -> str:
-    if _UNPRINTABLE.search(text):
-        raise ValueError("must not contain control characters")
-    if len(text) > MAX_BODY_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BODY_BYTES:
+    encoded = text.encode()
+    if len(encoded) > MAX_BODY_BYTES:
         raise ValueError(f"must not exceed {MAX_BODY_BYTES} bytes")
-    return text
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode") from None
+    if len(encoded.translate(None, _UNPRINTABLE_BYTES)) < len(encoded):
+        raise ValueError("must not contain control characters")
     return text
 
 
@@ -97,12 +116,30 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Line = Annotated[str, AfterValidator(_one_line), AfterValidator(_encodable)]
+def _told_once(source: Any, handler: Any) -> Any:
+    """Have a union say one thing of a value that is none of its members, not one for each of them."""
+    said = f"must be a line of at most {_MAX_METADATA_TEXT} characters, a number, true, false or null"
+    return {**handler(source), "custom_error_type": "metadata", "custom_error_message": said}
+
+
+Line = Annotated[str, StringConstraints(pattern=_LINE)]
 Instant = Annotated[
     AwareDatetime, Field(strict=False), BeforeValidator(_written_out), AfterValidator(_storable_instant)
 ]
 Address = Annotated[str, StringConstraints(max_length=254, pattern=_ADDRESS)]
-HeaderName = Annotated[str, StringConstraints(max_length=76, pattern=r"^[xX]-[A-Za-z0-9-]+$")]
+ReplyTo = Annotated[list[Address], Field(max_length=10)]
+HeaderName = Annotated[str, StringConstraints(max_length=76, pattern=_HEADER)]
+MetadataName = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_METADATA_NAME, pattern=_LINE)]
+_MetadataText = Annotated[str, StringConstraints(max_length=_MAX_METADATA_TEXT, pattern=_LINE)]
+MetadataValue = (
+    Annotated[
+        _MetadataText | Annotated[int, Field(**_INTEGERS)] | Annotated[float, Field(**_DOUBLES)] | bool,
+        GetPydanticSchema(_told_once),
+    ]
+    | None
+)
+#: In the schema: names of another form are not merely left unchecked.
+_NO_OTHERS: dict[str, Any] = {"additionalProperties": False}
 
 
 class _Contract(BaseModel):
@@ -115,8 +152,10 @@ class Body(_Contract):
     """The text of an email."""
 
     content_type: Literal["html", "text"] = Field(alias="contentType")
-    content: Annotated[str, AfterValidator(_encodable), AfterValidator(_storable)] = Field(
-        max_length=MAX_BODY_BYTES, description=f"At most {MAX_BODY_BYTES} bytes of UTF-8."
+    content: Annotated[str, AfterValidator(_storable)] = Field(
+        max_length=MAX_BODY_BYTES,
+        description=f"At most {MAX_BODY_BYTES} bytes of UTF-8.",
+        json_schema_extra={"pattern": _UNPRINTABLE},
     )
 
 
@@ -125,24 +164,27 @@ class Attachment(_Contract):
 
     name: Line = Field(min_length=1, max_length=255)
     size: int = Field(ge=0, le=MAX_ATTACHMENT_BYTES, description="Bytes; the file must have exactly this size.")
-    content_type: Line = Field(
-        "application/octet-stream",
-        alias="contentType",
-        max_length=127,
-        pattern=r"^[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(; ?[A-Za-z0-9!#$&^_.+-]+=[A-Za-z0-9!#$&^_.+\" -]+)*$",
-    )
-    url_or_id: Line = Field(
+    content_type: str = Field("application/octet-stream", alias="contentType", max_length=127, pattern=_CONTENT_TYPE)
+    url_or_id: str = Field(
         alias="urlOrId",
-        min_length=1,
         max_length=2048,
+        pattern=_SOURCE,
         description="An `https://` address, or the id of an attachment stored with mailfleet.",
     )
     is_inline: bool = False
-    content_id: Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\s<>\x00-\x1f]+$")] | None = None
+    content_id: Annotated[str, StringConstraints(max_length=255, pattern=_CONTENT_ID)] | None = None
 
 
 class SendEmail(_Contract):
-    """A request to send one email. Unknown fields are rejected."""
+    """A request to send one email."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "description": f"A request to send one email. A delivery has at most {MAX_DELIVERY_BYTES} bytes of JSON in "
+            "UTF-8. Unknown fields are rejected, and so is a key that is given twice in one object. "
+            f"`to`, `cc` and `bcc` name 1 to {MAX_RECIPIENTS} recipients together."
+        }
+    )
 
     publisher_message_id: Line | None = Field(
         None,
@@ -154,19 +196,27 @@ class SendEmail(_Contract):
     to: list[Address] = Field([], max_length=MAX_RECIPIENTS)
     cc: list[Address] = Field([], max_length=MAX_RECIPIENTS)
     bcc: list[Address] = Field([], max_length=MAX_RECIPIENTS)
-    reply_to: Annotated[list[Address], BeforeValidator(_as_list)] = Field([], max_length=10)
+    reply_to: Annotated[ReplyTo, BeforeValidator(_as_list, json_schema_input_type=ReplyTo | Address)] = []
     subject: Line = Field("", max_length=255)
     body: Body
     attachments: list[Attachment] = Field([], max_length=MAX_ATTACHMENTS)
     importance: Literal["low", "normal", "high"] = "normal"
     priority: Literal["high", "normal", "bulk"] = "normal"
     send_at: Instant | None = Field(None, description="RFC 3339; not sent before.")
-    expires_at: Instant | None = Field(None, description="RFC 3339; not sent after.")
-    headers: dict[HeaderName, Annotated[Line, StringConstraints(max_length=995)]] = Field({}, max_length=MAX_HEADERS)
-    metadata: dict[
-        Annotated[Line, StringConstraints(min_length=1, max_length=64)],
-        Annotated[Line, StringConstraints(max_length=1024)] | int | float | bool | None,
-    ] = Field({}, max_length=50, description="Carried along; `tenant` names the publisher's tenant.")
+    expires_at: Instant | None = Field(None, description="RFC 3339; not sent after. Later than `send_at`.")
+    headers: dict[HeaderName, Annotated[Line, StringConstraints(max_length=995)]] = Field(
+        {},
+        max_length=MAX_HEADERS,
+        description="Two names do not differ in case alone.",
+        json_schema_extra=_NO_OTHERS,
+    )
+    metadata: dict[MetadataName, MetadataValue] = Field(
+        {},
+        max_length=MAX_METADATA,
+        description="Carried along; `tenant`, a string, names the publisher's tenant. At most "
+        f"{MAX_METADATA * (_MAX_METADATA_NAME + _MAX_METADATA_TEXT)} characters in all, names included.",
+        json_schema_extra=_NO_OTHERS,
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> SendEmail:
@@ -174,6 +224,8 @@ class SendEmail(_Contract):
             raise ValueError(f"to, cc and bcc must name 1 to {MAX_RECIPIENTS} recipients together")
         if self.expires_at and self.send_at and self.expires_at <= self.send_at:
             raise ValueError("expires_at must be later than send_at")
+        if len({name.lower() for name in self.headers}) < len(self.headers):
+            raise ValueError("headers must not name one header twice, in whatever case")
         if not isinstance(self.metadata.get("tenant", ""), str):
             raise ValueError("metadata.tenant must be a string")
         return self
@@ -195,6 +247,10 @@ class SendEmail(_Contract):
         """Return the content as JSON that does not depend on field order, white space or spelled-out defaults."""
         content = self.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"publisher_message_id"})
         return orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+
+
+#: Every key of ours; another may be content.
+_NAMES = {field.alias or name for model in (SendEmail, Body, Attachment) for name, field in model.model_fields.items()}
 
 
 class AcceptedEmail(NamedTuple):
@@ -225,6 +281,8 @@ class Unacceptable(Exception):
 def accept(body: bytes) -> AcceptedEmail:
     """Read and check one delivery.
 
+    Takes memory and time in proportion to the body, whatever is in it.
+
     Raises:
         Unacceptable: The body is too large, not JSON or not a valid ``SendEmail``.
     """
@@ -234,25 +292,97 @@ def accept(body: bytes) -> AcceptedEmail:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise Unacceptable("not_json", f"not valid JSON: {error.msg} at line {error.lineno}") from None
+    if len(body) > _FEW_VALUES_BYTES and (place := _bulky(content)):
+        raise Unacceptable("invalid", f"{place}: has more than {_MAX_VALUES} values", _readable_id(content))
     try:
         email = SendEmail.model_validate(content)
     except ValidationError as error:
         raise Unacceptable("invalid", _problems(error), _readable_id(content)) from None
+    if (repeated := _repeated_key(body, content)) is not None:
+        place = repeated if repeated in _NAMES else "message"
+        named = None if repeated == "publisher_message_id" else email.publisher_message_id
+        raise Unacceptable("invalid", f"{place}: a key is given more than once", named)
     canonical = email.canonical()
     content_hash = hashlib.sha256(canonical).digest()
     return AcceptedEmail(email.publisher_message_id or f"sha256:{content_hash.hex()}", content_hash, canonical, email)
 
 
+def _bulky(content: Any) -> str | None:
+    """Return the place of more values than any email has there."""
+    if not isinstance(content, dict) or len(content) > _MAX_VALUES:
+        return "message" if _has_many_values(content) else None
+    return next((_place([name]) for name, value in content.items() if _has_many_values(value)), None)
+
+
+def _has_many_values(value: Any) -> bool:
+    waiting, count = [value], 0
+    while waiting and count <= _MAX_VALUES:
+        each = waiting.pop()
+        inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        count += len(inner)
+        if count <= _MAX_VALUES:
+            waiting += [child for child in inner if isinstance(child, dict | list)]
+    return count > _MAX_VALUES
+
+
+class _Repeated(Exception):
+    """Raised where a JSON object has a key twice."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _repeated_key(body: bytes, content: dict[str, Any]) -> str | None:
+    """Return a key that an object of this valid ``SendEmail`` has twice, if there is one.
+
+    orjson keeps the last value where another reader, or the publisher's own log, may see the first: such a mail may go
+    to others than somebody thinks. Whatever its strings contain, the text ends a key at least as often as it has keys,
+    so it is read a second time only if that is more often than what was read has keys: hardly ever.
+    """
+    if len(_END_OF_KEY.findall(body)) == _key_count(content):
+        return None
+    try:
+        _PAIRS.decode(body.decode())
+    except _Repeated as repeated:
+        return repeated.key
+    except RecursionError:
+        return ""  # what is valid is shallow, so this is a value that another one hides
+    return None
+
+
+def _key_count(content: dict[str, Any]) -> int:
+    inner = (content["body"], *content.get("attachments", ()), content.get("headers", ()), content.get("metadata", ()))
+    return len(content) + sum(map(len, inner))
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise _Repeated(key)
+        seen.add(key)
+
+
+_PAIRS = json.JSONDecoder(object_pairs_hook=_refuse_repeated)
+
+
 def _problems(error: ValidationError) -> str:
     problems = [_problem(details) for details in error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]]
-    return _CONTROL.sub("?", "; ".join(problems))[:_MAX_DETAIL_CHARACTERS].encode("utf-8", "replace").decode()
+    return "; ".join(dict.fromkeys(problems))[:_MAX_DETAIL_CHARACTERS]
 
 
 def _problem(details: Any) -> str:
-    place = ".".join(map(str, details["loc"])) or "message"
-    # A regular expression is no sentence; the schema has it for those who want it.
-    said = "is not of the required form" if details["type"] == "string_pattern_mismatch" else details["msg"]
-    return f"{place}: {said.removeprefix('Value error, ')}"
+    said = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "string_pattern_mismatch":
+        said = _SENTENCES.get(details["ctx"]["pattern"], "is not of the required form")
+    return f"{_place(details['loc'])}: {said}"
+
+
+def _place(path: Sequence[str | int]) -> str:
+    """Name a field. A key that is not ours is named if it looks like a field's name: any other may be content."""
+    parts = [part for part in path if part != "[key]"]
+    named = [str(part) if isinstance(part, int) or _FIELD_NAME.fullmatch(part) else "?" for part in parts]
+    return ".".join(named) or "message"
 
 
 def _readable_id(content: Any) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -77,6 +78,34 @@ def event_messages(event: Event) -> list[Outgoing]:
     if event.reply_to:
         messages.append(Outgoing("", event.reply_to, event.body, properties, best_effort=True))
     return messages
+
+
+class LenientProperties(pika.BasicProperties):
+    """Properties of a message that came, without its headers if pika cannot read them.
+
+    RabbitMQ carries what pika fails on: a timestamp in milliseconds, which is in the year 55,000, or tables that are
+    nested a thousand deep. The failure would end the connection, and the same message would come first on the next.
+    """
+
+    def decode(self, encoded: bytes, offset: int = 0) -> Any:
+        try:
+            return super().decode(encoded, offset)
+        except Exception as error:
+            log.warning("a message's headers cannot be read and are left out: %s", type(error).__name__)
+            return super().decode(self._without_headers(encoded[offset:]))
+
+    def _without_headers(self, encoded: bytes) -> bytes:
+        (flags,) = struct.unpack_from(">H", encoded)
+        start = 2
+        for before in (self.FLAG_CONTENT_TYPE, self.FLAG_CONTENT_ENCODING):
+            start += 1 + encoded[start] if flags & before else 0
+        (table_bytes,) = struct.unpack_from(">I", encoded, start)
+        rest = encoded[start + 4 + table_bytes :]
+        return struct.pack(">H", flags & ~self.FLAG_HEADERS) + encoded[2:start] + rest
+
+
+# Where pika looks for the class; every connection of the process, Dramatiq's too, reads messages with it.
+pika.spec.props[pika.BasicProperties.INDEX] = LenientProperties
 
 
 def check_url(url: str) -> None:

@@ -1,8 +1,8 @@
 """The backup actor: one sealed copy of every sent mail.
 
 The message is read under the id that its draft had, where it had one; Graph's pages disagree on whether that id
-survives the sending, so if nothing is there, and for mail that never was a draft, the tag decides. Whether what is there
-has left Drafts already is not asked: that would be a request more for each mail, and it has had ``BACKUP_DELAY`` for it.
+survives the sending, so if nothing is there, and for mail that never was a draft, the tag decides. Whether what is
+there has left Drafts is not asked: that would be a request more for each mail, and it has had the delay for it.
 
 Where the worker may die, and what the next one does:
 

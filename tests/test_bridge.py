@@ -10,11 +10,15 @@ import orjson
 import pika
 import pytest
 import support
+from strange_properties import STRANGE_PROPERTIES
 from support import Fleet, rows, send_email, table, wait_until
 
+import actors.ingest
 import bridge
 import models
+import outbox
 import runtime
+from actors.ingest import Delivery
 from contracts import MAX_DELIVERY_BYTES
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
@@ -92,6 +96,32 @@ def test_nothing_is_acknowledged_while_postgresql_fails_and_all_is_stored_when_i
     assert len(fleet.take_raw("test.events")) == 20
 
 
+def test_in_an_outage_a_batch_is_kept_and_not_handed_back_and_forth(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a PostgreSQL that is away for the first two tries
+    connections, outages = [], iter([models.DatabaseAway("away"), models.DatabaseAway("still")])
+
+    def connect(parameters: pika.URLParameters) -> pika.BlockingConnection:
+        connections.append(outbox.connect(parameters))
+        return connections[-1]
+
+    def ingest(deliveries: list[Delivery]) -> None:
+        if outage := next(outages, None):
+            raise outage
+        actors.ingest.ingest(deliveries)
+
+    monkeypatch.setattr(bridge, "connect", connect)
+    monkeypatch.setattr(bridge, "ingest", ingest)
+    publish(fleet, *emails(3))
+    # When
+    with running():
+        wait_until("all are stored", lambda: count("incoming_emails") == 3)
+        wait_until("all are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
+    # Then all of it went over one connection: a quorum queue drops what comes back too often
+    assert len(connections) == 1
+
+
 def test_nothing_is_acknowledged_before_its_event_is_confirmed(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a RabbitMQ that takes connections for consuming only
     publish(fleet, *emails(3))
@@ -141,6 +171,18 @@ def test_properties_that_cannot_be_stored_do_not_stop_the_line(fleet: Fleet, cor
         wait_until("both are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
     assert table("incoming_emails")[0]["correlation_id"] is None
     assert len(fleet.take_raw(runtime.REJECTED_QUEUE)) == 1
+
+
+@pytest.mark.parametrize("what", STRANGE_PROPERTIES)
+def test_properties_that_nobody_expects_do_not_stop_the_line(fleet: Fleet, what: str) -> None:
+    # Given
+    fleet.channel.basic_publish("", runtime.SEND_QUEUE, emails(1)[0], STRANGE_PROPERTIES[what])
+    publish(fleet, emails(2)[1])
+    # When
+    with running():
+        # Then it is stored, and so is what comes behind it
+        wait_until("both are stored", lambda: count("incoming_emails") == 2)
+        wait_until("both are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
 
 
 def test_a_bridge_stops_promptly_with_nothing_to_do(fleet: Fleet) -> None:

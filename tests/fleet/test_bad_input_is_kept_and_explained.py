@@ -68,10 +68,14 @@ BAD = {
     "NUL in the body": (_with(body={"contentType": "text", "content": "a\0b"}), "invalid", "body"),
     "an unknown kind of body": (_with(body={"contentType": "rtf", "content": "x"}), "invalid", "contentType"),
     "an unknown field": (_with(colour="red"), "invalid", "colour"),
+    "recipients twice": (_with(to=[]).replace(b'"to":[]', b'"to":["a@b.example"],"to":["c@d.e"]'), "invalid", "to"),
+    "a million values": (b'{"metadata": [' + b"0," * 1_000_000 + b"0]}", "invalid", "metadata"),
+    "an integer of 65 bits": (_with(metadata={"n": 2**63}), "invalid", "metadata.n"),
     "NUL in the id": (_with(publisher_message_id="a\0b"), "invalid", "publisher_message_id"),
     "an empty id": (_with(publisher_message_id=""), "invalid", "publisher_message_id"),
     "a header of Exchange's own": (_with(headers={"Subject": "x"}), "invalid", "headers"),
     "a line break in a header": (_with(headers={"x-ref": "a\r\nBcc: eve@evil.example"}), "invalid", "headers"),
+    "one header in two cases": (_with(headers={"x-ref": "1", "X-Ref": "2"}), "invalid", "headers"),
     "six headers": (_with(headers={f"x-{n}": "1" for n in range(6)}), "invalid", "headers"),
     "a time without a zone": (_with(send_at="2026-03-01T10:00:00"), "invalid", "send_at"),
     "a word as time": (_with(send_at="tomorrow"), "invalid", "send_at"),
@@ -83,6 +87,7 @@ BAD = {
     "an unknown priority": (_with(priority="urgent"), "invalid", "priority"),
     "a negative size": (_attached(size=-1), "invalid", "size"),
     "151 MB": (_attached(size=151 * 1024 * 1024), "invalid", "size"),
+    "an attachment on our own disk": (_attached(urlOrId="file:///etc/passwd"), "invalid", "urlOrId"),
     "an attachment without an address": (_with(attachments=[{"name": "a.pdf", "size": 1}]), "invalid", "urlOrId"),
 }  # fmt: skip
 

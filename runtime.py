@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -37,6 +35,7 @@ from graph_client import Call, GraphClient, TokenSource
 from orphans import EndWithParent, end_with_parent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from vault import Keyring, Vault
+from waking import WakeUps
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +47,6 @@ REJECTED_QUEUE = "send_email.rejected"
 #: A slot must outlive the call that holds it; a dead worker's slot comes back after this.
 _SLOT_MARGIN = timedelta(seconds=30)
 _MILLISECOND = timedelta(milliseconds=1)
-#: A wake-up that got lost on its way blocks others for no longer than this.
-_WAKE_LASTS = timedelta(seconds=2)
-_WAKE_PAUSE = timedelta(seconds=1)
-_next_turn_at: dict[str, float] = {}
-_waiting_to_wake: set[str] = set()
-_wake_lock = threading.Lock()
 _batchers: list[Batcher[Any]] = []
 #: Longer than any upload should take, shorter than RabbitMQ's 30 minutes for an unacknowledged message.
 TIME_LIMIT_MILLISECONDS = timedelta(minutes=20) // _MILLISECOND
@@ -158,68 +151,13 @@ def publish_events(events: Sequence[Event]) -> None:
 
 
 def wake(actor_name: str) -> None:
-    """Have an actor run at once, wherever a worker is free for it; wake-ups that come in a burst are one.
-
-    The actor takes the mark away (`waking`) before it looks at the tables, so no wake-up is lost. Without Redis each
-    process wakes it once a second; one that RabbitMQ does not take is tried again until it does. What dies with this
-    process the next minute's sweep makes up for.
-    """
-    try:
-        if not redis.set(_wake_key(actor_name), 1, nx=True, px=_WAKE_LASTS // _MILLISECOND):
-            return
-    except RedisError:
-        if wait := _until_next_turn(actor_name):
-            _wake_later(actor_name, wait)
-            return
-    crash_point(CrashPoint.WAKE_UP_MARKED)
-    sent = enqueue([fleet_broker.get_actor(actor_name).message()])
-    # By then the mark, which keeps others from trying, has lapsed.
-    sent.add_done_callback(lambda done: _wake_later(actor_name, _WAKE_LASTS) if done.exception() else None)
-
-
-def _until_next_turn(actor_name: str) -> timedelta | None:
-    """Return how long to wait before this process may wake the actor without having asked Redis; None: it may now."""
-    wait = _next_turn_at.get(actor_name, float("-inf")) - time.monotonic()
-    if wait > 0:
-        return timedelta(seconds=wait)
-    _next_turn_at[actor_name] = time.monotonic() + _WAKE_PAUSE.total_seconds()
-    return None
-
-
-def _wake_later(actor_name: str, wait: timedelta) -> None:
-    """Wake the actor after a while, once however many ask for it meanwhile."""
-
-    def ring() -> None:
-        with _wake_lock:
-            _waiting_to_wake.discard(actor_name)
-        wake(actor_name)
-
-    with _wake_lock:
-        if actor_name in _waiting_to_wake:
-            return
-        _waiting_to_wake.add(actor_name)
-    timer = threading.Timer(wait.total_seconds(), ring)
-    timer.daemon = True
-    timer.start()
+    """Have an actor run at once, wherever a worker is free for it (see `waking`)."""
+    wake_ups.wake(actor_name)
 
 
 def wake_soon(actor_name: str) -> None:
     """Wake as `wake` does, a moment later and once for all who ask in that moment: for what happens per mail."""
-    _wake_ups.add([actor_name])
-
-
-def waking(actor_name: str) -> bool:
-    """Take the mark of a wake-up away: from here on another may come. Return whether Redis answered."""
-    try:
-        redis.delete(_wake_key(actor_name))
-    except RedisError:
-        log.warning("Redis is away")
-        return False
-    return True
-
-
-def _wake_key(actor_name: str) -> str:
-    return f"mailfleet:wake:{actor_name}"
+    _wake_ups_of_mails.add([actor_name])
 
 
 def is_own_queue(name: str | None) -> bool:
@@ -314,4 +252,5 @@ dramatiq.set_broker(fleet_broker)
 
 publisher = Publisher(rabbitmq, declare)
 events: Batcher[Event] = batcher("events", publish_events)
-_wake_ups: Batcher[str] = batcher("wake-ups", lambda actor_names: [wake(name) for name in set(actor_names)])
+wake_ups = WakeUps(redis, lambda name: enqueue([fleet_broker.get_actor(name).message()]), crash_point)
+_wake_ups_of_mails: Batcher[str] = batcher("wake-ups", lambda names: [wake(name) for name in set(names)])

@@ -45,7 +45,7 @@ _MAX_ID_BYTES = 255
 @dramatiq.actor(queue_name="maintenance", periodic=cron("* * * * *"))
 def mirror_dead_letters() -> None:
     """Read RabbitMQ's copies of dead letters into the ``dlq`` table."""
-    runtime.waking("mirror_dead_letters")
+    runtime.wake_ups.arrived("mirror_dead_letters")
     try:
         connection = connect(runtime.rabbitmq)
         try:

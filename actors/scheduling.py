@@ -59,7 +59,7 @@ _last_served = dict.fromkeys(Route, "")
 def schedule_emails() -> None:
     """Dispatch what may go out, and see to it that the next due time is not slept through. Safe to repeat."""
     _pace.keep()
-    can_count = runtime.waking("schedule_emails")
+    can_count = runtime.wake_ups.arrived("schedule_emails")
     runtime.crash_point(CrashPoint.SCHEDULER_WOKEN)
     try:
         while _sweep(hand_out=can_count):

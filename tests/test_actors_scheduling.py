@@ -143,7 +143,7 @@ def test_without_redis_nothing_is_handed_out_and_it_is_looked_for_again(
     store(publisher_message_id="order-2", expires_at=(datetime.now(UTC) + timedelta(minutes=1)).isoformat())
     rows("UPDATE incoming_emails SET expires_at = now() WHERE publisher_message_id = 'order-2'")
     with monkeypatch.context() as patched:
-        patched.setattr(runtime, "redis", runtime.Redis(port=1, retry=runtime.Retry(runtime.NoBackoff(), 0)))
+        patched.setattr(runtime.wake_ups, "redis", runtime.Redis(port=1, retry=runtime.Retry(runtime.NoBackoff(), 0)))
         # When
         fleet.schedule()
         # Then nothing is sent to workers who would put it back, and the rest goes on

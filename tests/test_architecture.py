@@ -35,10 +35,11 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
     "migrations": {"settings"},
-    "runtime": {*LEAVES, "models", "outbox"},
+    "runtime": {*LEAVES, "models", "outbox", "waking"},
     "actors": {*LEAVES, "models", "outbox", "runtime"},
     "operations": {*LEAVES, "models", "outbox", "runtime", "actors"},
     **{

@@ -19,7 +19,7 @@ def test_a_wake_up_that_comes_too_soon_after_another_without_redis_comes_later(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given
-    monkeypatch.setattr(runtime, "redis", Redis(port=1, retry=Retry(NoBackoff(), 0)))
+    monkeypatch.setattr(runtime.wake_ups, "redis", Redis(port=1, retry=Retry(NoBackoff(), 0)))
     runtime.wake("schedule_emails")
     wait_until("it is woken", lambda: fleet.take("scheduler"))
     # When
@@ -39,7 +39,7 @@ def test_a_wake_up_that_rabbitmq_did_not_take_comes_when_it_is_back(
         patch.setattr(runtime, "publisher", away)
         # When
         runtime.wake("schedule_emails")
-        wait_until("it was refused", lambda: "schedule_emails" in runtime._waiting_to_wake)
+        wait_until("it was refused", lambda: "schedule_emails" in runtime.wake_ups.postponed)
     away.close()
     # Then
     (message,) = wait_until("it is woken", lambda: fleet.take("scheduler"))

@@ -12,6 +12,9 @@ from simulator.control import Simulator
 
 Break = Callable[[Simulator, float], None]
 
+#: For longer than a client waits that expects an answer within `bench.chaos.SETTINGS`' time.
+HANG_SECONDS = 4.0
+
 _SENDS = ("send_mail", "send_draft")
 _CALLS = (*_SENDS, "create_draft", "attach", "create_upload_session", "upload_range", "find", "mime")
 
@@ -54,7 +57,7 @@ def _hang(graph: Simulator, share: float) -> None:
     """No answer within any client's patience: done at once, never, or when nobody waits for it any more."""
     for operation in _CALLS:
         for executed in (True, False, "late"):
-            graph.hang(operation=operation, seconds=4, executed=executed, times=None, probability=share / 3)
+            graph.hang(operation=operation, seconds=HANG_SECONDS, executed=executed, times=None, probability=share / 3)
 
 
 def _expire_tokens(graph: Simulator, share: float) -> None:
@@ -107,6 +110,5 @@ def rates(total: float, given: dict[str, float]) -> dict[str, float]:
 
 def break_graph(graph: Simulator, shares: dict[str, float]) -> None:
     """Have Graph fail so, until its faults are cleared."""
-    graph.set_sent_items_delay(1)
     for name, share in shares.items():
         FAULTS[name](graph, share)

@@ -152,7 +152,8 @@ class Simulator:
     ) -> None:
         """Hold the call for some seconds, or until ``release`` or until the client gives up.
 
-        It takes effect before that (True), never (False) or at the end, whoever still waits (``"late"``).
+        It takes effect before that (True), never (False) or at the end, whoever still waits (``"late"``): after all
+        the ``seconds``, if they are given, however early the client gives up.
         """
         self._add_fault("hang", operation, mailbox, times, probability, seconds=seconds, executed=executed)
 

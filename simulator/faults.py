@@ -29,7 +29,7 @@ class StruckCall(Protocol):
     @property
     def call(self) -> Call: ...
     def execute(self) -> Answer: ...
-    async def hold(self, seconds: float | None) -> None: ...
+    async def hold(self, seconds: float | None, *, even_if_deserted: bool = False) -> None: ...
     def lose_upload_session(self) -> None: ...
     def expire_token(self) -> None: ...
     def shut_out(self, retry_after: str | None) -> None: ...
@@ -108,7 +108,7 @@ class Hang(Fault):
     """The call is held for some seconds or until it is released or given up.
 
     ``executed`` tells when it takes effect: before it is held, never (the connection is closed at the end), or
-    ``late``: at the end, even if the client has given up.
+    ``late``: at the end, even if the client has given up, which then does not hasten it if ``seconds`` are given.
     """
 
     kind = "hang"
@@ -121,8 +121,9 @@ class Hang(Fault):
             answer = struck.execute()
             await struck.hold(self.seconds)
             return answer
-        await struck.hold(self.seconds)
-        if self.executed == "late":
+        late = self.executed == "late"
+        await struck.hold(self.seconds, even_if_deserted=late and self.seconds is not None)
+        if late:
             return struck.execute()
         raise errors.ConnectionDropped
 
@@ -273,6 +274,7 @@ class FaultPlan:
         self._release = asyncio.Event()
 
     async def hold(self, seconds: float | None, still_connected: StillConnected) -> None:
+        """Wait for so long, or until the calls are released or this one's client has gone."""
         release = self._release
         deadline = None if seconds is None else time.monotonic() + seconds
         while not release.is_set() and still_connected() and (deadline is None or time.monotonic() < deadline):

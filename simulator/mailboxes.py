@@ -142,8 +142,10 @@ class Mailbox:
         self._arrivals: list[_Arrival] = []
         self._submitted: set[str] = set()
 
-    def add(self, message: Message) -> None:
-        message.filterable_from = time.monotonic() + self._behaviour.filter_lag_seconds
+    def add(self, message: Message, stored_at: float | None = None) -> None:
+        """Store the message, as of that instant on the monotonic clock, or now."""
+        stored_at = time.monotonic() if stored_at is None else stored_at
+        message.filterable_from = stored_at + self._behaviour.filter_lag_seconds
         self._messages[message.id] = message
         self._by_id[message.id] = self._by_id[message.immutable_id] = message
         self._index(message)
@@ -214,16 +216,18 @@ class Mailbox:
             if arrival.message.id in self._messages:
                 self.remove(arrival.message)
             if arrival.keep:
-                self._arrive(arrival.message, arrival.submitted_at)
+                self._arrive(arrival)
 
-    def _arrive(self, message: Message, submitted_at: datetime) -> None:
+    def _arrive(self, arrival: _Arrival) -> None:
+        message = arrival.message
         message.id = new_id()
         if self._behaviour.immutable_ids == "change":
             message.immutable_id = new_id("AAMkI")
         message.folder = SENT_ITEMS
-        message.sent_at = submitted_at
+        message.sent_at = arrival.submitted_at
         message.touch()
-        self.add(message)
+        # It arrived when it was due, although nobody looked until now.
+        self.add(message, arrival.due)
 
     def _index(self, message: Message) -> None:
         for key, value in message.properties.items():

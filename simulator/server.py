@@ -202,8 +202,8 @@ class _StruckCall:
             self.world.faults.give_back(self.fault)
             raise
 
-    async def hold(self, seconds: float | None) -> None:
-        await self.world.faults.hold(seconds, self._is_connected)
+    async def hold(self, seconds: float | None, *, even_if_deserted: bool = False) -> None:
+        await self.world.faults.hold(seconds, (lambda: True) if even_if_deserted else self._is_connected)
 
     def lose_upload_session(self) -> None:
         self.world.uploads.close(self.call.ids[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email import message_from_bytes, policy
@@ -126,6 +127,17 @@ def test_a_hanging_call_outlasts_its_client(graph: GraphClient, executed: Any, l
 
     wait_until(lambda: graph.simulator.requests(ANN, "send_mail") != [])
     assert len(graph.simulator.deliveries()) == left
+
+
+def test_a_late_call_takes_effect_at_its_time_however_early_its_client_gives_up(graph: GraphClient) -> None:
+    graph.simulator.hang(executed="late", seconds=1)
+    begun = time.monotonic()
+
+    with pytest.raises(requests.ReadTimeout):
+        graph.send(timeout=(10, 0.2))
+
+    wait_until(lambda: graph.simulator.deliveries() != [])
+    assert time.monotonic() - begun >= 1
 
 
 def test_a_hanging_call_goes_on_when_it_is_released(graph: GraphClient) -> None:

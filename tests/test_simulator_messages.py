@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes, policy
@@ -12,7 +13,7 @@ from email.message import EmailMessage
 from typing import Any
 
 import pytest
-from simulator_support import ANN, TAG, GraphClient, code, message, recipient, tag_filter, tagged
+from simulator_support import ANN, TAG, GraphClient, code, message, recipient, tag_filter, tagged, wait_until
 
 from simulator.control import Simulator
 
@@ -76,6 +77,16 @@ def test_a_filter_may_lag_behind_the_mailbox(graph: GraphClient) -> None:
 
     assert graph.found("ab12") == []
     assert graph.call("GET", f"/messages/{draft_id}").status_code == 200
+
+
+def test_a_filter_lags_behind_the_arrival_of_a_mail_not_behind_the_first_look_at_it(graph: GraphClient) -> None:
+    graph.simulator.set_sent_items_delay(0.2)
+    graph.simulator.set_behaviour(filter_lag_seconds=0.3)
+    graph.send(tagged("ab12"))
+    found_from = time.monotonic() + 0.6
+    wait_until(lambda: time.monotonic() > found_from)
+
+    assert len(graph.found("ab12")) == 1
 
 
 def test_a_mail_that_is_not_to_be_saved_leaves_nothing(graph: GraphClient) -> None:

@@ -125,6 +125,19 @@ def test_values_that_contradict_each_other_are_refused(
     assert problem in found
 
 
+def test_a_lease_outlasts_a_call_by_the_margin_or_the_start_is_refused(environment: pytest.MonkeyPatch) -> None:
+    shortest = timedelta(seconds=30) + settings.LEASE_MARGIN
+    environment.setenv("GRAPH_TIMEOUT_SECONDS", "30")
+    environment.setenv("LEASE_SECONDS", str(shortest.total_seconds()))
+    assert load().lease == shortest
+    environment.setenv("LEASE_SECONDS", str(shortest.total_seconds() - 0.1))
+    ended = subprocess.run(
+        [sys.executable, "-c", "import runtime"], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "LEASE_SECONDS must exceed GRAPH_TIMEOUT_SECONDS by 15" in ended.stderr
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
 def test_plain_http_is_accepted_on_loopback(environment: pytest.MonkeyPatch, host: str) -> None:
     environment.setenv("GRAPH_BASE_URL", f"http://{host}:8080/v1.0")

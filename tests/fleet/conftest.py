@@ -18,6 +18,15 @@ def worlds(servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     started.close()
 
 
+@pytest.fixture(scope="session", params=["sendmail", "draft"])
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way to send a mail without attachments, as `SEND_PLAIN_VIA` names it.
+
+    It is the session's, so that pytest runs what asks for the one way before what asks for the other.
+    """
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def world(worlds: Worlds) -> World:
     """A whole fleet, one process of each type."""

@@ -59,6 +59,11 @@ def an_email(mailbox: str, **changes: Any) -> dict[str, Any]:
     return {name: value for name, value in email.items() if value is not None}
 
 
+def plain_send(world: World) -> str:
+    """Return the call by which a mail without attachments leaves: the fault that meets it is asked for there."""
+    return {"sendmail": "send_mail", "draft": "send_draft"}[world.environment["SEND_PLAIN_VIA"]]
+
+
 def emails(count: int, mailbox: str, **changes: Any) -> list[dict[str, Any]]:
     return [an_email(mailbox, **changes) for _ in range(count)]
 

@@ -9,7 +9,17 @@ from typing import Any
 
 import orjson
 import pytest
-from fleet_support import ADDRESS_MARK, Fate, a_mailbox, an_email, assert_each_left_once, deliveries, emails, events_of
+from fleet_support import (
+    ADDRESS_MARK,
+    Fate,
+    a_mailbox,
+    an_email,
+    assert_each_left_once,
+    deliveries,
+    emails,
+    events_of,
+    plain_send,
+)
 from fleet_support import settled as settle
 
 import models
@@ -29,7 +39,7 @@ _LETTERS = """
 @pytest.fixture(scope="module")
 def refused(world: World, simulator: Simulator) -> list[Fate]:
     """Thirty emails that have failed."""
-    simulator.fail(400, "ErrorInvalidRecipients", mailbox=MAILBOX, times=None, operation="send_mail")
+    simulator.fail(400, "ErrorInvalidRecipients", mailbox=MAILBOX, times=None, operation=plain_send(world))
     given = emails(30, MAILBOX)
     world.publish(*given)
     return list(settle(world, given).values())

@@ -1,4 +1,4 @@
-"""A campaign of two hundred emails from ten mailboxes, some with files, some published twice."""
+"""A campaign of two hundred emails from ten mailboxes, some with files, some published twice; each way to send."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from fleet_support import BODY_MARK, Fate, a_mailbox, an_attachment, an_email, assert_each_left_once, attached_sha256
 from fleet_support import settled as settle
+from worlds import Worlds
 
 from sandbox.world import World
 from vault import Keyring, Tampered, Vault, bind_to
@@ -32,6 +33,11 @@ class Campaign(NamedTuple):
 
     def with_attachments(self) -> list[tuple[dict[str, Any], Fate]]:
         return [(email, self.fates[id]) for id, email in self.emails.items() if email.get("attachments")]
+
+
+@pytest.fixture(scope="module")
+def world(worlds: Worlds, way: str) -> World:
+    return worlds.get({"SEND_PLAIN_VIA": way})
 
 
 @pytest.fixture(scope="module")

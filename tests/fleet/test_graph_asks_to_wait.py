@@ -11,14 +11,25 @@ from email.utils import format_datetime
 from typing import Any, NamedTuple
 
 import pytest
-from fleet_support import a_mailbox, an_email, arrived, assert_each_left_once, emails, fate, now, settled, settled_one
+from fleet_support import (
+    a_mailbox,
+    an_email,
+    arrived,
+    assert_each_left_once,
+    emails,
+    fate,
+    now,
+    plain_send,
+    settled,
+    settled_one,
+)
 
 from sandbox.world import World
 from simulator.control import Simulator
 
 
 def _date() -> str:
-    return format_datetime(now() + timedelta(seconds=4), usegmt=True)
+    return format_datetime(now() + timedelta(seconds=6), usegmt=True)
 
 
 #: What Graph says, and for how many seconds it wants to be left alone at least. A date has no fractions.
@@ -51,7 +62,7 @@ def throttled(world: World, simulator: Simulator) -> dict[str, Throttled]:
     mailboxes = {form: a_mailbox("throttled") for form in FORMS}
     first = {form: an_email(mailbox) for form, mailbox in mailboxes.items()}
     for form, mailbox in mailboxes.items():
-        simulator.throttle(mailbox, FORMS[form][0](), operation="send_mail")
+        simulator.throttle(mailbox, FORMS[form][0](), operation=plain_send(world))
     world.publish(*first.values())
     found = {}
     for form, mailbox in mailboxes.items():
@@ -119,14 +130,14 @@ def test_a_mailbox_that_refused_us_sends_its_mail_once_it_no_longer_does(
 
 def test_an_expired_token_is_replaced_without_spending_an_attempt(world: World, simulator: Simulator) -> None:
     mailbox = a_mailbox()
-    simulator.expire_token(mailbox, operation="send_mail")
+    simulator.expire_token(mailbox, operation=plain_send(world))
     email = an_email(mailbox)
 
     world.publish(email)
 
     known = settled_one(world, email)
     assert (known.status, known.attempt_count, known.last_error) == ("processed", 1, None)
-    assert [each["status"] for each in simulator.requests(mailbox, "send_mail")] == ["401", "202"]
+    assert [each["status"] for each in simulator.requests(mailbox, plain_send(world))] == ["401", "202"]
     assert_each_left_once(world, [known])
 
 

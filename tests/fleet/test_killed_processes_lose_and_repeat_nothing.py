@@ -13,7 +13,11 @@ from worlds import Worlds
 
 from sandbox.world import World
 
-TYPES = ("bridge", "scheduler", "send_plain", "send_attached", "backup", "clock", "maintenance")
+#: Whom to kill, by the way in which plain mail is sent; only few notice which that is.
+TYPES = {
+    "sendmail": ("bridge", "scheduler", "send_plain", "send_attached", "backup", "clock", "maintenance"),
+    "draft": ("send_plain", "scheduler", "backup"),
+}
 
 
 class Survivors(NamedTuple):
@@ -23,13 +27,13 @@ class Survivors(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def survivors(worlds: Worlds) -> Survivors:
+def survivors(worlds: Worlds, way: str) -> Survivors:
     """What was published around the kills, and what became of it."""
-    world = worlds.get(supervise=True)
+    world = worlds.get({"SEND_PLAIN_VIA": way}, supervise=True)
     world.simulator.set_latency(0.1)
     mailboxes = [a_mailbox("killed") for _ in range(10)]
     given = [_killed_halfway_through_an_upload(world)]
-    for type in TYPES:
+    for type in TYPES[way]:
         batch = [email for mailbox in mailboxes for email in emails(3, mailbox)]
         batch += [an_email(each, attachments=[an_attachment(world.simulator, 3_500_000)]) for each in mailboxes[:2]]
         given += batch

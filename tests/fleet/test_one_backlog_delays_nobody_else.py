@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import pytest
-from fleet_support import a_mailbox, an_email, emails, fates, now, settled_one
+from fleet_support import a_mailbox, an_email, emails, fates, now, plain_send, settled_one
 
 from sandbox.world import World
 from simulator.control import Simulator
@@ -16,7 +16,7 @@ BACKLOG = a_mailbox("newsletter")
 @pytest.fixture(scope="module")
 def backlog(world: World, simulator: Simulator) -> None:
     """Three hundred emails that are received, of which few have been sent."""
-    simulator.set_latency(0.3, "send_mail")
+    simulator.set_latency(0.3, plain_send(world))
     given = emails(300, BACKLOG)
     world.publish(*given)
     world.wait_until("all are received", lambda: len(fates(world, given)) == 300)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from fleet_support import a_mailbox, an_email, assert_each_left_once, deliveries, events_of, now, settled, settled_one
+from fleet_support import (
+    a_mailbox,
+    an_email,
+    assert_each_left_once,
+    deliveries,
+    events_of,
+    now,
+    plain_send,
+    settled,
+    settled_one,
+)
 
 from sandbox.world import World
 from simulator.control import Simulator
@@ -43,7 +53,7 @@ def test_an_email_that_came_too_late_expires(world: World) -> None:
 def test_an_email_that_waits_too_long_expires(world: World, simulator: Simulator) -> None:
     # Given a mailbox that Graph wants left alone for three seconds
     mailbox = a_mailbox()
-    simulator.throttle(mailbox, "3", operation="send_mail")
+    simulator.throttle(mailbox, "3", operation=plain_send(world))
 
     # When an email may wait for one
     email = an_email(mailbox, expires_at=(now() + timedelta(seconds=1.5)).isoformat())

@@ -8,7 +8,17 @@ from typing import Any
 import orjson
 import pytest
 import requests
-from fleet_support import ADDRESS_MARK, BODY_MARK, SUBJECT_MARK, a_mailbox, an_attachment, an_email, put, settled_one
+from fleet_support import (
+    ADDRESS_MARK,
+    BODY_MARK,
+    SUBJECT_MARK,
+    a_mailbox,
+    an_attachment,
+    an_email,
+    plain_send,
+    put,
+    settled_one,
+)
 
 from sandbox.world import World
 from simulator.control import Simulator
@@ -21,7 +31,7 @@ def email(world: World, simulator: Simulator) -> dict[str, Any]:
     """An email with a file whose life is over, beside others that met trouble of every kind."""
     mailboxes = [a_mailbox() for _ in range(6)]
     simulator.fail(400, "ErrorInvalidRecipients", mailbox=mailboxes[0], message=f"{ADDRESS_MARK} is no recipient")
-    simulator.lose_next_answer(mailboxes[1])
+    simulator.lose_next_answer(mailboxes[1], plain_send(world))
     simulator.fail(500, mailbox=mailboxes[2], operation="create_draft", body="html", message=BODY_MARK)
     simulator.fail(418, "NobodyKnows", mailbox=mailboxes[3], operation="upload_range", message=BODY_MARK)
     simulator.break_mime(mailboxes[4])

@@ -6,6 +6,7 @@ with the same settings.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ SETTINGS: dict[str, str | int] = {
     "MAX_ATTEMPTS": 3,
     "RETRY_BACKOFF_MAX_SECONDS": 2,
     "RETRY_BACKOFF_MIN_SECONDS": 1,
+    # The one setting that is the caller's: every promise is kept both ways.
+    "SEND_PLAIN_VIA": os.environ.get("SEND_PLAIN_VIA", "sendmail"),
 }
 
 
@@ -36,11 +39,12 @@ class Worlds:
 
     def get(self, settings: dict[str, str | int] | None = None, **fleet_options: Any) -> World:
         """Return a world whose fleet is up: the current one if it is of this kind, else a new one."""
-        kind = (settings, fleet_options)
+        all_settings = SETTINGS | (settings or {})
+        kind = (all_settings, fleet_options)
         if self._current is None or self._kind != kind:
             self.close()
             directory = self.directory / f"world-{len(list(self.directory.iterdir()))}"
-            self._current = World(self._servers, directory, SETTINGS | (settings or {}), **fleet_options).__enter__()
+            self._current = World(self._servers, directory, all_settings, **fleet_options).__enter__()
             self._kind = kind
             self._current.wait_until_ready()
         return self._current

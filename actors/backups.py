@@ -69,7 +69,7 @@ def _archive(backup: ClaimedBackup) -> None:
         raise AttemptsUsedUp("every attempt ended with the worker")
     message_id, sealed = _copy_known(backup) or _copy_found(backup)
     runtime.crash_point(CrashPoint.BACKUP_FETCHED)
-    backup.store(
+    stored = backup.store(
         message_id,
         Sealed(
             blob=sealed.ciphertext,
@@ -82,6 +82,9 @@ def _archive(backup: ClaimedBackup) -> None:
         retention=runtime.configuration.backup_retention,
     )
     runtime.crash_point(CrashPoint.BACKUP_STORED)
+    if not stored:
+        mail_log(Step.LEASE_LOST, incoming_email_id=backup.incoming_email_id)
+        return
     ARCHIVED_BYTES.inc(sealed.size_bytes)
     mail_log(
         Step.ARCHIVED, incoming_email_id=backup.incoming_email_id, graph_message_id=message_id, bytes=sealed.size_bytes

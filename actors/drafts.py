@@ -34,7 +34,8 @@ from models.uploads import Upload
 from settings import LEASE_MARGIN
 from telemetry import Step, mail_log
 
-#: Between two pieces the lease is looked at: the slowest source that is waited for gives one in half a minute.
+#: Between two pieces the lease is looked at. A source so slow that a piece takes as long as the lease loses it, and the
+#: mail's next attempt goes on in its upload session.
 _PIECE_BYTES = 64 * 1024
 
 

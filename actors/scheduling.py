@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import dramatiq
@@ -62,21 +62,21 @@ def schedule_emails() -> None:
     can_count = runtime.wake_ups.arrived("schedule_emails")
     runtime.crash_point(CrashPoint.SCHEDULER_WOKEN)
     try:
-        while _sweep(hand_out=can_count):
+        while (swept_at := _sweep(hand_out=can_count)) is None:
             pass
         publish_leftover_events()
-        _alarm.ring_in(scheduling.next_due_in() if can_count else _AWAY_PAUSE)
+        _alarm.ring_in(scheduling.next_due_in(swept_at) if can_count else _AWAY_PAUSE)
     except (models.DatabaseAway, Unconfirmed):
         _alarm.ring_in(_AWAY_PAUSE)  # who would have woken us may have failed just so
         raise
 
 
-def _sweep(*, hand_out: bool) -> bool:
-    """Claim and publish one batch; return whether there may be more to claim at once.
+def _sweep(*, hand_out: bool) -> datetime | None:
+    """Claim and publish one batch; return as of when all is claimed, None if there may be more to claim at once.
 
     While Redis is away nothing is handed out: no worker could count it, and all would put it back as fast as it came.
     """
-    with scheduling.sweep():
+    with scheduling.sweep() as swept_at:
         lapsed = scheduling.expire_leases()
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
@@ -87,7 +87,8 @@ def _sweep(*, hand_out: bool) -> bool:
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _announce_expired(expired)
     _dispatch(claims, backups)
-    return more_backups or max(len(lapsed), len(expired), woken, sum(map(len, claims.values()))) >= scheduling.BATCH
+    most = max(len(lapsed), len(expired), woken, sum(map(len, claims.values())))
+    return None if more_backups or most >= scheduling.BATCH else swept_at
 
 
 def _share() -> int:

@@ -11,6 +11,7 @@ from graph_client.calls import MAX_REQUEST_BYTES
 from graph_client.client import SMALL_ATTACHMENT_BYTES, GraphClient
 from graph_client.records import Answer, Attachment, Call, Found, Message, UploadSession
 from graph_client.retry_after import MAX_RETRY_AFTER, parse_retry_after
+from graph_client.transport import looking_first
 from graph_client.uploads import MAX_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Message",
     "TokenSource",
     "UploadSession",
+    "looking_first",
     "parse_retry_after",
     "roles_in",
 ]

@@ -52,24 +52,28 @@ class ClaimedBackup:
         )
         return cls(*found[0]) if found else None
 
-    def store(self, graph_message_id: str, sealed: Sealed, *, retention: timedelta) -> None:
+    def store(self, graph_message_id: str, sealed: Sealed, *, retention: timedelta) -> bool:
         """Keep the copy until ``retention`` has passed; the first one counts, whoever made it.
 
-        A worker that was frozen may come with a second one, under another of Graph's ids: it changes nothing.
+        Returns:
+            Whether it was wanted. A worker that was frozen may come with a second one, under another of Graph's ids: it
+            changes nothing.
         """
-        rows(
+        wanted = rows(
             """
             WITH wanted AS (
                 UPDATE sent_emails
                 SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
                     backup_error = NULL, updated_at = now()
                 WHERE incoming_email_id = %(id)s AND backup_due_at IS NOT NULL RETURNING incoming_email_id
+            ), stored AS (
+                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
+                                           compressed_size, checksum, key_id, expires_at)
+                SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(blob)s, %(compression)s, %(size)s,
+                       %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
+                FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
             )
-            INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
-                                       compressed_size, checksum, key_id, expires_at)
-            SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(blob)s, %(compression)s, %(size)s,
-                   %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
-            FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
+            SELECT 1 FROM wanted
             """,
             {
                 "backup_id": new_id(),
@@ -79,6 +83,7 @@ class ClaimedBackup:
                 **sealed._asdict(),
             },
         )
+        return bool(wanted)
 
     def snooze(self, wait: timedelta, why: str) -> None:
         """Look again later without having spent an attempt."""

@@ -50,11 +50,14 @@ class DueBackup(NamedTuple):
 
 
 @contextmanager
-def sweep() -> Iterator[None]:
-    """Hold the scheduler's lock for the length of the block, in one transaction."""
+def sweep() -> Iterator[datetime]:
+    """Hold the scheduler's lock for the length of the block, in one transaction.
+
+    Yields the instant as of which it looks, which is that of the wait for the lock: what becomes due after it is left
+    to the next sweep.
+    """
     with transaction():
-        rows("SELECT pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK})
-        yield
+        yield rows("SELECT now(), pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK})[0][0]
 
 
 _EXPIRE_LEASES = """
@@ -298,20 +301,26 @@ def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> N
     )
 
 
-def next_due_in() -> timedelta | None:
-    """Return how long it is until there is something to do that nobody will announce, by PostgreSQL's clock."""
+def next_due_in(swept_at: datetime) -> timedelta | None:
+    """Return how long it is until there is something to do that nobody will announce, by PostgreSQL's clock.
+
+    Args:
+        swept_at: As of when the last sweep has looked; what was due then and is still there waits for something else.
+    """
     due_in: timedelta | None = rows(
         """
         SELECT least(
             (SELECT min(next_attempt_at) FROM incoming_emails WHERE next_attempt_at IS NOT NULL),
             (SELECT min(lease_until) FROM incoming_emails WHERE lease_until IS NOT NULL),
             (SELECT min(expires_at) FROM incoming_emails WHERE expires_at IS NOT NULL AND status = 'received'),
-            (SELECT min(backup_due_at) FROM sent_emails WHERE backup_due_at > now() AND backup_lease_until IS NULL),
+            (SELECT min(backup_due_at) FROM sent_emails
+             WHERE backup_due_at > %(swept_at)s AND backup_lease_until IS NULL),
             (SELECT min(backup_lease_until) FROM sent_emails WHERE backup_lease_until IS NOT NULL),
-            (SELECT min(paused_until) FROM mailboxes WHERE paused_until > now()),
+            (SELECT min(paused_until) FROM mailboxes WHERE paused_until > %(swept_at)s),
             (SELECT min(claimed_until) FROM outbox_events WHERE published_at IS NULL)
         ) - now()
-        """
+        """,
+        {"swept_at": swept_at},
     )[0][0]
     return due_in
 

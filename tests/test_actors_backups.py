@@ -177,7 +177,8 @@ def test_a_worker_that_was_frozen_adds_no_second_copy_under_another_id(fleet: Fl
     assert fleet.backup() == ["done"]
     before = (table("email_backups"), table("sent_emails"))
     # When it wakes
-    frozen.store("another-id", models.Sealed(b"x", "gzip", 1, 1, "0", "k"), retention=timedelta(days=1))
+    sealed = models.Sealed(b"x", "gzip", 1, 1, "0", "k")
+    assert not frozen.store("another-id", sealed, retention=timedelta(days=1))
     # Then
     assert (table("email_backups"), table("sent_emails")) == before
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ import runtime
 from actors import drafts
 from actors.composition import graph_message
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
-from models import rows, uploads
+from models import rows, scheduling, uploads
 from simulator import files
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
@@ -305,3 +309,56 @@ def test_a_source_that_fails_for_now_is_asked_again(fleet: Fleet) -> None:
     id = store(attachments=[given | {"urlOrId": given["urlOrId"] + "&fail=503"}])
     assert fleet.send() == ["done"]
     assert (email_row(id)["status"], email_row(id)["attempt_count"], sending(id)) == ("received", 1, None)
+
+
+# A mail that takes longer than its lease
+
+
+@contextmanager
+def swept() -> Iterator[list[tuple[str, str]]]:
+    """Let a scheduler take back expired leases all the while; yield what it took."""
+    taken: list[tuple[str, str]] = []
+    over = threading.Event()
+
+    def sweep() -> None:
+        while not over.wait(0.1):
+            with scheduling.sweep():
+                taken.extend(scheduling.expire_leases())
+        models.disconnect()
+
+    sweeping = threading.Thread(target=sweep)
+    sweeping.start()
+    try:
+        yield taken
+    finally:
+        over.set()
+        sweeping.join()
+
+
+def from_a_slow_source(fleet: Fleet) -> dict[str, Any]:
+    return file(fleet, "slow", 400_000, slow=150_000)
+
+
+def in_slow_ranges(fleet: Fleet) -> dict[str, Any]:
+    fleet.graph.set_latency(0.8, "upload_range")
+    return file(fleet, "slow", 2 * UPLOAD_RANGE_BYTES + 1000)
+
+
+@pytest.mark.parametrize("slow", [from_a_slow_source, in_slow_ranges])
+def test_a_file_that_takes_longer_than_the_lease_keeps_its_mail(
+    fleet: Fleet, configure: Callable[..., None], slow: Callable[[Fleet], dict[str, Any]]
+) -> None:
+    # Given
+    attachment = slow(fleet)
+    id = store(attachments=[attachment])
+    fleet.schedule()
+    configure(lease=timedelta(seconds=1.5), graph_timeout=timedelta(seconds=1))
+    # When
+    began = time.monotonic()
+    with swept() as taken:
+        assert fleet.run("send_attached") == ["done"]
+    # Then
+    assert time.monotonic() - began > 1.5
+    assert taken == []
+    assert (email_row(id)["status"], email_row(id)["attempt_count"]) == ("processed", 1)
+    assert attached(fleet, id) == expected(slow=attachment["size"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import support
@@ -159,7 +159,8 @@ def test_the_replay_of_a_held_mail_that_has_expired_meanwhile_comes_to_its_end(
     fleet.schedule()
     # Then
     assert (email_row(id)["status"], sending(id), fleet.mails(id)) == ("expired", "not_sent", 0)
-    assert scheduling.next_due_in() is None or scheduling.next_due_in() > timedelta(0)
+    due_in = scheduling.next_due_in(datetime.now(UTC))
+    assert due_in is None or due_in > timedelta(0)
 
 
 def test_an_operators_replay_is_given_as_long_as_the_first_doubt_was(fleet: Fleet, configure: Configure) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Call, GraphClient, Message, TokenSource, errors
+from graph_client import (
+    SMALL_ATTACHMENT_BYTES,
+    UPLOAD_RANGE_BYTES,
+    Call,
+    GraphClient,
+    Message,
+    TokenSource,
+    errors,
+    looking_first,
+)
 from simulator.control import Simulator
 
 TAG_ID = "String {9b5c0f2e-6f0b-4a44-8d6e-0b6f3f1f8a11} Name email-id"
@@ -68,6 +77,26 @@ def test_a_sent_mail_is_found_by_its_tag(graph: GraphClient, simulator: Simulato
     assert not found.is_draft
     assert found.sent_at is not None
     assert graph.get_message(mailbox, found.id) == found
+
+
+def test_what_is_looked_at_last_keeps_a_request_from_leaving(
+    graph: GraphClient, simulator: Simulator, mailbox: str
+) -> None:
+    # Given a token that is refused, so that a send takes two
+    simulator.expire_token(mailbox, operation="send_mail")
+
+    def look() -> None:
+        if len(simulator.requests(operation="token")) == 2:
+            raise LookupError("the second token took too long to come")
+
+    # When
+    with looking_first(look), pytest.raises(LookupError):
+        graph.send_mail(mailbox, mail())
+
+    # Then the send that would have come with the second token was never made
+    assert [request["status"] for request in simulator.requests(mailbox)] == ["401"]
+    graph.send_mail(mailbox, mail())
+    assert len(simulator.deliveries(mailbox)) == 1
 
 
 def test_what_was_created_before_is_left_out_of_a_search(graph: GraphClient, mailbox: str) -> None:

@@ -310,7 +310,7 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
         scheduling.wake_due()
         scheduling.in_flight()
         scheduling.claim_backups(concurrency=8, share=4, lease=LEASE)
-        scheduling.next_due_in()
+        scheduling.next_due_in(datetime.now(UTC))
     # Then
     assert len(plans) >= 6
     assert "Seq Scan on incoming_emails" not in "\n".join(plans)
@@ -349,7 +349,7 @@ def test_mail_in_a_workers_hands_does_not_expire() -> None:
 def test_nothing_is_due_where_nothing_waits() -> None:
     store()
     rows("UPDATE outbox_events SET published_at = now()")
-    assert scheduling.next_due_in() is None
+    assert scheduling.next_due_in(datetime.now(UTC)) is None
 
 
 @pytest.mark.parametrize(
@@ -372,13 +372,33 @@ def test_the_scheduler_wakes_for_whatever_falls_due(statement: str) -> None:
     rows("UPDATE sent_emails SET backup_due_at = NULL")
     if "expires_at" in statement:
         rows("UPDATE incoming_emails SET status = 'received'")
-    assert scheduling.next_due_in() is None
+    assert scheduling.next_due_in(datetime.now(UTC)) is None
     # When
     rows(statement.format(at="now() + interval '1 hour'"))
     # Then
-    due_in = scheduling.next_due_in()
+    due_in = scheduling.next_due_in(datetime.now(UTC))
     assert due_in is not None
     assert timedelta(minutes=59) < due_in <= timedelta(minutes=60)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE sent_emails SET backup_due_at = now()",
+        "INSERT INTO mailboxes (mailbox, paused_until) VALUES ('ann@example.com', now())",
+    ],
+)
+def test_what_falls_due_while_a_sweep_runs_is_not_slept_through(statement: str) -> None:
+    # Given a sweep that has begun
+    claim(store()).record_sent(backup_delay=MINUTE, publish_within=WITHIN)
+    with scheduling.sweep() as swept_at:
+        pass
+    # When something falls due that it no longer sees
+    rows(statement)
+    # Then it is due at once
+    due_in = scheduling.next_due_in(swept_at)
+    assert due_in is not None
+    assert due_in <= timedelta(0)
 
 
 # Taking back

@@ -94,6 +94,7 @@ CALLS: dict[str, tuple[str, Hold]] = {
 #: What is in the middle of a statement or of a file.
 OTHERS = {
     "it is claimed": "send_plain",
+    "the token for its send is renewed": "send_plain",
     "its slow file is read": "send_attached",
     "it is dispatched": "scheduler",
     "it is stored": "bridge",
@@ -163,6 +164,11 @@ def _bring_all_to_a_halt(world: World, gate: Gate) -> dict[str, Email]:
     world.publish(emails["it is claimed"])
     world.wait_until("Graph holds the archive's as well", lambda: graph.faults() == [])
     world.wait_until("a worker stands still", lambda: gate.stopped() == 1)
+    refused = emails["the token for its send is renewed"]
+    graph.expire_token(refused["from"], send)
+    graph.hang(operation="token", executed=True)
+    world.publish(refused)
+    world.wait_until("the authority holds the renewal", lambda: graph.faults() == [])
     world.publish(emails["its slow file is read"])
     world.wait_until("the file is being read", lambda: world.rows(_READING, SETTINGS | emails["its slow file is read"]))
     world.publish(emails["it is dispatched"])

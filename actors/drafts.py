@@ -34,8 +34,7 @@ from models.uploads import Upload
 from settings import LEASE_MARGIN
 from telemetry import Step, mail_log
 
-#: Between two pieces the lease is looked at. A source so slow that a piece takes as long as the lease loses it, and the
-#: mail's next attempt goes on in its upload session.
+#: Between two pieces the lease is looked at; from a slow source a piece is what has come.
 _PIECE_BYTES = 64 * 1024
 
 
@@ -177,7 +176,7 @@ def _read(email: ClaimedEmail, stream: AttachmentStream, size_bytes: int) -> byt
     """Read so much, or what is left, keeping the lease while a slow source drips."""
     configuration = runtime.configuration
     pieces = []
-    while size_bytes > 0 and (piece := stream.read(min(size_bytes, _PIECE_BYTES))):
+    while size_bytes > 0 and (piece := stream.receive(min(size_bytes, _PIECE_BYTES))):
         pieces.append(piece)
         size_bytes -= len(piece)
         email.ensure_held(at_least=configuration.graph_timeout + LEASE_MARGIN, lease=configuration.lease)

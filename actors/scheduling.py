@@ -176,8 +176,11 @@ def _announce_expired(events: list[Event]) -> None:
 
 
 def publish_leftover_events() -> None:
-    """Publish the events whose writer did not: it died, or RabbitMQ was away."""
-    while leftover := models.claim_unpublished(PUBLISH_WITHIN):
+    """Publish events whose writer did not: it died, or RabbitMQ was away.
+
+    A batch at a time, with a sweep in between: a subscriber whose queue is full may have any number of them wait.
+    """
+    if leftover := models.claim_unpublished(PUBLISH_WITHIN):
         runtime.crash_point(CrashPoint.EVENTS_TAKEN)
         try:
             runtime.publish_events(leftover)

@@ -38,7 +38,7 @@ from actors.scheduling import receipts
 from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
 from graph_client.errors import PermanentError
-from models import ClaimedEmail
+from models import ClaimedEmail, Route
 from telemetry import Step, mail_context, mail_log
 
 
@@ -49,7 +49,7 @@ def send_plain(incoming_email_id: str, attempt: int, **_dispatch: Any) -> None:
     Repeating the message is harmless: an email that is sent, held by another worker or cancelled is left alone.
     """
     at_once = runtime.configuration.send_plain_via == "sendmail"
-    with _claimed(incoming_email_id, attempt, intent=at_once) as email:
+    with _claimed(incoming_email_id, attempt, Route.PLAIN, intent=at_once) as email:
         if email:
             _settle_or(_send_at_once if at_once else _send_draft, email)
 
@@ -60,7 +60,7 @@ def send_attached(incoming_email_id: str, attempt: int, **_dispatch: Any) -> Non
 
     Repeating the message is harmless, as with `send_plain`.
     """
-    with _claimed(incoming_email_id, attempt, intent=False) as email:
+    with _claimed(incoming_email_id, attempt, Route.ATTACHED, intent=False) as email:
         if email:
             _settle_or(_send_draft, email)
 
@@ -163,10 +163,11 @@ def _unsent(email: ClaimedEmail, drafts: list[str], grace_is_over: bool) -> str 
 
 
 @contextmanager
-def _claimed(incoming_email_id: str, attempt: int, *, intent: bool) -> Iterator[ClaimedEmail | None]:
+def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool) -> Iterator[ClaimedEmail | None]:
     """Claim the email for the block, and turn whatever the block raises into one recorded outcome."""
     runtime.crash_point(CrashPoint.SEND_TAKEN)
-    email = ClaimedEmail.claim(incoming_email_id, attempt, lease=runtime.configuration.lease, intent=intent)
+    lease = runtime.configuration.lease
+    email = ClaimedEmail.claim(incoming_email_id, attempt, route=route, lease=lease, intent=intent)
     if email is None:
         yield None
         return

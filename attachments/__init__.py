@@ -132,7 +132,7 @@ class AttachmentStream:
         """Return exactly so many bytes, fewer only at the end, none after it."""
         pieces: list[bytes] = []
         wanted = size_bytes
-        while wanted and (piece := self._read_piece(wanted)):
+        while wanted and (piece := self.receive(wanted)):
             pieces.append(piece)
             wanted -= len(piece)
         return b"".join(pieces)
@@ -145,12 +145,13 @@ class AttachmentStream:
     def skip_to(self, offset: int) -> None:
         """Discard the bytes before ``offset``, where a source could not start there by itself."""
         while self._position < offset:
-            if not self._read_piece(offset - self._position):
+            if not self.receive(offset - self._position):
                 raise SizeMismatch(
                     f"{self._answer.origin} has {self._position} bytes, reading was to go on at {offset}"
                 )
 
-    def _read_piece(self, at_most: int) -> bytes:
+    def receive(self, at_most: int) -> bytes:
+        """Return what comes first, at most so many bytes, none at the end; a slow source gives little at a time."""
         piece = self._answer.read(at_most)
         self._position += len(piece)
         self._check_length(self._position)

@@ -30,7 +30,7 @@ import orjson
 from contracts import Event, EventType, event_body, event_id
 from models.database import rows
 from models.ids import new_id
-from models.states import Sending, Status, check
+from models.states import Route, Sending, Status, check
 
 #: Longer errors are cut: they are read by people.
 MAX_ERROR_CHARACTERS = 1000
@@ -49,7 +49,7 @@ _CLAIM = """
     WITH claimed AS (
         UPDATE incoming_emails
         SET status = 'processing', lease_token = %(token)s, lease_until = now() + %(lease)s, updated_at = now()
-        WHERE id = %(id)s AND status = 'dispatched' AND attempt_count = %(attempt)s
+        WHERE id = %(id)s AND status = 'dispatched' AND attempt_count = %(attempt)s AND route = %(route)s
         RETURNING id, publisher_message_id, mailbox, recipient_count, payload::text, draft_id, correlation_id, reply_to,
                   traceparent, created_at
     ), receipt AS (
@@ -99,17 +99,21 @@ class ClaimedEmail:
     _held_until: float = 0.0
 
     @classmethod
-    def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta, intent: bool) -> ClaimedEmail | None:
+    def claim(
+        cls, incoming_email_id: str, attempt: int, *, route: Route, lease: timedelta, intent: bool
+    ) -> ClaimedEmail | None:
         """Take a dispatched email, or return None if it is not there to be taken.
 
         Args:
             attempt: As in the dispatch; an older dispatch of the same email claims nothing.
+            route: The claimant's; a dispatch that came to another's queue claims nothing.
             intent: Commit the intent to send in the same statement (unless the email is in doubt).
         """
         token = str(uuid.uuid4())
         parameters = {
             "id": incoming_email_id,
             "attempt": attempt,
+            "route": route,
             "token": token,
             "lease": lease,
             "intent": intent,

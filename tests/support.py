@@ -78,7 +78,9 @@ def claim(id: str, *, intent: bool = True, attempt: int | None = None, lease: ti
     """Dispatch everything that is ready and claim one email of it."""
     for route in Route:
         dispatch(route)
-    claimed = ClaimedEmail.claim(id, attempt or email_row(id)["attempt_count"], lease=lease, intent=intent)
+    row = email_row(id)
+    route = Route(row["route"])
+    claimed = ClaimedEmail.claim(id, attempt or row["attempt_count"], route=route, lease=lease, intent=intent)
     assert claimed is not None
     return claimed
 

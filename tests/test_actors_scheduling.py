@@ -11,6 +11,7 @@ import support
 from support import SENDER, Fleet, email_row, everything, make_due, rows, store, store_many, table, wait_until, work
 
 import actors
+import models
 import runtime
 from models import mailboxes
 from outbox import Unconfirmed
@@ -153,6 +154,25 @@ def test_without_redis_nothing_is_handed_out_and_it_is_looked_for_again(
     support.wait_until("it is woken", lambda: fleet.take("scheduler"))
     fleet.schedule()
     assert len(fleet.take("send_plain")) == 1
+
+
+def test_however_many_events_are_left_over_mail_is_dispatched_in_between(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given more events than are published at a time, whose writer did not
+    monkeypatch.setattr(models.events, "BATCH", 2)
+    for number in range(5):
+        store(publisher_message_id=f"order-{number}")
+    rows("UPDATE outbox_events SET claimed_until = now()")
+    # When
+    fleet.schedule()
+    # Then the sweep has handed out the mail, and comes again for the rest
+    assert len(fleet.take("send_plain")) == 4  # the mailbox's share
+    assert len(fleet.take_raw("test.events")) == 2
+    support.wait_until("it wakes itself", lambda: fleet.take("scheduler"))
+    fleet.schedule()
+    fleet.schedule()
+    assert len(fleet.take_raw("test.events")) == 3
 
 
 def test_overdue_mail_expires_and_its_publisher_is_told(fleet: Fleet) -> None:

@@ -27,7 +27,7 @@ from support import (
 )
 
 import models
-from models import ClaimedEmail, LeaseLost, rows, scheduling, uploads
+from models import ClaimedEmail, LeaseLost, Route, rows, scheduling, uploads
 from models.claims import MAX_ERROR_CHARACTERS
 
 shared_database, tables = support.shared_database, support.tables
@@ -85,7 +85,7 @@ def test_a_second_claimant_gets_nothing_and_changes_nothing() -> None:
     id = store()
     claim(id)
     before = everything()
-    assert ClaimedEmail.claim(id, 1, lease=LEASE, intent=True) is None
+    assert ClaimedEmail.claim(id, 1, route=Route.PLAIN, lease=LEASE, intent=True) is None
     assert everything() == before
 
 
@@ -100,14 +100,21 @@ def test_a_dispatch_of_another_attempt_claims_nothing(attempt: int) -> None:
     dispatch()
     before = everything()
     # Then
-    assert ClaimedEmail.claim(id, attempt, lease=LEASE, intent=True) is None
+    assert ClaimedEmail.claim(id, attempt, route=Route.PLAIN, lease=LEASE, intent=True) is None
     assert everything() == before
-    assert ClaimedEmail.claim(id, 2, lease=LEASE, intent=True) is not None
+    assert ClaimedEmail.claim(id, 2, route=Route.PLAIN, lease=LEASE, intent=True) is not None
 
 
 def test_what_was_not_dispatched_or_does_not_exist_cannot_be_claimed() -> None:
-    assert ClaimedEmail.claim(store(), 0, lease=LEASE, intent=True) is None
-    assert ClaimedEmail.claim(str(uuid.uuid4()), 1, lease=LEASE, intent=True) is None
+    assert ClaimedEmail.claim(store(), 0, route=Route.PLAIN, lease=LEASE, intent=True) is None
+    assert ClaimedEmail.claim(str(uuid.uuid4()), 1, route=Route.PLAIN, lease=LEASE, intent=True) is None
+
+
+def test_a_dispatch_that_came_to_another_routes_queue_claims_nothing() -> None:
+    id = store()
+    dispatch()
+    assert ClaimedEmail.claim(id, 1, route=Route.ATTACHED, lease=LEASE, intent=False) is None
+    assert email_row(id)["status"] == "dispatched"
 
 
 def test_a_receipt_is_written_once_even_if_a_snoozed_attempt_is_claimed_again() -> None:
@@ -127,7 +134,7 @@ def test_a_receipt_is_written_once_even_if_a_snoozed_attempt_is_claimed_again() 
 def test_the_intent_is_committed_with_the_claim_only_where_asked_for() -> None:
     first, second = store(publisher_message_id="a"), store(publisher_message_id="b")
     claim(first, intent=True)
-    assert ClaimedEmail.claim(second, 1, lease=LEASE, intent=False) is not None
+    assert ClaimedEmail.claim(second, 1, route=Route.PLAIN, lease=LEASE, intent=False) is not None
     assert (sending(first), sending(second)) == ("sending", None)
 
 

@@ -423,7 +423,7 @@ def test_what_could_not_be_published_is_claimed_again_without_an_attempt_spent()
 def test_what_a_worker_has_claimed_meanwhile_is_not_taken_back() -> None:
     id = store()
     dispatches = dispatch()
-    assert ClaimedEmail.claim(id, 1, lease=LEASE, intent=True)
+    assert ClaimedEmail.claim(id, 1, route=Route.PLAIN, lease=LEASE, intent=True)
     before = everything()
     scheduling.take_back(dispatches, [])
     assert everything() == before

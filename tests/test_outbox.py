@@ -340,4 +340,4 @@ def test_every_batcher_is_emptied_at_the_end_of_the_process(monkeypatch: pytest.
     runtime.batcher("numbers", passed.extend).add([1, 2])
     runtime.close()
     assert passed == [1, 2]
-    assert {runtime.events, runtime._wake_ups, scheduling.receipts} <= set(runtime._batchers)
+    assert {runtime.events, runtime._wake_ups_of_mails, scheduling.receipts} <= set(runtime._batchers)

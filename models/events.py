@@ -54,10 +54,14 @@ def claim_unpublished(publish_within: timedelta) -> list[Event]:
     """Claim what its writer did not publish in time."""
     claimed = rows(
         """
-        UPDATE outbox_events SET claimed_until = now() + %(publish_within)s
-        WHERE id IN (SELECT id FROM outbox_events WHERE published_at IS NULL AND claimed_until <= now()
-                     ORDER BY claimed_until LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
-        RETURNING id::text, type, body::text, incoming_email_id::text, correlation_id, reply_to, traceparent
+        -- As a subquery of the update the planner might run it more than once, and its limit would not hold.
+        WITH leftover AS MATERIALIZED (
+            SELECT id FROM outbox_events WHERE published_at IS NULL AND claimed_until <= now()
+            ORDER BY claimed_until LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        )
+        UPDATE outbox_events e SET claimed_until = now() + %(publish_within)s
+        FROM leftover WHERE e.id = leftover.id
+        RETURNING e.id::text, type, body::text, incoming_email_id::text, correlation_id, reply_to, traceparent
         """,
         {"publish_within": publish_within, "batch": BATCH},
     )

@@ -116,14 +116,14 @@ def _lose_postgresql(outages: Outages) -> None:
     outages.some_work("failed-over")
     with outages.away("postgresql is read-only"):
         outages.administer("ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
-        refused_before = _batches_put_back(world)
+        refused_before = _batches_kept(world)
         outages.more_work("read-only")
-        world.wait_until("the bridge has tried again", lambda: _batches_put_back(world) > refused_before + 2)
+        world.wait_until("the bridge has tried again", lambda: _batches_kept(world) > refused_before + 2)
         outages.administer("ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()")
 
 
-def _batches_put_back(world: World) -> int:
-    return sum("a batch goes back to the queue" in line["event"] for line in world.log_lines("bridge.1"))
+def _batches_kept(world: World) -> int:
+    return sum("a batch is kept" in line["event"] for line in world.log_lines("bridge.1"))
 
 
 def _lose_redis(outages: Outages) -> tuple[datetime, datetime]:

@@ -154,6 +154,7 @@ def test_what_rabbitmq_lost_is_declared_again_with_the_way_of_dead_letters(rabbi
     world.wait_until(
         "the dead letter is mirrored",
         lambda: world.rows("SELECT 1 FROM dlq WHERE queue_name = 'send_plain' AND reason = 'unreadable'"),
+        timedelta(seconds=90),
     )
     world.wait_until("it is in its own queue", lambda: world.queue_depth("send_plain.XQ") == 1)
     assert world.queue_depth("send_email.rejected") == 0

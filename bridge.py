@@ -26,6 +26,7 @@ import pika.exceptions
 import runtime
 import telemetry
 from actors.ingest import Delivery, ingest
+from broker import RENEWAL_AFTER
 from crash_points import CrashPoint
 from models import DatabaseAway
 from outbox import Unconfirmed, connect
@@ -106,14 +107,18 @@ class Bridge:
                 return True
 
     def _batches(self, channel: Any) -> Iterator[list[tuple[Any, Any, bytes]]]:
-        """Yield what has come, at most a batch at a time, waiting a moment for a batch to fill."""
+        """Yield what has come, at most a batch at a time, waiting a moment for a batch to fill.
+
+        Ends when nothing has come for so long that the queue may have been deleted without our being told.
+        """
         batch: list[tuple[Any, Any, bytes]] = []
-        held_bytes = 0
-        while self._running or batch:
+        held_bytes, busy_at = 0, time.monotonic()
+        while batch or (self._running and time.monotonic() - busy_at < RENEWAL_AFTER.total_seconds()):
             patience = (LINGER if batch else IDLE).total_seconds()
             # Called again, it goes on with the same consumer.
             delivery = next(channel.consume(runtime.SEND_QUEUE, inactivity_timeout=patience), _NOTHING)
             if delivery[0] is not None:
+                busy_at = time.monotonic()
                 batch.append(delivery)
                 held_bytes += len(delivery[2])
             if batch and (delivery[0] is None or len(batch) >= BATCH or held_bytes >= BATCH_BYTES):

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar
 
+import pika.exceptions
 from dramatiq import Middleware
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer
 from dramatiq.common import xq_name
@@ -28,6 +31,8 @@ DEAD_LETTER_EXCHANGE = "mail.dead_letters"
 MIRROR_QUEUE = "mail.dead_letters.mirror"
 #: Nobody of ours sends them, and Dramatiq acts on them whatever they hold.
 _REFUSED_OPTIONS = {"eta", "throws", "time_limit"}
+#: A consumer that has had nothing to do for so long consumes anew: a few frames a minute for each queue.
+RENEWAL_AFTER = timedelta(minutes=1)
 
 
 class FleetConsumer(_RabbitmqConsumer):
@@ -42,24 +47,44 @@ class FleetConsumer(_RabbitmqConsumer):
 
     Dramatiq takes a message's word for the queue that it came from and for its members' types; one that lies ends the
     thread that works on it, and the next one's when it comes again. One with an ``eta`` would wait in this process.
+
+    RabbitMQ does not tell the consumers of a quorum queue that was deleted if one of its name is declared at once; they
+    would wait for ever.
     """
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, broker: Any, queue_name: str, prefetch: int, timeout: int) -> None:
         try:
-            super().__init__(*arguments)
+            super().__init__(broker, queue_name, prefetch, timeout)
         except AMQPConnectorException as error:  # a server that accepts and then says nothing
             raise ConnectionClosed(error) from error
+        self._prefetch, self._timeout_seconds = prefetch, timeout / 1000
+        self._busy_at = time.monotonic()
 
     def __next__(self) -> Any:
         message = super().__next__()
         if message is None:
+            self._renew_if_idle()
             return None
+        self._busy_at = time.monotonic()
         message.came_over = self
         if self._can_be_taken(message):
             return message
         log.error("a message in %s is none that an actor can take", self.queue_name)
         self.nack(message)
         return None
+
+    def _renew_if_idle(self) -> None:
+        """Consume over a new channel, if nothing is in hand that came over this one."""
+        if self.known_tags or time.monotonic() - self._busy_at < self.broker.renewal_after.total_seconds():
+            return
+        self._busy_at = time.monotonic()
+        try:
+            self.channel.close()
+            self.channel = self.connection.channel()
+            self.channel.basic_qos(prefetch_count=self._prefetch)
+            self.iterator = self.channel.consume(self.queue_name, inactivity_timeout=self._timeout_seconds)
+        except (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError) as error:
+            raise ConnectionClosed(error) from error
 
     def _can_be_taken(self, message: Any) -> bool:
         names = (message.queue_name, message.actor_name, message.message_id)
@@ -73,12 +98,14 @@ class FleetConsumer(_RabbitmqConsumer):
         )
 
     def ack(self, message: Any) -> None:
+        self._busy_at = time.monotonic()
         if self._may_settle(message):
             self.broker.crash_point(CrashPoint.MESSAGE_DONE, self.queue_name)
             super().ack(message)
             self._die_behind(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
 
     def nack(self, message: Any) -> None:
+        self._busy_at = time.monotonic()
         if self._may_settle(message):
             super().nack(message)
 
@@ -122,10 +149,19 @@ class FleetBroker(RabbitmqBroker):
     def consumer_class(self) -> type[FleetConsumer]:
         return FleetConsumer
 
-    def __init__(self, *, url: Any, queue_type: str, middleware: list[Any], crash_point: CrashPoints) -> None:
+    def __init__(
+        self,
+        *,
+        url: Any,
+        queue_type: str,
+        middleware: list[Any],
+        crash_point: CrashPoints,
+        renewal_after: timedelta = RENEWAL_AFTER,
+    ) -> None:
         super().__init__(url=None, confirm_delivery=True, middleware=middleware)
         self.parameters = url
         self.crash_point = crash_point
+        self.renewal_after = renewal_after
         self._queue_type = queue_type
 
     def declare_all(self, channel: Any) -> None:

@@ -4,6 +4,9 @@ PostgreSQL alone knows what is to be sent and what was. RabbitMQ carries ids and
 holds rates and may be emptied; neither changes what is in here. So every change is keyed and may be tried twice, and
 every change that a worker makes names the lease under which it works.
 
+What is taken a batch at a time is selected in a ``MATERIALIZED`` part of its statement: as a subquery of the change it
+may be run more than once, as the planner likes, and its ``LIMIT`` does not hold then.
+
 Nothing in this package talks to RabbitMQ, Redis or Graph.
 """
 

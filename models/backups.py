@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from models.database import rows
+from models.dead_letters import RECORD
 from models.ids import as_uuid, new_id
 
 
@@ -118,23 +119,15 @@ class ClaimedBackup:
         """
         given_up = rows(
             """
-            WITH sent AS (
+            WITH email AS (
                 UPDATE sent_emails
                 SET backup_due_at = NULL, backup_lease_until = NULL, backup_error = %(error)s, updated_at = now()
                 WHERE incoming_email_id = %(id)s AND backup_attempt_count = %(attempts)s AND backup_due_at IS NOT NULL
-                RETURNING incoming_email_id
+                RETURNING incoming_email_id AS id
             )
-            INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox,
-                             message_id, queue_name, actor_name)
-            SELECT %(dlq_id)s, incoming_email_id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
-                   %(message_id)s, %(queue_name)s, %(actor_name)s
-            FROM sent
-            ON CONFLICT (message_id) DO UPDATE
-            SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
-                last_error = excluded.last_error, mailbox = excluded.mailbox,
-                status = 'open', resolved_at = NULL, resolved_by = NULL
-            RETURNING 1
-            """,
+            """
+            + RECORD
+            + " RETURNING 1",
             {
                 "dlq_id": new_id(),
                 "id": self.incoming_email_id,
@@ -208,10 +201,11 @@ def purge_expired(batch: int) -> int:
     return len(
         rows(
             """
-            DELETE FROM email_backups WHERE id IN (
+            WITH expired AS MATERIALIZED (
                 SELECT id FROM email_backups WHERE expires_at <= now() ORDER BY expires_at LIMIT %(batch)s
                 FOR UPDATE SKIP LOCKED
-            ) RETURNING 1
+            )
+            DELETE FROM email_backups b USING expired WHERE b.id = expired.id RETURNING 1
             """,
             {"batch": batch},
         )

@@ -29,6 +29,7 @@ import orjson
 
 from contracts import Event, EventType, event_body, event_id
 from models.database import rows
+from models.dead_letters import RECORD
 from models.ids import new_id
 from models.states import Route, Sending, Status, check
 
@@ -340,7 +341,7 @@ class ClaimedEmail:
         return self._move(
             Status.FAILED,
             "next_attempt_at = NULL, last_error = %(error)s",
-            _WITHDRAWN + ", " + _DEAD_LETTER + ", {event}",
+            _WITHDRAWN + f", dead AS ({RECORD})" + ", {event}",
             event=self._event(EventType.FAILED, datetime.now(UTC), reason=reason, detail=_error(error)),
             publish_within=publish_within,
             reason=reason,
@@ -424,19 +425,6 @@ _EVENT = """
         SELECT %(event_id)s, id, %(event_type)s, %(event_body)s,
                correlation_id, reply_to, traceparent, now() + %(publish_within)s
         FROM email ON CONFLICT (incoming_email_id, type) DO NOTHING RETURNING 1
-    )
-"""
-_DEAD_LETTER = """
-    dead AS (
-        INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox,
-                         message_id, queue_name, actor_name)
-        SELECT %(dlq_id)s, id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
-               %(message_id)s, %(queue_name)s, %(actor_name)s
-        FROM email ON CONFLICT (message_id) DO UPDATE
-        SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
-            last_error = excluded.last_error, mailbox = excluded.mailbox,
-            -- The same message may fail again after a replay: then it is a dead letter once more.
-            status = 'open', resolved_at = NULL, resolved_by = NULL
     )
 """
 # The first entry is the send itself; of the looks that follow, the oldest makes room.

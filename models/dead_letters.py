@@ -14,6 +14,20 @@ from typing import Any, NamedTuple
 from models.database import rows, transaction
 from models.ids import as_uuid, new_id
 
+#: The part of a statement that writes the row of an email that is given up in its part ``email (id)``. Takes the id of
+#: a new row as ``dlq_id`` and ``reason``, ``attempts``, ``error``, ``mailbox``, ``message_id``, ``queue_name``,
+#: ``actor_name``. The same message may fail again after a replay: then it is a dead letter once more.
+RECORD = """
+    INSERT INTO dlq (id, incoming_email_id, reason, attempts, last_error, mailbox,
+                     message_id, queue_name, actor_name)
+    SELECT %(dlq_id)s, id, %(reason)s, %(attempts)s, %(error)s, %(mailbox)s,
+           %(message_id)s, %(queue_name)s, %(actor_name)s
+    FROM email ON CONFLICT (message_id) DO UPDATE
+    SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
+        last_error = excluded.last_error, mailbox = excluded.mailbox,
+        status = 'open', resolved_at = NULL, resolved_by = NULL
+"""
+
 
 class Copy(NamedTuple):
     """RabbitMQ's copy of a dead letter; what could not be read of it is None."""

@@ -54,7 +54,6 @@ def claim_unpublished(publish_within: timedelta) -> list[Event]:
     """Claim what its writer did not publish in time."""
     claimed = rows(
         """
-        -- As a subquery of the update the planner might run it more than once, and its limit would not hold.
         WITH leftover AS MATERIALIZED (
             SELECT id FROM outbox_events WHERE published_at IS NULL AND claimed_until <= now()
             ORDER BY claimed_until LIMIT %(batch)s FOR UPDATE SKIP LOCKED

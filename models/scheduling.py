@@ -95,10 +95,12 @@ def wake_due() -> int:
     return len(
         rows(
             """
-            UPDATE incoming_emails SET next_attempt_at = NULL, updated_at = now()
-            WHERE id IN (SELECT id FROM incoming_emails WHERE next_attempt_at <= now()
-                         ORDER BY next_attempt_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
-            RETURNING 1
+            WITH due AS MATERIALIZED (
+                SELECT id FROM incoming_emails WHERE next_attempt_at <= now()
+                ORDER BY next_attempt_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+            )
+            UPDATE incoming_emails e SET next_attempt_at = NULL, updated_at = now()
+            FROM due WHERE e.id = due.id RETURNING 1
             """,
             {"batch": BATCH},
         )
@@ -185,13 +187,16 @@ def expire_overdue(publish_within: timedelta) -> list[Event]:
     """Settle mail whose ``expires_at`` has passed before it was dispatched, and return the events to publish."""
     expired = rows(
         """
-        UPDATE incoming_emails SET status = 'expired', next_attempt_at = NULL, updated_at = now()
-        WHERE id IN (SELECT e.id FROM incoming_emails e
-                     WHERE expires_at <= now() AND status = 'received' AND NOT EXISTS (
-                         SELECT 1 FROM sent_emails s WHERE s.incoming_email_id = e.id AND s.status = 'in_doubt'
-                     )
-                     ORDER BY expires_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED)
-        RETURNING id::text, publisher_message_id, correlation_id, reply_to, traceparent
+        WITH overdue AS MATERIALIZED (
+            SELECT e.id FROM incoming_emails e
+            WHERE expires_at <= now() AND status = 'received' AND NOT EXISTS (
+                SELECT 1 FROM sent_emails s WHERE s.incoming_email_id = e.id AND s.status = 'in_doubt'
+            )
+            ORDER BY expires_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        )
+        UPDATE incoming_emails e SET status = 'expired', next_attempt_at = NULL, updated_at = now()
+        FROM overdue WHERE e.id = overdue.id
+        RETURNING e.id::text, publisher_message_id, correlation_id, reply_to, traceparent
         """,
         {"batch": BATCH},
     )

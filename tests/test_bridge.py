@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import orjson
 import pika
@@ -94,6 +95,22 @@ def test_nothing_is_acknowledged_while_postgresql_fails_and_all_is_stored_when_i
         wait_until("all are stored", lambda: count("incoming_emails") == 20)
         wait_until("all are acknowledged", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0)
     assert len(fleet.take_raw("test.events")) == 20
+
+
+def test_a_queue_that_was_deleted_and_declared_again_at_once_is_consumed_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a bridge that is not told: of a quorum queue RabbitMQ says nothing if another has its name by then
+    monkeypatch.setattr(bridge, "RENEWAL_AFTER", timedelta(milliseconds=300))
+    publish(fleet, *emails(1))
+    with running():
+        wait_until("it is acknowledged", lambda: count("incoming_emails") == 1)
+        fleet.channel.queue_delete(runtime.SEND_QUEUE)
+        runtime.declare(fleet.channel)
+        # When
+        publish(fleet, *emails(2))
+        # Then
+        wait_until("both are stored", lambda: count("incoming_emails") == 2)
 
 
 def test_in_an_outage_a_batch_is_kept_and_not_handed_back_and_forth(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,6 +189,31 @@ def test_a_message_that_lies_is_dead_lettered_and_costs_no_worker(failing: Faili
     # Then
     failing.keep.send("well")
     wait_until("a worker is left", lambda: failing.seen == ["well", "well"])
+
+
+def test_a_queue_that_was_deleted_and_declared_again_at_once_is_consumed_again(failing: Failing) -> None:
+    # Given a worker that is not told: of a quorum queue RabbitMQ says nothing if another has its name by then
+    failing.broker.renewal_after = timedelta(milliseconds=300)
+    failing.keep.send("before")
+    wait_until("it is done", lambda: failing.seen == ["before"])
+    failing.channel.queue_delete(failing.queue)
+    failing.broker.declare_all(failing.channel)
+    # When
+    failing.keep.send("after")
+    # Then
+    wait_until("it is done", lambda: failing.seen == ["before", "after"])
+
+
+def test_a_consumer_that_consumes_anew_loses_and_repeats_nothing(failing: Failing) -> None:
+    # Given a worker that consumes anew whenever nothing has come for a moment
+    failing.broker.renewal_after = timedelta(milliseconds=10)
+    # When
+    for number in range(20):
+        failing.keep.send(str(number))
+        wait_until("it is done", lambda number=number: len(failing.seen) > number)
+    # Then
+    assert failing.seen == [str(number) for number in range(20)]
+    assert failing.taken(failing.queue) == []
 
 
 @pytest.fixture

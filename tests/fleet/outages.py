@@ -51,7 +51,7 @@ class Outages:
         batch += [an_email(mailbox, attachments=[file]) for mailbox, file in zip(mailboxes, files, strict=False)]
         self.given += batch
         self.world.publish(*batch)
-        # A wake-up may have been lost with a server: then the minute's sweep does the work.
+        # A consumer whose queue was deleted and declared again at once notices within a minute.
         left = lambda: len(self.world.simulator.deliveries(mailboxes[0])) > 2  # noqa: E731
         self.world.wait_until("some have left", left, timedelta(seconds=90))
         return batch

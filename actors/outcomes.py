@@ -53,8 +53,10 @@ _LONGEST_REFUSAL_PAUSE = timedelta(hours=1)
 _CONFIGURATION_PAUSE = timedelta(seconds=15)
 #: A mail that could not be looked up for so long is left to the operator.
 LONGEST_DOUBT = timedelta(days=3)
-#: A draft may stay invisible for a moment after it was made; if it still is after so many attempts, it is gone.
+#: A draft may stay invisible for a moment after it was made (github.com/demisto/content/pull/41448); if it still is
+#: after so many attempts, at least so far apart, it is gone.
 _DRAFT_ATTEMPTS = 3
+_DRAFT_LAG = timedelta(seconds=1)
 
 
 class AttemptsUsedUp(Exception):
@@ -187,7 +189,7 @@ def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
     """Give a draft that Graph does not find the time to appear, then start over with another."""
     if email.attempt >= _DRAFT_ATTEMPTS:
         email.forget_draft()
-    _retry(email, error, backoff(email.attempt))
+    _retry(email, error, _DRAFT_LAG + backoff(email.attempt))
 
 
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:

@@ -196,6 +196,19 @@ def test_a_worker_that_died_around_the_send_leaves_the_mail_in_doubt_and_it_is_s
     assert attached(fleet, id) == expected(small=SMALL)
 
 
+def test_a_draft_that_graph_does_not_find_yet_is_given_a_moment_each_time_and_not_made_again(fleet: Fleet) -> None:
+    # Given
+    fleet.graph.hide_next_draft(3600)
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    for attempt in (1, 2):
+        # When
+        assert fleet.settle(id) == ["done"]
+        # Then
+        assert email_row(id)["attempt_count"] == attempt
+        assert support.seconds_until("incoming_emails", "next_attempt_at", "id", id) > 0.9
+    assert calls(fleet)["create_draft"] == 1
+
+
 def test_a_lost_answer_to_the_send_of_a_draft_does_not_send_twice(fleet: Fleet) -> None:
     fleet.graph.lose_next_answer(operation="send_draft")
     id = store(attachments=[file(fleet, "small", SMALL)])

@@ -128,8 +128,6 @@ HOPELESS = {
     "a cloud's metadata": "source_forbidden",
     "a host that is not allowed": "source_forbidden",
     "a redirect to a private address": "source_forbidden",
-    "not https": "invalid_source",
-    "a file on this machine": "invalid_source",
     "an id that nobody stored": "invalid_source",
 }
 
@@ -145,8 +143,6 @@ def hopeless(world: World, simulator: Simulator) -> dict[str, Fate]:
         "a cloud's metadata": _from("https://169.254.169.254/latest/meta-data/"),
         "a host that is not allowed": _from("https://localhost:1/file.bin"),
         "a redirect to a private address": _from(f"{simulator.base_url}/files/redirect?to=https://10.0.0.1/file.bin"),
-        "not https": _from("http://files.contoso.example/file.bin"),
-        "a file on this machine": _from("file:///etc/passwd"),
         "an id that nobody stored": _from("no-such-attachment"),
     }
     world.publish(*emails.values())

@@ -85,6 +85,7 @@ BAD = {
         "expires_at",
     ),
     "an unknown priority": (_with(priority="urgent"), "invalid", "priority"),
+    "a file without TLS": (_attached(urlOrId="http://files.contoso.example/file.bin"), "invalid", "urlOrId"),
     "a negative size": (_attached(size=-1), "invalid", "size"),
     "151 MB": (_attached(size=151 * 1024 * 1024), "invalid", "size"),
     "an attachment on our own disk": (_attached(urlOrId="file:///etc/passwd"), "invalid", "urlOrId"),

@@ -42,6 +42,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ.update(settings)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run whole fleets last: once started they go on consuming from the queues that the other tests fill."""
+    items.sort(key=lambda item: "fleet" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def servers() -> dict[str, str]:
     """The private servers' URLs, by the settings' names."""

@@ -235,6 +235,11 @@ class SendEmail(_Contract):
         return len(self.to) + len(self.cc) + len(self.bcc)
 
     @property
+    def recipient_domains(self) -> list[str]:
+        """The lower-cased domain of each recipient, in no particular order; as many as there are recipients."""
+        return [address.rpartition("@")[2].lower() for address in (*self.to, *self.cc, *self.bcc)]
+
+    @property
     def mailbox(self) -> str:
         """The sending mailbox, lower-cased: Exchange's addresses do not distinguish case."""
         return self.sender.lower()

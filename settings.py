@@ -216,6 +216,18 @@ class Settings(BaseSettings):
         unit="requests",
     )
 
+    tenant_external_recipients_per_day: Limit = _setting(
+        "TENANT_EXTERNAL_RECIPIENTS_PER_DAY",
+        "Recipients outside `INTERNAL_DOMAINS` in 24 hours, all mailboxes. 0: no limit.",
+        default=0,
+        unit="recipients",
+    )
+    internal_domains: Names = _setting(
+        "INTERNAL_DOMAINS",
+        "Domains of the organisation, as patterns, comma-separated; a recipient elsewhere is external. Empty: all are.",
+        default="",
+    )
+
     max_attempts: Count = _setting(
         "MAX_ATTEMPTS", "Attempts before a mail is dead-lettered.", default=8, unit="attempts"
     )

@@ -143,8 +143,14 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]
             told = delivery._replace(reply_to=None) if runtime.is_own_queue(delivery.reply_to) else delivery
             rejections.append(_Rejection(told, error.reason, error.detail, error.publisher_message_id))
         else:
-            arrivals.append((delivery, Arrival(accepted, *delivery[1:])))
+            arrivals.append((delivery, Arrival(accepted, *delivery[1:], _external_recipients(accepted))))
     return arrivals, rejections
+
+
+def _external_recipients(accepted: contracts.AcceptedEmail) -> int:
+    patterns = [pattern.lower() for pattern in runtime.configuration.internal_domains]
+    domains = accepted.email.recipient_domains
+    return sum(not any(fnmatchcase(domain, pattern) for pattern in patterns) for domain in domains)
 
 
 def _check_sender(accepted: contracts.AcceptedEmail) -> None:

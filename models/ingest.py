@@ -38,6 +38,8 @@ class Arrival(NamedTuple):
     correlation_id: str | None = None
     reply_to: str | None = None
     traceparent: str | None = None
+    #: None counts every recipient as external.
+    external_recipient_count: int | None = None
 
 
 class Stored(NamedTuple):
@@ -50,7 +52,8 @@ class Stored(NamedTuple):
 
 _INSERT_EMAILS = """
     INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, route, mailbox, tenant, priority,
-                                 recipient_count, correlation_id, reply_to, traceparent, next_attempt_at, expires_at)
+                                 recipient_count, external_recipient_count, correlation_id, reply_to, traceparent,
+                                 next_attempt_at, expires_at)
     VALUES %s ON CONFLICT (publisher_message_id) DO NOTHING RETURNING id::text
 """
 _KNOWN = """
@@ -100,6 +103,7 @@ def _email_row(id: str, arrival: Arrival, now: datetime) -> tuple[Any, ...]:
         email.tenant,
         PRIORITIES[email.priority],
         email.recipient_count,
+        arrival.external_recipient_count,
         arrival.correlation_id,
         arrival.reply_to,
         arrival.traceparent,

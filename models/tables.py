@@ -54,6 +54,7 @@ class IncomingEmail(_Row):
     tenant = peewee.TextField(null=True)
     priority = peewee.SmallIntegerField()
     recipient_count = peewee.IntegerField()
+    external_recipient_count = peewee.IntegerField(null=True)
     correlation_id = peewee.TextField(null=True)
     reply_to = peewee.TextField(null=True)
     traceparent = peewee.TextField(null=True)
@@ -62,6 +63,7 @@ class IncomingEmail(_Row):
     expires_at = TimestampField(null=True)
     lease_token = peewee.UUIDField(null=True)
     lease_until = TimestampField(null=True)
+    reserved_at = TimestampField(null=True)
     draft_id = peewee.TextField(null=True)
     last_error = peewee.TextField(null=True)
     created_at = TimestampField()
@@ -184,7 +186,7 @@ class DeadLetter(_Row):
 
 
 class Mailbox(_Row):
-    """What is known of a sending mailbox besides its mail: pauses and its own limits."""
+    """What is known of a sending mailbox besides its mail: pauses and its own limits. ``*`` is every mailbox."""
 
     mailbox = peewee.TextField(primary_key=True)
     paused_until = TimestampField(null=True)
@@ -192,10 +194,27 @@ class Mailbox(_Row):
     paused_by = peewee.TextField(null=True)
     refusal_count = peewee.IntegerField()
     limits = JsonField()
+    full_until = TimestampField(null=True)
+    full_reason = peewee.TextField(null=True)
+    slowed = JsonField()
+    last_tenant = peewee.TextField(null=True)
     updated_at = TimestampField()
 
     class Meta:
         table_name = "mailboxes"
+
+
+class PausedRoute(_Row):
+    """An operator's pause of all mail of a route."""
+
+    route = peewee.TextField(primary_key=True)
+    paused_until = TimestampField(null=True)
+    pause_reason = peewee.TextField(null=True)
+    paused_by = peewee.TextField(null=True)
+    updated_at = TimestampField()
+
+    class Meta:
+        table_name = "routes"
 
 
 class AuditEntry(_Row):
@@ -221,5 +240,6 @@ TABLES = (
     OutboxEvent,
     DeadLetter,
     Mailbox,
+    PausedRoute,
     AuditEntry,
 )

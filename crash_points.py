@@ -28,6 +28,8 @@ class CrashPoint(StrEnum):
     BRIDGE_ACKNOWLEDGED = "bridge.acknowledged"
     WAKE_UP_MARKED = "wake-up.marked"
     SCHEDULER_WOKEN = "scheduler.woken"
+    BUDGET_RESTORING = "budget.restoring"
+    BUDGET_RESERVED = "budget.reserved"
     SCHEDULER_CLAIMED = "scheduler.claimed"
     SCHEDULER_DISPATCHED = "scheduler.dispatched"
     RECEIPTS_NOTED = "receipts.noted"

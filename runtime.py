@@ -214,6 +214,7 @@ limiter = limits.Limiter(
         mailbox_sends_per_minute=configuration.mailbox_sends_per_minute,
         mailbox_recipients_per_day=configuration.mailbox_recipients_per_day,
         tenant_requests_per_10_seconds=configuration.tenant_requests_per_10_seconds,
+        tenant_external_recipients_per_day=configuration.tenant_external_recipients_per_day,
     ),
     slot_lease=2 * configuration.graph_timeout + _SLOT_MARGIN,
 )

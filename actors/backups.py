@@ -23,6 +23,7 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
+from actors.graph_calls import backup_call
 from actors.outcomes import AttemptsUsedUp, hold_back, pause_everything, pause_fleet, pause_mailbox
 from actors.waiting import CLOCKS_DIFFER, after_throttling, backoff, unreachable
 from crash_points import CrashPoint
@@ -96,7 +97,7 @@ def _copy_known(backup: ClaimedBackup) -> tuple[str, SealedBlob] | None:
     if backup.graph_message_id is None:
         return None
     try:
-        with runtime.limiter.slot(backup.mailbox):
+        with backup_call(backup):
             return backup.graph_message_id, _copy(backup, backup.graph_message_id)
     except ItemNotFound:
         return None
@@ -104,7 +105,7 @@ def _copy_known(backup: ClaimedBackup) -> tuple[str, SealedBlob] | None:
 
 def _copy_found(backup: ClaimedBackup) -> tuple[str, SealedBlob]:
     # Two requests, one after the other: one slot and one question to the limiter will do.
-    with runtime.limiter.slot(backup.mailbox, requests=2):
+    with backup_call(backup, requests=2):
         message_id = _find(backup)
         return message_id, _copy(backup, message_id)
 
@@ -134,7 +135,7 @@ def _record(backup: ClaimedBackup, error: Exception) -> None:
             backup.snooze(wait, str(error))
         case Throttled():
             wait = after_throttling(error)
-            pause_fleet(backup.mailbox, wait, error)
+            pause_fleet(backup.mailbox, wait, error, budget="requests")
             backup.snooze(wait, str(error))
         case ConfigurationError():
             pause_everything()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+
 import runtime
 
 #: Recipient fields of a ``SendEmail`` and of Graph's message.
@@ -30,3 +32,8 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
             {"name": name, "value": value} for name, value in payload["headers"].items()
         ]
     return runtime.graph.tagged(message, incoming_email_id)
+
+
+def size_of(message: dict[str, Any]) -> int:
+    """Return how many bytes of the mailbox's upload budget the message takes."""
+    return len(orjson.dumps(message))

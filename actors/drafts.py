@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import runtime
-from actors.composition import graph_message
+from actors.composition import graph_message, size_of
 from actors.evidence import looked_up
 from actors.graph_calls import graph_call
 from actors.waiting import CLOCKS_DIFFER
@@ -71,8 +71,9 @@ def _attach_all(email: ClaimedEmail, draft_id: str, attachments: list[dict[str, 
 def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
     draft_id = _find_orphan(email) if begun_before else None
     if draft_id is None:
-        with graph_call(email):
-            draft_id = runtime.graph.create_draft(email.mailbox, graph_message(email.id, email.payload)).id
+        message = graph_message(email.id, email.payload)
+        with graph_call(email, upload_bytes=size_of(message)):
+            draft_id = runtime.graph.create_draft(email.mailbox, message).id
     runtime.crash_point(CrashPoint.DRAFT_CREATED)
     email.record_draft(draft_id)
     runtime.crash_point(CrashPoint.DRAFT_RECORDED)

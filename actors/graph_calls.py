@@ -1,20 +1,29 @@
-"""The only way in which a worker that holds an email calls Graph: with a slot, and having looked at its lease.
+"""The only way in which a worker calls Graph: with a slot, with its charges, and having looked before the first byte.
 
-The lease is looked at when the token is there and the connection stands, and outlasts the wait for the answer, which
-takes ``GRAPH_TIMEOUT_SECONDS`` at most. A call may take longer, since only silences are bounded; what it does after the
-lease has run out is what the grace is for.
+A worker that holds an email looks at its lease when the token is there and the connection stands. The lease outlasts
+the wait for the answer, which takes ``GRAPH_TIMEOUT_SECONDS`` at most. A call may take longer, since only silences are
+bounded; what it does after the lease has run out is what the grace is for. Whoever has waited for token or connection
+looks at the pauses again as well: they bind requests that are about to start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import runtime
 from graph_client import looking_first
-from models import ClaimedEmail
+from limiter import Exhausted, Reservation, Wanted
+from models import ClaimedBackup, ClaimedEmail
 from settings import LEASE_MARGIN
+
+#: How long a call may wait for one of the mailbox's slots: a few calls of others. The worker waits with it.
+SLOT_WAIT = timedelta(seconds=1)
+#: A request that starts sooner after it was admitted does not ask again for pauses.
+_FRESH = timedelta(milliseconds=50)
 
 
 @contextmanager
@@ -28,9 +37,61 @@ def graph_call(email: ClaimedEmail, *, sends: bool = False, upload_bytes: int = 
         Refused: The limiter says not now; nothing was charged.
         LeaseLost: Another worker has the email.
     """
-    charges = {"sends": 1, "recipients": email.recipient_count} if sends else {}
-    with runtime.limiter.slot(email.mailbox, upload_bytes=upload_bytes, **charges):
+    reservation = None if email.charged_at_ms is None else Reservation(email.charged_at_ms)
+    with runtime.limiter.slot(
+        email.mailbox,
+        send=send_of(email) if sends else None,
+        reservation=reservation if sends else None,
+        upload_bytes=upload_bytes,
+        wait=SLOT_WAIT,
+    ) as slot:
+        if sends:
+            email.charged_at_ms = slot.at_ms
         configuration = runtime.configuration
         outlasting = configuration.graph_timeout + LEASE_MARGIN / 2
-        with looking_first(partial(email.ensure_held, at_least=outlasting, lease=configuration.lease)):
+        held = partial(email.ensure_held, at_least=outlasting, lease=configuration.lease)
+        with _looking_first(email.mailbox, held):
             yield
+
+
+@contextmanager
+def backup_call(backup: ClaimedBackup, *, requests: int = 1) -> Iterator[None]:
+    """Hold one of the mailbox's slots for so many requests, one after the other.
+
+    Raises:
+        Refused: The limiter says not now; nothing was charged.
+    """
+    with (
+        runtime.limiter.slot(backup.mailbox, requests=requests, wait=SLOT_WAIT),
+        _looking_first(backup.mailbox, lambda: None),
+    ):
+        yield
+
+
+def send_of(email: ClaimedEmail) -> Wanted:
+    """Return what the send of the email costs."""
+    return Wanted(email.recipient_count, email.external_recipient_count)
+
+
+def refund(email: ClaimedEmail) -> None:
+    """Give back the send budget of an email that is proven not to be sent now."""
+    if email.charged_at_ms is not None:
+        runtime.limiter.refund(email.mailbox, Reservation(email.charged_at_ms), send_of(email))
+
+
+@contextmanager
+def _looking_first(mailbox: str, held: Callable[[], object]) -> Iterator[None]:
+    admitted_at = time.monotonic()
+
+    def look() -> None:
+        if time.monotonic() - admitted_at > _FRESH.total_seconds():
+            _look_at_pauses(mailbox)
+        held()
+
+    with looking_first(look):
+        yield
+
+
+def _look_at_pauses(mailbox: str) -> None:
+    if until := runtime.limiter.paused_until(mailbox):
+        raise Exhausted("pause", max(until - datetime.now(UTC), timedelta()), mailbox_wide=True)

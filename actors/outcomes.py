@@ -40,9 +40,11 @@ from graph_client.errors import (
     Throttled,
     TransientError,
 )
-from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes
+from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes, turns
+from models.spending import record_slowed
+from models.turns import EVERY
 from outbox import PUBLISH_WITHIN
-from telemetry import DEAD_LETTERS, LIMITER_REFUSALS, Step, mail_log
+from telemetry import DEAD_LETTERS, LIMITER_REFUSALS, LOWERED, Step, mail_log
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ LONGEST_DOUBT = timedelta(days=3)
 #: after so many attempts, at least so far apart, it is gone.
 _DRAFT_ATTEMPTS = 3
 _DRAFT_LAG = timedelta(seconds=1)
+#: Graph's words when it says which limit is exceeded (graph error ApplicationThrottled; users' reports).
+_BLAMED = {"MailboxConcurrency": limits.CONCURRENCY, "IncomingBytes": "upload_bytes"}
 
 
 class AttemptsUsedUp(Exception):
@@ -149,27 +153,48 @@ def hold_back(mailbox: str, refused: limits.Refused) -> tuple[timedelta, str]:
     """Have the scheduler pass over a mailbox that is at its limit; return when to ask again, and the limit's name."""
     budget = refused.budget if isinstance(refused, limits.Exhausted) else "unavailable"
     LIMITER_REFUSALS.labels(budget).inc()
-    if refused.mailbox_wide and budget != "concurrency":
+    if refused.mailbox_wide and budget in ("sends", "recipients"):
+        turns.note_full({mailbox: (refused.retry_after, f"limit: {budget}")})
+    elif refused.mailbox_wide and budget in ("requests", "upload_bytes"):
         mailboxes.pause(mailbox, refused.retry_after, why=f"limit: {budget}")
     return after_refusal(refused), budget
 
 
 def _leave_alone(email: ClaimedEmail, throttled: Throttled) -> None:
     wait = after_throttling(throttled)
-    pause_fleet(email.mailbox, wait, throttled)
+    pause_fleet(email.mailbox, wait, throttled, budget="sends" if email.intended else "requests")
     _snooze(email, wait, str(throttled), "throttled")
 
 
-def pause_fleet(mailbox: str, wait: timedelta, error: GraphError) -> None:
-    """Have everyone leave the mailbox alone: at once through Redis, and through the scheduler, which survives Redis."""
+def pause_fleet(mailbox: str, wait: timedelta, error: GraphError, *, budget: str) -> None:
+    """Have everyone leave the mailbox alone: at once through Redis, and through the scheduler, which survives Redis.
+
+    Args:
+        budget: What is lowered if Graph throttles again and again and does not say what it is about.
+    """
     mailboxes.pause(mailbox, wait, why=f"Graph asked to wait: {error}")
     try:
-        if isinstance(error, Throttled) and error.scope == "tenant":
-            runtime.limiter.pause_all(wait)
-        else:
+        if not isinstance(error, Throttled):
             runtime.limiter.pause(mailbox, wait)
+        elif error.scope == "tenant":
+            runtime.limiter.pause_all(wait)
+            mailboxes.pause(EVERY, wait, why=f"Graph asked everybody to wait: {error}")
+        else:
+            _learn(mailbox, wait, error, budget)
     except limits.Unavailable:
         log.warning("a pause could not be told to the fleet: Redis is away")
+
+
+def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> None:
+    blamed = next((budget for words, budget in _BLAMED.items() if words in throttled.message), budget)
+    slowed, everybody = runtime.limiter.throttled(mailbox, wait, budget=blamed)
+    if slowed:
+        at = round(slowed.at.timestamp() * 1000)
+        record_slowed(mailbox, blamed, {**slowed._asdict(), "at": at})
+        LOWERED.labels(blamed).inc()
+        log.warning("%s of the mailbox: %s", blamed, slowed)
+    if everybody:
+        mailboxes.pause(EVERY, wait, why="Graph asked many mailboxes to wait")
 
 
 def pause_everything() -> None:
@@ -194,7 +219,7 @@ def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
 
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:
     if unknown.retry_after:
-        pause_fleet(email.mailbox, unknown.retry_after, unknown)
+        pause_fleet(email.mailbox, unknown.retry_after, unknown, budget="sends")
     leave_in_doubt(email, refused("send", unknown))
     mail_log(Step.IN_DOUBT, incoming_email_id=email.id, why=str(unknown))
 

@@ -1,7 +1,8 @@
 """The scheduler: decides which mail goes out now, and hands it to the send actors.
 
 ``schedule_emails`` is woken by ingest, by every finished send and by the next due time, and swept each minute in case
-a wake-up was lost. What it claims is committed before it is published.
+a wake-up was lost. What is to go out is looked for, has its send budget reserved, is claimed, and is published once the
+claim is committed.
 
 Where it may die, and what the next one does:
 
@@ -20,19 +21,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import dramatiq
 from periodiq import cron
 
+import limiter as limits
 import models
 import runtime
+from actors.budgets import keep_counts, refund, reserve
 from contracts import Event
 from crash_points import CrashPoint
-from models import Route, scheduling
-from models.scheduling import Dispatch, DueBackup
+from models import Route, scheduling, turns
+from models.scheduling import Dispatch, DueBackup, Pick
+from models.turns import Busy, Candidate
 from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed, Unpublishable
 from telemetry import DISPATCHED, Step, mail_log
 
@@ -51,6 +56,10 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
 
+#: A scheduler hands out for no longer than this, unless it stands still.
+_LONGEST_TURN = timedelta(seconds=3)
+_NEXT_IN_TURN = timedelta(milliseconds=10)
+
 #: The mailbox that each route served last. Only fairness depends on it: a new process starts anywhere.
 _last_served = dict.fromkeys(Route, "")
 
@@ -62,67 +71,139 @@ def schedule_emails() -> None:
     can_count = runtime.wake_ups.arrived("schedule_emails")
     runtime.crash_point(CrashPoint.SCHEDULER_WOKEN)
     try:
-        while (swept_at := _sweep(hand_out=can_count)) is None:
+        while (swept := _sweep(hand_out=can_count)).more:
             pass
         publish_leftover_events()
-        _alarm.ring_in(scheduling.next_due_in(swept_at) if can_count else _AWAY_PAUSE)
+        waits = [scheduling.next_due_in(swept.at), swept.everybody_waits]
+        _alarm.ring_in(min((wait for wait in waits if wait is not None), default=None))
     except (models.DatabaseAway, Unconfirmed):
         _alarm.ring_in(_AWAY_PAUSE)  # who would have woken us may have failed just so
         raise
 
 
-def _sweep(*, hand_out: bool) -> datetime | None:
-    """Claim and publish one batch; return as of when all is claimed, None if there may be more to claim at once.
+class _Sweep(NamedTuple):
+    """What a sweep has found."""
+
+    at: datetime
+    #: There may be more to dispatch at once.
+    more: bool
+    #: When there may be, if everybody has to wait for the limiter.
+    everybody_waits: timedelta | None
+
+
+def _sweep(*, hand_out: bool) -> _Sweep:
+    """Take back what nobody works on any more, then dispatch what may go out.
 
     While Redis is away nothing is handed out: no worker could count it, and all would put it back as fast as it came.
     """
     with scheduling.sweep() as swept_at:
         lapsed = scheduling.expire_leases()
+        scheduling.expire_backup_leases()
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
-        claims = _claim() if hand_out else {}
-        backups, more_backups = _claim_backups() if hand_out else ([], False)
     for incoming_email_id, status in lapsed:
         mail_log(Step.LEASE_LOST, incoming_email_id=incoming_email_id, status=status)
-    runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _announce_expired(expired)
+    more = max(len(lapsed), len(expired), woken) >= scheduling.BATCH
+    if not hand_out:
+        return _Sweep(swept_at, more, _AWAY_PAUSE)
+    try:
+        with _turn():
+            keep_counts()
+            handed_out, everybody_waits = _hand_out()
+    except limits.Unavailable:
+        return _Sweep(swept_at, more, _AWAY_PAUSE)
+    return _Sweep(swept_at, more or handed_out, everybody_waits)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Hand out in one process at a time, or two would reserve for the same mail and find mailboxes full that are not.
+
+    A scheduler that stands still is not waited for.
+    """
+    deadline = time.monotonic() + _LONGEST_TURN.total_seconds()
+    while True:
+        with runtime.limiter.turn("scheduler", _LONGEST_TURN) as mine:
+            if mine or time.monotonic() > deadline:
+                yield
+                return
+        time.sleep(_NEXT_IN_TURN.total_seconds())
+
+
+def _hand_out() -> tuple[bool, timedelta | None]:
+    """Dispatch one batch; return whether there may be more at once, and how long everybody waits for the limiter."""
+    routes, busy = scheduling.in_flight()
+    paused = turns.paused_routes()
+    chosen = {route: _choose(route, routes[route], busy) for route in Route if route not in paused}
+    reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
+    picks = {pick.id: pick for pick in reserved.picks}
+    claims, backups, more_backups = _claim(chosen, picks)
+    claimed = {dispatch.incoming_email_id for dispatches in claims.values() for dispatch in dispatches}
+    refund(
+        [candidate for mails in chosen.values() for candidate in mails.to_send],
+        [pick for id, pick in picks.items() if id not in claimed],
+    )
+    runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _dispatch(claims, backups)
-    most = max(len(lapsed), len(expired), woken, sum(map(len, claims.values())))
-    return None if more_backups or most >= scheduling.BATCH else swept_at
+    full_batch = any(len(dispatches) >= scheduling.BATCH for dispatches in claims.values())
+    return reserved.passed_over or full_batch or more_backups, reserved.everybody_waits
+
+
+class _Chosen(NamedTuple):
+    to_look_up: list[Candidate]
+    to_send: list[Candidate]
+
+
+def _limits() -> dict[Route, int]:
+    configuration = runtime.configuration
+    return {
+        Route.PLAIN: configuration.send_plain_concurrency,
+        Route.ATTACHED: configuration.send_attached_concurrency,
+    }
 
 
 def _share() -> int:
     return runtime.configuration.mailbox_concurrency or _UNLIMITED_SHARE
 
 
-def _claim() -> dict[Route, list[Dispatch]]:
+def _choose(route: Route, in_flight: int, busy: Busy) -> _Chosen:
+    """Choose what is to go out, look-ups first, and note it as busy for the routes that follow."""
+    capacity = _limits()[route] - in_flight
+    to_look_up = turns.look_ups(route, capacity=capacity, share=_share(), busy=busy)
+    _add(to_look_up, busy)
+    capacity -= len(to_look_up)
+    found = turns.candidates(route, capacity=capacity, share=_share(), busy=busy, after=_last_served[route])
+    to_send = turns.choose(found, min(capacity, scheduling.BATCH))
+    _add(to_send, busy)
+    if to_send:
+        _last_served[route] = to_send[-1].mailbox
+    return _Chosen(to_look_up, to_send)
+
+
+def _add(candidates: Sequence[Candidate], busy: Busy) -> None:
+    for candidate in candidates:
+        busy.sends[candidate.mailbox] = busy.sends.get(candidate.mailbox, 0) + 1
+
+
+def _claim(
+    chosen: dict[Route, _Chosen], picks: dict[str, Pick]
+) -> tuple[dict[Route, list[Dispatch]], list[DueBackup], bool]:
+    """Lease what was chosen and has its budget, as far as nobody else has; and backups that are due."""
     configuration = runtime.configuration
-    limits = {
-        Route.PLAIN: configuration.send_plain_concurrency,
-        Route.ATTACHED: configuration.send_attached_concurrency,
-    }
-    in_flight, busy = scheduling.in_flight()
-    claims = {}
-    for route, limit in limits.items():
-        claims[route] = scheduling.claim(
-            route,
-            capacity=limit - in_flight[route],
-            share=_share(),
-            busy=busy,
-            after=_last_served[route],
-            lease=configuration.lease,
+    with scheduling.sweep():
+        routes, busy = scheduling.in_flight()
+        claims = {}
+        for route, mails in chosen.items():
+            wanted = [Pick(mail.id, mail.mailbox, None) for mail in mails.to_look_up]
+            wanted += [picks[mail.id] for mail in mails.to_send if mail.id in picks]
+            capacity = _limits()[route] - routes[route]
+            claims[route] = scheduling.claim(route, wanted, capacity=capacity, lease=configuration.lease)
+        turns.note_served([mail for mails in chosen.values() for mail in mails.to_send if mail.id in picks])
+        backups, more_backups = scheduling.claim_backups(
+            concurrency=configuration.backup_concurrency, share=_share(), busy=busy, lease=configuration.lease
         )
-        for dispatch in claims[route]:
-            busy[dispatch.mailbox] = busy.get(dispatch.mailbox, 0) + 1
-            _last_served[route] = dispatch.mailbox
-    return claims
-
-
-def _claim_backups() -> tuple[list[DueBackup], bool]:
-    configuration = runtime.configuration
-    return scheduling.claim_backups(
-        concurrency=configuration.backup_concurrency, share=_share(), lease=configuration.lease
-    )
+    return claims, backups, more_backups
 
 
 def _dispatch(claims: dict[Route, list[Dispatch]], backups: Sequence[DueBackup]) -> None:

@@ -29,10 +29,10 @@ import dramatiq
 
 import runtime
 from actors import outcomes
-from actors.composition import graph_message
+from actors.composition import graph_message, size_of
 from actors.drafts import AlreadySent, prepare_draft
 from actors.evidence import LOOK_UP, accepted, looked_up, refused
-from actors.graph_calls import graph_call
+from actors.graph_calls import graph_call, refund
 from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
 from actors.scheduling import receipts
 from actors.waiting import CLOCKS_DIFFER
@@ -67,7 +67,7 @@ def send_attached(incoming_email_id: str, attempt: int, **_dispatch: Any) -> Non
 
 def _send_at_once(email: ClaimedEmail) -> None:
     message = graph_message(email.id, email.payload)
-    with graph_call(email, sends=True):
+    with graph_call(email, sends=True, upload_bytes=size_of(message)):
         runtime.crash_point(CrashPoint.SEND_INTENDED)
         answer = runtime.graph.send_mail(email.mailbox, message, client_request_id=email.send_id)
         runtime.crash_point(CrashPoint.SEND_ANSWERED)
@@ -184,4 +184,6 @@ def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool
         except Exception as error:
             outcomes.record(email, error)
         finally:
+            if email.withdrawn:
+                refund(email)
             runtime.wake_soon("schedule_emails")

@@ -3,14 +3,16 @@
 It lets pyrate's `Limiter` be used over budgets that its own buckets cannot hold: several at once, each in its own unit.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from datetime import timedelta
 from secrets import token_hex
 
 from pyrate_limiter import AbstractBucket, Decision, Rate, RateItem
 
-from .budgets import Budgets
-from .ledger import MILLISECOND, TENANT, Ledger, Slot
-from .refusals import Exhausted, NeverFits
+from .ledger import MILLISECOND, TENANT, Ledger, Slot, Verdict
+from .refusals import Emptied, Exhausted, NeverFits
 
 
 class FleetBucket(AbstractBucket):
@@ -19,20 +21,27 @@ class FleetBucket(AbstractBucket):
     The weight of the item is the number of requests, charged to the mailbox and the tenant; `extra` is charged besides.
     Afterwards ``failing_rate`` and ``waiting`` say what refused and for how long, as with any bucket of pyrate's, and
     `refusal` says it as an error.
+
+    Args:
+        wait: For how long ``put`` may wait for a slot, if nothing else is in the way.
+        reserved_at_ms: When the send and its recipients were charged in advance; 0: they were not.
     """
 
     is_async = False
 
-    def __init__(self, ledger: Ledger, mailbox: str, budgets: Budgets, extra: Mapping[str, int]) -> None:
+    def __init__(
+        self, ledger: Ledger, mailbox: str, extra: Mapping[str, int], *, wait: timedelta, reserved_at_ms: int
+    ) -> None:
         self._ledger = ledger
         self._mailbox = mailbox
-        self._budgets = budgets
-        self._windows = ledger.windows(mailbox, budgets) + ledger.windows(TENANT, budgets)
+        self._windows = ledger.windows(mailbox) + ledger.windows(TENANT)
         # Not through the property, which wants rates of one unit, in order.
-        self._rates = [window.rate for window in self._windows]
+        self._rates = [Rate(max(window.limit, 1), window.interval) for window in self._windows]
         self._extra = extra
-        self.slot = Slot(ledger.key(mailbox, "slots"), token_hex(8))
-        self.refusal: Exhausted | None = None
+        self._wait = wait
+        self._reserved_at_ms = reserved_at_ms
+        self.slot = Slot(ledger.owner(mailbox), token_hex(8))
+        self.refusal: Exhausted | Emptied | None = None
 
     def put(self, item: RateItem) -> bool:
         """Ask the ledger.
@@ -41,20 +50,27 @@ class FleetBucket(AbstractBucket):
             NeverFits: A charge is above its limit.
             Unavailable: Redis does not answer.
         """
-        charges = [(each, units) for each in self._windows if (units := self._extra.get(each.budget, item.weight))]
-        for window, units in charges:
-            if units > window.rate.limit:
-                raise NeverFits(window.budget, units, window.rate.limit)
-        by, wait_ms, nothing_left = self._ledger.admit(
-            self._mailbox, self.slot, self._budgets.mailbox_concurrency, charges
+        charges = [(window, units) for window in self._windows if (units := self._units(window.budget, item.weight))]
+        verdict = self._ledger.admit(
+            self.slot,
+            charges,
+            sends=bool(self._extra.get("sends")),
+            wait=self._wait,
+            reserved_at_ms=self._reserved_at_ms,
         )
-        if not by:
+        if not verdict.by:
+            self.slot = self.slot._replace(at_ms=verdict.wait_ms)
+            self.refusal = None
             return self._record(item, Decision())
-        names = ("pause", "tenant_pause", "concurrency", *(window.budget for window, _ in charges))
-        self.refusal = Exhausted(names[by - 1], wait_ms * MILLISECOND, bool(nothing_left))
-        # A pause or a held slot has no rate of its own: it lets one such call pass per wait.
-        rate = charges[by - 4][0].rate if by > 3 else Rate(item.weight, wait_ms)
-        return self._record(item, Decision(rate, wait_ms))
+        refused = refusal(verdict, self._units(verdict.by, item.weight))
+        if isinstance(refused, NeverFits):
+            raise refused
+        self.refusal = refused
+        # Whatever refused lets one such call pass per wait.
+        return self._record(item, Decision(Rate(item.weight, max(verdict.wait_ms, 1)), verdict.wait_ms))
+
+    def _units(self, budget: str, requests: int) -> int:
+        return requests if budget in ("requests", "tenant_requests") else self._extra.get(budget, 0)
 
     def waiting(self, item: RateItem) -> int:
         """Return the milliseconds after which the last ``put`` would be admitted."""
@@ -71,8 +87,17 @@ class FleetBucket(AbstractBucket):
 
     def count(self) -> int:
         """Return how many of the mailbox's requests are in the window: they are the weight of an item."""
-        usage = self._ledger.usage(self._mailbox, self._budgets)
+        usage = self._ledger.usage(self._mailbox)
         return sum(each.used for each in usage if each.budget == "requests")
 
     def peek(self, index: int) -> None:
         """Return None: units are counted, not listed."""
+
+
+def refusal(verdict: Verdict, asked: int) -> Exhausted | Emptied | NeverFits:
+    """Say as an error what the ledger said to so many units of what refuses."""
+    if verdict.by == "emptied":
+        return Emptied()
+    if verdict.limit:
+        return NeverFits(verdict.by, asked, verdict.limit)
+    return Exhausted(verdict.by, verdict.wait_ms * MILLISECOND, bool(verdict.nothing_left))

@@ -1,22 +1,28 @@
-"""The ledger in Redis: pauses, slots and windows of the whole fleet, and the scripts that read and charge them.
+"""The ledger in Redis: pauses, slots, windows and limits of the whole fleet, and how Redis is asked.
 
-A decision is one script, because Redis runs nothing else meanwhile: no two workers can both take what is left.
+A decision is one script (see `scripts`): no two workers can both take what is left.
 """
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from itertools import batched
+from secrets import token_hex
 from typing import NamedTuple
 
-from pyrate_limiter import Rate
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from .budgets import Budgets, BudgetUsage, Window
+from . import scripts
+from .budgets import CONCURRENCY, Budgets, BudgetUsage, Slowed, Spent, Wanted, Window, check_units
 from .refusals import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -28,235 +34,382 @@ MILLISECOND = timedelta(milliseconds=1)
 TENANT = None
 
 #: How soon to ask again when all slots are held. A hint, since nobody knows when a call to Graph will end.
-SLOT_RETRY = timedelta(milliseconds=250)
+SLOT_RETRY = timedelta(milliseconds=500)
+#: A slot that is handed to a waiting call is the next one's if the call does not take it up by then: it may be dead.
+HANDOVER = timedelta(seconds=1)
+#: A waiting call looks by itself so often: a lease may have run out, which wakes nobody.
+LOOK_AGAIN = timedelta(milliseconds=300)
 
 #: How long concurrency stays at one, two, four … after a pause.
 RAMP_STEP = timedelta(seconds=5)
-
 #: How many such steps a pause is remembered for: after the last the limit alone counts.
 RAMP_STEPS = 5
 
+#: So many times within so long Graph throttles a mailbox before a limit of it is lowered: once may be anything.
+STRIKES = 3
+STRIKES_COUNT_FOR = timedelta(minutes=10)
+#: What is left of a limit that is lowered, and the least it can come to, in percent of the whole.
+SLOWED_TO_PERCENT = 60
+SLOWED_TO_AT_LEAST_PERCENT = 10
+#: So many throttled mailboxes within 20 s, if they are half of those that talked to Graph, are the tenant's matter.
+THROTTLED_MAILBOXES = 10
+
 #: How long to wait for Redis, in seconds as redis-py wants it, before the one retry and before giving up.
 REDIS_TIMEOUT_SECONDS = 0.5
+#: Longer than finding out what was spent takes; writing it down takes as long as it needs.
+_RESTORING = timedelta(seconds=30)
+#: So many windows are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
+_WRITTEN_TOGETHER = 100
+
+#: No pause is longer: its end must be a date.
+_LONGEST_PAUSE = timedelta(days=36_500)
+
+#: What a limit was set for, by the number that the scripts give.
+_SET_FOR = (None, "set for every mailbox", "set for this mailbox")
 
 
 class Slot(NamedTuple):
-    """A held slot. It names its mailbox by digest, so it may be logged."""
+    """A held slot. It names its mailbox by digest, so it may be logged. What it cost was charged ``at_ms``."""
 
-    key: str
+    owner: str
     token: str
+    at_ms: int = 0
 
 
 class Verdict(NamedTuple):
-    """What the ledger says to a claim: ``by`` counts the keys that may refuse from 1, in the order they were given."""
+    """What the ledger says to a claim: what refuses it (see `scripts`), for how long, and if the charge is above the
+    whole of a limit, that limit. If nothing refuses, ``wait_ms`` is the instant.
+    """
 
-    by: int
+    by: str
     wait_ms: int
     nothing_left: int
+    limit: int
 
-
-_WINDOW = """
-local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-
--- A window's use now, and the fields of the sub-windows that have left it since it was last charged.
-local function read(key, width, ring)
-  local stored = redis.call('HMGET', key, 'used', 'last')
-  local used, current = tonumber(stored[1] or 0), math.floor(now / width)
-  local last = tonumber(stored[2] or current)
-  current = math.max(current, last) -- a clock that was set back must not free anything
-  local left = {}
-  for i = last + 1, math.min(current, last + ring) do left[#left + 1] = i % ring end
-  if #left > 0 then
-    for _, units in ipairs(redis.call('HMGET', key, unpack(left))) do used = used - tonumber(units or 0) end
-  end
-  return {key = key, width = width, ring = ring, last = last, current = current, used = used, left = left}
-end
-
--- Milliseconds until so many of the used units have left the window.
-local function frees(window, units)
-  for i = window.current - window.ring + 1, window.last do
-    units = units - tonumber(redis.call('HGET', window.key, i % window.ring) or 0)
-    if units <= 0 then return (i + window.ring) * window.width - now end
-  end
-end
-
-local function charge(window, units)
-  if #window.left > 0 then redis.call('HDEL', window.key, unpack(window.left)) end
-  redis.call('HINCRBY', window.key, window.current % window.ring, units)
-  redis.call('HSET', window.key, 'used', window.used + units, 'last', window.current)
-  redis.call('PEXPIRE', window.key, (window.ring + 1) * window.width)
-end
-"""
-
-#: KEYS: the mailbox's pause, the tenant's pause, the mailbox's slots, then a window each.
-#: ARGV: token, concurrency, lease, slot retry, ramp step, then units, limit, width and ring of each window.
-#: Returns the number of the key that refuses for longest (0: admitted), its wait, and 1 if nothing is left of it.
-_ADMIT = (
-    _WINDOW
-    + """
-local token, concurrency, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local refusal = {0, 0, 0}
-local function refuse(by, wait, nothing_left)
-  -- A refusal stands whatever its wait: an error in a wait must not admit anything.
-  if wait > refusal[2] or refusal[1] == 0 then refusal = {by, wait, nothing_left} end
-end
-
-for i = 1, 2 do
-  local ends = tonumber(redis.call('GET', KEYS[i]) or 0)
-  if ends > now then
-    refuse(i, ends - now, 1)
-  elseif ends > 0 then
-    concurrency = math.min(concurrency, 2 ^ math.floor((now - ends) / tonumber(ARGV[5])))
-  end
-end
-
-if concurrency > 0 and redis.call('ZCOUNT', KEYS[3], '(' .. now, '+inf') >= concurrency then
-  refuse(3, tonumber(ARGV[4]), 1)
-end
-
-local windows = {}
-for i = 4, #KEYS do
-  local first = 6 + (i - 4) * 4
-  local units, limit = tonumber(ARGV[first]), tonumber(ARGV[first + 1])
-  local window = read(KEYS[i], tonumber(ARGV[first + 2]), tonumber(ARGV[first + 3]))
-  local excess = window.used + units - limit
-  if excess > 0 then refuse(i, frees(window, excess), window.used >= limit and 1 or 0) end
-  windows[#windows + 1] = {window, units}
-end
-
-if refusal[1] > 0 then return refusal end
-
-if concurrency > 0 then
-  redis.call('ZADD', KEYS[3], now + lease, token) -- first, for a full Redis refuses a script's first write only
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
-  redis.call('PEXPIRE', KEYS[3], math.max(lease, redis.call('PTTL', KEYS[3])))
-end
-for _, each in ipairs(windows) do charge(each[1], each[2]) end
-return refusal
-"""
-)
-
-#: KEYS: slots, then a window each. ARGV: width and ring of each window.
-#: Returns for each key what is used and the milliseconds until a part of it comes back (-1: nothing is used).
-_USAGE = (
-    _WINDOW
-    + """
-local first = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-local answer = {{redis.call('ZCOUNT', KEYS[1], '(' .. now, '+inf'), first[2] and first[2] - now or -1}}
-for i = 2, #KEYS do
-  local window = read(KEYS[i], tonumber(ARGV[2 * i - 3]), tonumber(ARGV[2 * i - 2]))
-  answer[i] = {window.used, window.used > 0 and frees(window, 1) or -1}
-end
-return answer
-"""
-)
-
-#: KEYS: a pause. ARGV: milliseconds, 1 if they count from now (else from 1970), how long the ramp is remembered.
-#: Returns when the pause ends. A longer pause that is already there stands.
-_PAUSE = """
-local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local ends = tonumber(ARGV[1])
-if ARGV[2] == '1' then ends = now + ends end
-ends = math.max(ends, tonumber(redis.call('GET', KEYS[1]) or 0))
-if ends > now then redis.call('SET', KEYS[1], ends, 'PX', ends - now + ARGV[3]) end
-return ends
-"""
-
-#: KEYS: pauses. Returns when the last of them ends, or nil when none is on.
-_PAUSED = """
-local clock = redis.call('TIME')
-local now, ends = clock[1] * 1000 + math.floor(clock[2] / 1000), 0
-for _, key in ipairs(KEYS) do ends = math.max(ends, tonumber(redis.call('GET', key) or 0)) end
-return ends > now and ends or nil
-"""
+    @classmethod
+    def parse(cls, answer: Sequence[int | bytes | str]) -> Verdict:
+        """Read what a script says."""
+        by, *numbers = answer
+        return cls(_text(by), *numbers)  # type: ignore[arg-type]
 
 
 class Ledger:
     """Asks Redis; the only place that knows its keys, and how it fails."""
 
     def __init__(
-        self, redis: Redis, slot_lease: timedelta, ramp_step: timedelta, windows: Mapping[str, int], prefix: str
+        self,
+        redis: Redis,
+        budgets: Budgets,
+        slot_lease: timedelta,
+        ramp_step: timedelta,
+        windows: Mapping[str, int],
+        prefix: str,
     ) -> None:
         self._redis = redis
+        self._limits = budgets.limits()
         self._lease = slot_lease
         self._ramp_step = ramp_step
-        self._windows = windows
+        self._intervals = windows
         self._prefix = f"{prefix}:{{limits}}"
         # A registered script sends its digest, and its text once if Redis does not know it (any more).
-        self._admit = redis.register_script(_ADMIT)
-        self._usage = redis.register_script(_USAGE)
-        self._pause = redis.register_script(_PAUSE)
-        self._paused = redis.register_script(_PAUSED)
+        self._admit = redis.register_script(scripts.ADMIT)
+        self._release = redis.register_script(scripts.RELEASE)
+        self._reserve = redis.register_script(scripts.RESERVE)
+        self._refund = redis.register_script(scripts.REFUND)
+        self._usage = redis.register_script(scripts.USAGE)
+        self._pause = redis.register_script(scripts.PAUSE)
+        self._paused = redis.register_script(scripts.PAUSED)
+        self._throttled = redis.register_script(scripts.THROTTLED)
+        self._hold = redis.register_script(scripts.HOLD)
+        self._whole = redis.register_script(scripts.WHOLE)
+        self._restore = redis.register_script(scripts.RESTORE)
+        self._restored = redis.register_script(scripts.RESTORED)
+        self._spent = redis.register_script(scripts.SPENT)
+        self._end_of_turn = redis.register_script(scripts.END_TURN)
 
-    def key(self, owner: str | None, of: str) -> str:
-        """Return the key of something that belongs to a mailbox or to the `TENANT`."""
-        return f"{self._prefix}:{'tenant' if owner is TENANT else _digest(owner)}:{of}"
+    # Keys
 
-    def windows(self, owner: str | None, budgets: Budgets) -> list[Window]:
-        """Return the windows in which a mailbox, or the `TENANT`, is counted; a limit of 0 has none."""
-        limits = budgets.limits()
+    def owner(self, mailbox: str | None) -> str:
+        """Return how keys name a mailbox, or the `TENANT`."""
+        return "tenant" if mailbox is TENANT else sha256(mailbox.lower().encode()).hexdigest()[:32]
+
+    def windows(self, mailbox: str | None) -> list[Window]:
+        """Return the windows in which a mailbox, or the `TENANT`, is counted."""
+        owner = self.owner(mailbox)
         return [
             # The interval is part of the key, for a ring of other sub-windows could not be read.
-            Window(budget, self.key(owner, f"{budget}:{interval}"), Rate(limits[budget], interval))
-            for budget, interval in self._windows.items()
-            if limits[budget] and budget.startswith("tenant_") == (owner is TENANT)
+            Window(budget, self._key(owner, f"{budget}:{interval}"), self._limits[budget], interval)
+            for budget, interval in self._intervals.items()
+            if budget.startswith("tenant_") == (mailbox is TENANT)
         ]
 
-    def admit(self, mailbox: str, slot: Slot, concurrency: int, charges: Sequence[tuple[Window, int]]) -> Verdict:
-        """Take the slot and every charge, or nothing. The pauses of mailbox and tenant and the slots come first in
-        `Verdict.by`, then the charges.
-        """
-        keys = [self.key(mailbox, "pause"), self.key(TENANT, "pause"), slot.key]
-        args: list[str | int] = [slot.token, concurrency, _ms(self._lease), _ms(SLOT_RETRY), _ms(self._ramp_step)]
-        for window, units in charges:
-            keys.append(window.key)
-            args += (units, window.rate.limit, window.width, window.ring)
+    def _window(self, mailbox: str | None, budget: str) -> Window:
+        for window in self.windows(mailbox):
+            if window.budget == budget:
+                return window
+        raise ValueError(f"{budget}: no budget of a {'tenant' if mailbox is TENANT else 'mailbox'}")
+
+    def _key(self, owner: str, of: str) -> str:
+        return f"{self._prefix}:{owner}:{of}"
+
+    def _head(self, owner: str) -> list[str]:
+        """Return the keys of `scripts.HEAD`."""
+        own = [self._key(owner, of) for of in ("limits", "slowed", "pause")]
+        waiting = [self._key(owner, of) for of in ("slots", "waiting_send", "waiting")]
+        tenants = self._key("tenant", "limits")
+        return [self._born, tenants, *own, self._key("tenant", "pause"), *waiting]
+
+    @property
+    def _speed(self) -> tuple[int, int]:
+        return self._limits[CONCURRENCY], _ms(self._ramp_step)
+
+    # Calls
+
+    def admit(
+        self,
+        slot: Slot,
+        charges: Sequence[tuple[Window, int]],
+        *,
+        sends: bool,
+        wait: timedelta,
+        reserved_at_ms: int,
+    ) -> Verdict:
+        """Take the slot and every charge, or nothing; wait for a slot if it is only that."""
+        keys = [*self._head(slot.owner), *(window.key for window, _ in charges)]
+        described = [argument for window, units in charges for argument in window.arguments(units)]
+        leases = (_ms(self._lease), _ms(SLOT_RETRY), _ms(HANDOVER))
+        prefixes = (self._key("tenant", "talking:"), self._key("tenant", "woken:"))
+
+        def ask(wait_ms: int) -> Verdict:
+            arguments = [*self._speed, slot.token, *leases, wait_ms, int(sends), reserved_at_ms, *prefixes, *described]
+            return Verdict.parse(self._admit(keys, arguments))
+
         with _answering():
-            return Verdict(*self._admit(keys, args))
+            verdict = ask(max(0, _ms(wait)))
+            if verdict.by != CONCURRENCY or wait <= timedelta():
+                return verdict
+            return self._wait_for(slot, time.monotonic() + wait.total_seconds(), ask)
+
+    def _wait_for(self, slot: Slot, ends: float, ask: Callable[[int], Verdict]) -> Verdict:
+        """Ask again when woken, or by itself from time to time, until nothing or something else refuses."""
+        admitted = False
+        try:
+            while True:
+                left = ends - time.monotonic()
+                if left > 0:
+                    woken_by = self._key("tenant", f"woken:{slot.token}")
+                    # Redis takes a wait of less than a millisecond for one without end.
+                    self._redis.blpop([woken_by], timeout=max(0.001, min(left, LOOK_AGAIN.total_seconds())))
+                    left = ends - time.monotonic()
+                verdict = ask(max(0, round(left * 1000)))
+                admitted = verdict.by == ""
+                if verdict.by != CONCURRENCY or left <= 0:
+                    return verdict
+        finally:
+            if not admitted:
+                # Whoever stops waiting, for whatever reason, must not be handed a slot, or hands it on.
+                self.release(slot)
 
     def release(self, slot: Slot) -> None:
         """Return a slot, held or not. Never raises: the call it was for is over, and its lease returns it too."""
         try:
-            self._redis.zrem(slot.key, slot.token)
+            self._release(
+                self._head(slot.owner), [*self._speed, slot.token, _ms(HANDOVER), self._key("tenant", "woken:")]
+            )
         except RedisError as error:
             logger.warning("Redis does not answer, a slot is left to its lease: %s", type(error).__name__)
 
-    def usage(self, owner: str | None, budgets: Budgets) -> list[BudgetUsage]:
-        """Tell what a mailbox, or the `TENANT`, uses of each budget that is limited, its slots first."""
-        windows = self.windows(owner, budgets)
-        keys = [self.key(owner, "slots"), *(window.key for window in windows)]
-        limits = [("concurrency", 0 if owner is TENANT else budgets.mailbox_concurrency)]
-        limits += [(window.budget, window.rate.limit) for window in windows]
-        with _answering():
-            answer = self._usage(keys, [number for window in windows for number in (window.width, window.ring)])
-        return [
-            BudgetUsage(budget, limit, used, None if wait_ms < 0 else wait_ms * MILLISECOND)
-            for (budget, limit), (used, wait_ms) in zip(limits, answer, strict=True)
-            if limit
-        ]
+    def reserve(self, wanted: Mapping[str, Sequence[Wanted]]) -> dict[str, tuple[int, list[Verdict]]]:
+        """Charge for the sends of each mailbox what fits.
 
-    def pause(self, owner: str | None, until: datetime | timedelta) -> datetime:
+        Returns:
+            For each mailbox the instant in milliseconds, and a verdict for each of its sends; all refused by
+            ``emptied`` if the counts are lost.
+        """
+        with _answering(), self._redis.pipeline(transaction=False) as pipeline:
+            self._whole([self._born], client=pipeline)
+            for mailbox, sends in wanted.items():
+                windows = self.windows(mailbox) + self.windows(TENANT)
+                described = [a for window in windows for a in window.arguments(_COUNTED.get(window.budget, 0))]
+                counts = [count for send in sends for count in (send.recipients, send.external_recipients)]
+                keys = [*self._head(self.owner(mailbox)), *(window.key for window in windows)]
+                self._reserve(keys, [*self._speed, *described, *counts], client=pipeline)
+            _, *answers = pipeline.execute()
+        lost = Verdict("emptied", 0, 1, 0)
+        return {
+            mailbox: (at_ms, [Verdict.parse(each) for each in verdicts] if at_ms >= 0 else [lost] * len(sends))
+            for (mailbox, sends), (at_ms, *verdicts) in zip(wanted.items(), answers, strict=True)
+        }
+
+    def refund(self, mailbox: str, reserved_at_ms: int, charges: Mapping[str, int]) -> None:
+        """Take back what was reserved and will not be used. Never raises: a charge that stays is on the strict side."""
+        windows = [w for w in self.windows(mailbox) + self.windows(TENANT) if charges.get(w.budget)]
+        described = [number for w in windows for number in (w.width, w.ring, charges[w.budget])]
+        try:
+            self._refund([window.key for window in windows], [reserved_at_ms, *described])
+        except RedisError as error:
+            logger.warning("Redis does not answer, a reservation stays charged: %s", type(error).__name__)
+
+    def usage(self, mailbox: str | None) -> list[BudgetUsage]:
+        """Tell what a mailbox, or the `TENANT`, uses of each budget, its slots first."""
+        windows = self.windows(mailbox)
+        keys = [*self._head(self.owner(mailbox)), *(window.key for window in windows)]
+        with _answering():
+            answer = self._usage(keys, [*self._speed, *(a for window in windows for a in window.arguments(0))])
+        found = zip([CONCURRENCY, *(window.budget for window in windows)], answer, strict=True)
+        return [_usage(budget, *told) for budget, told in found if mailbox is not TENANT or budget != CONCURRENCY]
+
+    # Pauses
+
+    def pause(self, mailbox: str | None, until: datetime | timedelta) -> datetime:
         """Pause a mailbox or the `TENANT` until an instant, or for a while that starts now on Redis's clock."""
         from_now = int(isinstance(until, timedelta))
-        length = until if isinstance(until, timedelta) else until - EPOCH
+        length = min(until, _LONGEST_PAUSE) if isinstance(until, timedelta) else until - EPOCH
         with _answering():
-            ends: int = self._pause(
-                [self.key(owner, "pause")], [_ms(length), from_now, _ms(RAMP_STEPS * self._ramp_step)]
-            )
+            ends: int = self._pause([self._key(self.owner(mailbox), "pause")], [_ms(length), from_now, self._ramp_ms])
         return EPOCH + ends * MILLISECOND
 
-    def resume(self, owner: str | None) -> None:
+    @property
+    def _ramp_ms(self) -> int:
+        return _ms(RAMP_STEPS * self._ramp_step)
+
+    def resume(self, mailbox: str | None) -> None:
         """End a pause at once, and its ramp."""
         with _answering():
-            self._redis.delete(self.key(owner, "pause"))
+            self._redis.delete(self._key(self.owner(mailbox), "pause"))
 
-    def paused_until(self, *owners: str | None) -> datetime | None:
+    def paused_until(self, *mailboxes: str | None) -> datetime | None:
         """Return when the last of these pauses ends, or None when none is on."""
         with _answering():
-            ends: int | None = self._paused([self.key(owner, "pause") for owner in owners])
+            ends: int | None = self._paused([self._key(self.owner(mailbox), "pause") for mailbox in mailboxes])
         return None if ends is None else EPOCH + ends * MILLISECOND
+
+    def throttled(self, mailbox: str, wait: timedelta, budget: str) -> tuple[Slowed | None, bool]:
+        """Pause what Graph throttled, and lower the budget if it happens again and again.
+
+        Returns:
+            How the budget was lowered, if it was, and whether the whole tenant is paused.
+        """
+        owner = self.owner(mailbox)
+        windows = [] if budget == CONCURRENCY else [self._window(mailbox, budget)]
+        keys = [*self._head(owner), self._key(owner, f"strikes:{budget}"), *(window.key for window in windows)]
+        width, ring = (windows[0].width, windows[0].ring) if windows else (0, 0)
+        learning = (STRIKES, _ms(STRIKES_COUNT_FOR), SLOWED_TO_PERCENT, SLOWED_TO_AT_LEAST_PERCENT)
+        prefixes = (self._key("tenant", "talking:"), self._key("tenant", "throttled:"))
+        pause = (_ms(min(wait, _LONGEST_PAUSE)), self._ramp_ms)
+        arguments = [*self._speed, budget, self._limits[budget], width, ring, *learning, *prefixes]
+        with _answering():
+            record, tenants = self._throttled(keys, [*arguments, THROTTLED_MAILBOXES, *pause])
+        return Slowed.parse(budget, _text(record)) if record else None, bool(tenants)
+
+    # What outlives Redis
+
+    def set_limits(self, mailbox: str | None, limits: Mapping[str, int]) -> None:
+        """Set the own limits of a mailbox, or the fleet's (`TENANT`), in the place of those that it has."""
+        for budget in limits:
+            if budget not in self._limits or (mailbox is not TENANT and budget.startswith("tenant_")):
+                raise ValueError(f"{budget}: no such limit here")
+        check_units(limits.values())
+        self._write_hash(self._key(self.owner(mailbox), "limits"), limits)
+
+    def set_slowed(self, mailbox: str, slowed: Iterable[Slowed]) -> None:
+        """Set which limits of a mailbox are lowered, in the place of those that are."""
+        records = {each.budget: each.record() for each in slowed}
+        self._write_hash(self._key(self.owner(mailbox), "slowed"), records, lasts_ms=scripts.RECOVERY_MS)
+
+    def _write_hash(self, key: str, fields: Mapping[str, str | int], lasts_ms: int | None = None) -> None:
+        with _answering(), self._redis.pipeline() as pipeline:
+            pipeline.delete(key)
+            if fields:
+                pipeline.hset(key, mapping=dict(fields.items()))
+            if lasts_ms:
+                pipeline.pexpire(key, lasts_ms)
+            pipeline.execute()
+
+    # After a loss
+
+    @property
+    def _born(self) -> str:
+        return f"{self._prefix}:born"
+
+    @property
+    def _restoring(self) -> str:
+        return f"{self._prefix}:turn:restoring"
+
+    def set_spent(self, entries: Iterable[Spent]) -> None:
+        """Write down what was spent, in the place of what is counted of each budget that is named."""
+        parts: dict[tuple[str | None, str], Counter[int]] = {}
+        for entry in entries:
+            window = self._window(entry.mailbox, entry.budget)
+            check_units([entry.units])
+            # As young as the youngest of its sub-window: it counts no shorter than it should.
+            age_ms = max(0, entry.age // MILLISECOND) // window.width * window.width
+            if age_ms <= window.width * window.ring:
+                parts.setdefault((entry.mailbox, entry.budget), Counter())[age_ms] += entry.units
+        for together in batched(parts.items(), _WRITTEN_TOGETHER):
+            with _answering(), self._redis.pipeline(transaction=False) as pipeline:
+                for (mailbox, budget), spent in together:
+                    window = self._window(mailbox, budget)
+                    described = [number for part in spent.items() for number in part]
+                    self._spent([self._born, window.key], [window.width, window.ring, *described], client=pipeline)
+                pipeline.pexpire(self._restoring, _RESTORING)
+                pipeline.execute()
+
+    def hold(self, mailbox: str, tokens: Iterable[str], lease: timedelta) -> None:
+        """Have these slots held for a while, by whoever holds the tokens."""
+        with _answering():
+            self._hold(self._head(self.owner(mailbox)), [_ms(lease), *tokens])
+
+    def is_whole(self) -> bool:
+        """Say whether this Redis is the one that was filled last, and has lost nothing since."""
+        with _answering():
+            return bool(self._whole([self._born]))
+
+    @contextmanager
+    def restoring(self) -> Iterator[bool]:
+        """Let one process at a time write down what was spent, and nobody spend meanwhile; False: nothing is to do."""
+        token, keys = token_hex(8), [self._born, self._restoring]
+        with _answering():
+            # Asked before anything is written: a Redis that is started anew meanwhile has not all of it.
+            run_id = self._restore(keys, [token, _ms(_RESTORING)])
+        if not run_id:
+            yield False
+            return
+        try:
+            yield True
+            with _answering():
+                self._restored(keys, [token, run_id])
+        finally:
+            self._end_turn(self._restoring, token)
+
+    @contextmanager
+    def turn(self, name: str, lasts: timedelta) -> Iterator[bool]:
+        """Do something in one process at a time; False: another is at it. It is a courtesy, not a lock."""
+        token, key = token_hex(8), f"{self._prefix}:turn:{name}"
+        with _answering():
+            taken = bool(self._redis.set(key, token, nx=True, px=_ms(lasts)))
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._end_turn(key, token)
+
+    def _end_turn(self, key: str, token: str) -> None:
+        try:
+            self._end_of_turn([key], [token])
+        except RedisError as error:
+            logger.warning("Redis does not answer, a turn ends by itself: %s", type(error).__name__)
+
+
+#: What an email counts for, as `scripts.RESERVE` wants it told.
+_COUNTED = {"sends": 1, "recipients": 2, "tenant_external_recipients": 3}
+
+
+def _usage(budget: str, limit: int, used: int, wait_ms: int, set_to: int, by: int, slowed: bytes | str) -> BudgetUsage:
+    why = "set for the tenant" if by and budget.startswith("tenant_") else _SET_FOR[by]
+    if limit != set_to:
+        why = str(Slowed.parse(budget, _text(slowed)))
+    return BudgetUsage(budget, limit, used, None if wait_ms < 0 else wait_ms * MILLISECOND, set_to, why)
 
 
 def connect(url: str) -> Redis:
@@ -279,8 +432,9 @@ def _answering() -> Iterator[None]:
         raise Unavailable from error
 
 
-def _digest(mailbox: str) -> str:
-    return sha256(mailbox.lower().encode()).hexdigest()[:32]
+def _text(answer: bytes | str) -> str:
+    """A client may decode what Redis says, or not."""
+    return answer.decode() if isinstance(answer, bytes) else answer
 
 
 def _ms(duration: timedelta) -> int:

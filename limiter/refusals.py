@@ -45,6 +45,16 @@ class Unavailable(Refused):
         return f"Redis does not answer the limiter: {type(self.__cause__).__name__}"
 
 
+class Emptied(Refused):
+    """Raised when Redis has lost its counts, and what was spent is not written down again yet."""
+
+    retry_after = UNAVAILABLE_RETRY
+    mailbox_wide = True
+
+    def __str__(self) -> str:
+        return "Redis was emptied: the limiter waits until what was spent is written down again"
+
+
 class NeverFits(ValueError):
     """Raised when a call asks for more than a budget's whole limit: waiting would not help."""
 

@@ -67,6 +67,8 @@ class ClaimedBackup:
                 SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
                     backup_error = NULL, updated_at = now()
                 WHERE incoming_email_id = %(id)s AND backup_due_at IS NOT NULL RETURNING incoming_email_id
+            ), answering AS (
+                UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
             ), stored AS (
                 INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
                                            compressed_size, checksum, key_id, expires_at)
@@ -79,6 +81,7 @@ class ClaimedBackup:
             {
                 "backup_id": new_id(),
                 "id": self.incoming_email_id,
+                "mailbox": self.mailbox,
                 "graph_message_id": graph_message_id,
                 "retention": retention,
                 **sealed._asdict(),

@@ -51,8 +51,9 @@ _CLAIM = """
         UPDATE incoming_emails
         SET status = 'processing', lease_token = %(token)s, lease_until = now() + %(lease)s, updated_at = now()
         WHERE id = %(id)s AND status = 'dispatched' AND attempt_count = %(attempt)s AND route = %(route)s
-        RETURNING id, publisher_message_id, mailbox, recipient_count, payload::text, draft_id, correlation_id, reply_to,
-                  traceparent, created_at
+        RETURNING id, publisher_message_id, mailbox, recipient_count,
+                  coalesce(external_recipient_count, recipient_count), round(extract(epoch FROM reserved_at) * 1000),
+                  payload::text, draft_id, correlation_id, reply_to, traceparent, created_at
     ), receipt AS (
         INSERT INTO worker_receipts (incoming_email_id, attempt) SELECT id, %(attempt)s FROM claimed
         ON CONFLICT DO NOTHING
@@ -80,6 +81,9 @@ class ClaimedEmail:
     publisher_message_id: str
     mailbox: str
     recipient_count: int
+    external_recipient_count: int
+    #: When send budget was charged for it, by Redis's clock; None: none is.
+    charged_at_ms: int | None
     payload: dict[str, Any]
     draft_id: str | None
     attempt: int
@@ -95,6 +99,8 @@ class ClaimedEmail:
     traceparent: str | None = None
     #: This claim has committed its intent to send: from here on only evidence shows that it did not.
     intended: bool = False
+    #: It was let go, and is proven not to be sent by this claim.
+    withdrawn: bool = False
     _token: str = field(default="", repr=False)
     #: In seconds, by `_now`.
     _held_until: float = 0.0
@@ -135,20 +141,24 @@ class ClaimedEmail:
             publisher_id,
             mailbox,
             recipient_count,
+            external_recipient_count,
+            charged_at_ms,
             payload,
             draft_id,
             correlation_id,
             reply_to,
             traceparent,
             created_at,
-        ) = row[:10]
-        sending, doubted_draft_id, intended_for, replayed_for = row[10:]
+        ) = row[:12]
+        sending, doubted_draft_id, intended_for, replayed_for = row[12:]
         in_doubt = sending in (Sending.SENDING, Sending.IN_DOUBT)
         return cls(
             id=str(id),
             publisher_message_id=publisher_id,
             mailbox=mailbox,
             recipient_count=recipient_count,
+            external_recipient_count=external_recipient_count,
+            charged_at_ms=None if charged_at_ms is None else int(charged_at_ms),
             payload=orjson.loads(payload),
             draft_id=draft_id,
             attempt=attempt,
@@ -394,6 +404,7 @@ class ClaimedEmail:
             target=target,
             **parameters,
         )
+        self.withdrawn = _WITHDRAWN in also and self.in_doubt_for is None
         return [event] if event and found[0][0] else []
 
     def write(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:

@@ -1,14 +1,12 @@
-"""What the scheduler does to the tables: find what may go out now, and lease it.
+"""What the scheduler does to the tables: lease what is to go out now, and take back what is not.
 
-All of it runs in one short transaction under one advisory lock, so that the counts of mail in flight are exact however
-many schedulers there are. Turns among mailboxes come from the index of ready mail: a recursive query skips from one
-mailbox to the next, starting after the one that was served last, and takes a few of each; its cost depends on what it
-claims, not on what is waiting.
+All that is decided by counts runs in one short transaction under one advisory lock, so that the counts of mail in
+flight are exact however many schedulers there are. Whose turn it is, is found before, without the lock (`turns`), for
+send budget is reserved in between and no lock is held over a network call.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -19,17 +17,14 @@ from contracts import Event, EventType, event_body, event_id
 from models.database import rows, transaction
 from models.events import append
 from models.states import Route
+from models.turns import BATCH, READY, Busy
 
 #: Any constant will do; it names the lock among the database's advisory locks.
 _LOCK = 0x6D61696C666C6565
-#: Bounds the work of one sweep, and with it the time for which the lock is held.
-BATCH = 500
 #: Backups of a paused mailbox are looked at again by then even if the pause lasts: an operator may have ended it.
 _LONGEST_PUT_OFF = timedelta(minutes=15)
 #: For so long the backups of a mailbox that has its share in flight let those of others come first.
 _CROWDED_PUT_OFF = timedelta(minutes=1)
-
-_READY = "status IN ('received', 'processing') AND lease_until IS NULL AND next_attempt_at IS NULL"
 
 
 class Dispatch(NamedTuple):
@@ -40,6 +35,14 @@ class Dispatch(NamedTuple):
     mailbox: str
     attempt: int
     traceparent: str | None
+
+
+class Pick(NamedTuple):
+    """An email that is to be dispatched, in order of turns: what budget is reserved for it, since when (None: none)."""
+
+    id: str
+    mailbox: str
+    reserved_at_ms: int | None
 
 
 class DueBackup(NamedTuple):
@@ -107,80 +110,59 @@ def wake_due() -> int:
     )
 
 
-def in_flight() -> tuple[dict[Route, int], dict[str, int]]:
-    """Count the leased emails per route and per mailbox."""
+def in_flight() -> tuple[dict[Route, int], Busy]:
+    """Count the leased emails per route and per mailbox, and the leased backups per mailbox."""
     routes = dict.fromkeys(Route, 0)
-    mailboxes: dict[str, int] = {}
+    busy = Busy({}, {})
     for route, mailbox, count in rows(
         "SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox"
     ):
         routes[Route(route)] += count
-        mailboxes[mailbox] = mailboxes.get(mailbox, 0) + count
-    return routes, mailboxes
+        busy.sends[mailbox] = busy.sends.get(mailbox, 0) + count
+    busy.backups.update(
+        rows(
+            """
+            SELECT e.mailbox, count(*) FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
+            WHERE s.backup_lease_until IS NOT NULL GROUP BY e.mailbox
+            """
+        )
+    )
+    return routes, busy
 
 
 _CLAIM = f"""
-    WITH RECURSIVE busy AS MATERIALIZED (
-        SELECT * FROM unnest(%(busy)s::text[], %(busy_counts)s::int[]) AS busy (mailbox, in_flight)
-    ), turn (mailbox, position) AS (
-        (SELECT mailbox, 1 FROM incoming_emails
-         WHERE {_READY} AND route = %(route)s AND mailbox > %(after)s ORDER BY mailbox LIMIT 1)
-        UNION ALL
-        SELECT (SELECT mailbox FROM incoming_emails
-                WHERE {_READY} AND route = %(route)s AND mailbox > turn.mailbox ORDER BY mailbox LIMIT 1), position + 1
-        FROM turn WHERE turn.mailbox IS NOT NULL
-          -- Mailboxes that are full or paused use up turns without giving mail.
-          AND position < %(turns)s + (SELECT count(*) FROM mailboxes WHERE paused_until > now())
-    ), open AS MATERIALIZED (
-        SELECT turn.mailbox, turn.position,
-               CASE WHEN m.refusal_count > 0 THEN 1 ELSE %(share)s END - coalesce(busy.in_flight, 0) AS room
-        FROM turn LEFT JOIN busy USING (mailbox) LEFT JOIN mailboxes m USING (mailbox)
-        WHERE turn.mailbox IS NOT NULL AND coalesce(m.paused_until <= now(), true)
+    WITH wanted AS (
+        SELECT * FROM unnest(%(ids)s::uuid[], %(reserved_at)s::bigint[]) WITH ORDINALITY AS wanted (id, at_ms, position)
     ), picked AS MATERIALIZED (
-        SELECT email.id, open.position FROM open CROSS JOIN LATERAL (
-            SELECT id FROM incoming_emails
-            WHERE {_READY} AND route = %(route)s AND mailbox = open.mailbox
-              -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
-              AND (status = 'processing' OR coalesce(expires_at > now(), true))
-            ORDER BY priority, id LIMIT least(greatest(open.room, 0), %(capacity)s) FOR UPDATE SKIP LOCKED
-        ) email
-        ORDER BY open.position LIMIT %(capacity)s
+        SELECT e.id, wanted.at_ms, wanted.position FROM incoming_emails e JOIN wanted USING (id)
+        WHERE e.status IN ('received', 'processing') AND {READY} AND e.route = %(route)s
+        FOR UPDATE OF e SKIP LOCKED
     )
     UPDATE incoming_emails e
     SET status = 'dispatched', attempt_count = e.attempt_count + (e.status = 'received')::int,
-        lease_until = now() + %(lease)s, lease_token = NULL, updated_at = now()
+        lease_until = now() + %(lease)s, lease_token = NULL, reserved_at = to_timestamp(picked.at_ms / 1000.0),
+        updated_at = now()
     FROM picked WHERE e.id = picked.id
     RETURNING picked.position, e.id::text, e.publisher_message_id, e.mailbox, e.attempt_count, e.traceparent
 """
 
 
-def claim(
-    route: Route, *, capacity: int, share: int, busy: dict[str, int], after: str, lease: timedelta
-) -> list[Dispatch]:
-    """Lease at most ``capacity`` ready emails of a route, at most ``share`` in flight per mailbox, in order of turns.
+def claim(route: Route, picks: Sequence[Pick], *, capacity: int, lease: timedelta) -> list[Dispatch]:
+    """Lease these emails of a route in order, as many as there is capacity for; those that are gone are left out.
 
     Args:
-        busy: How many emails each mailbox has in flight already.
-        after: The mailbox that was served last; turns start behind it.
         lease: How long a worker has to take the dispatch up.
     """
-    if capacity <= 0:
+    wanted = picks[: max(0, capacity)]
+    if not wanted:
         return []
     parameters = {
         "route": route,
-        "capacity": min(capacity, BATCH),
-        "share": share,
-        "busy": list(busy),
-        "busy_counts": list(busy.values()),
-        "turns": min(capacity, BATCH) + len(busy),
-        "after": after,
+        "ids": [pick.id for pick in wanted],
+        "reserved_at": [pick.reserved_at_ms for pick in wanted],
         "lease": lease,
     }
-    claimed = [Dispatch(*row) for _, *row in sorted(rows(_CLAIM, parameters), key=itemgetter(0))]
-    if after and len(claimed) < min(capacity, BATCH):
-        now_busy = Counter(busy) + Counter(dispatch.mailbox for dispatch in claimed)
-        claimed += claim(route, capacity=capacity - len(claimed), share=share, busy=now_busy, after="", lease=lease)
-    return claimed
+    return [Dispatch(*row) for _, *row in sorted(rows(_CLAIM, parameters), key=itemgetter(0))]
 
 
 def expire_overdue(publish_within: timedelta) -> list[Event]:
@@ -219,19 +201,23 @@ _CLAIM_BACKUPS = """
         WHERE backup_due_at <= now() AND backup_lease_until IS NULL
         ORDER BY backup_due_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
     ), met AS MATERIALIZED (
-        SELECT due.id, due.backup_due_at, m.paused_until,
-               coalesce(busy.in_flight, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
+        SELECT due.id, due.backup_due_at, greatest(m.paused_until, every.paused_until) AS paused_until,
+               coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
+                   -- One that refuses us is probed with one at a time, be it a send or a backup.
+                   + CASE WHEN m.refusal_count > 0 THEN %(share)s - 1 + coalesce(busy.sends, 0) ELSE 0 END
                    > %(share)s AS crowded,
                count(*) OVER () = %(batch)s AS more
         FROM due JOIN incoming_emails e ON e.id = due.incoming_email_id
-        LEFT JOIN mailboxes m ON m.mailbox = e.mailbox AND m.paused_until > now()
-        LEFT JOIN unnest(%(busy)s::text[], %(busy_counts)s::int[]) AS busy (mailbox, in_flight)
+        LEFT JOIN mailboxes m ON m.mailbox = e.mailbox
+        LEFT JOIN mailboxes every ON every.mailbox = '*' AND every.paused_until > now()
+        LEFT JOIN unnest(%(busy)s::text[], %(sends)s::int[], %(backups)s::int[]) AS busy (mailbox, sends, backups)
                ON busy.mailbox = e.mailbox
     ), picked AS MATERIALIZED (
-        SELECT id FROM met WHERE paused_until IS NULL AND NOT crowded ORDER BY backup_due_at LIMIT %(room)s
+        SELECT id FROM met WHERE coalesce(paused_until <= now(), true) AND NOT crowded
+        ORDER BY backup_due_at LIMIT %(room)s
     ), decided AS MATERIALIZED (
         SELECT met.id, met.more, picked.id IS NOT NULL AS picked,
-               CASE WHEN paused_until IS NOT NULL THEN least(paused_until, now() + %(longest_wait)s)
+               CASE WHEN paused_until > now() THEN least(paused_until, now() + %(longest_wait)s)
                     -- Left due if there is nobody behind them: the end of another wakes the scheduler.
                     WHEN crowded AND more THEN now() + %(crowded_wait)s END AS put_off_until
         FROM met LEFT JOIN picked USING (id)
@@ -244,23 +230,25 @@ _CLAIM_BACKUPS = """
 """
 
 
-def claim_backups(*, concurrency: int, share: int, lease: timedelta) -> tuple[list[DueBackup], bool]:
+def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta) -> tuple[list[DueBackup], bool]:
     """Lease due backups; return them, and whether there may be more to lease at once.
 
     Args:
         concurrency: At most so many are in flight in the whole fleet,
         share: and so many of one mailbox.
+        busy: What is in flight.
         lease: How long a worker has to take the backup up.
     """
-    busy = _backups_in_flight()
-    room = concurrency - sum(busy.values())
+    room = concurrency - sum(busy.backups.values())
     if room <= 0:
         return [], False
+    mailboxes = [*{**busy.sends, **busy.backups}]
     parameters = {
         "room": room,
         "share": share,
-        "busy": list(busy),
-        "busy_counts": list(busy.values()),
+        "busy": mailboxes,
+        "sends": [busy.sends.get(mailbox, 0) for mailbox in mailboxes],
+        "backups": [busy.backups.get(mailbox, 0) for mailbox in mailboxes],
         "batch": BATCH,
         "longest_wait": _LONGEST_PUT_OFF,
         "crowded_wait": _CROWDED_PUT_OFF,
@@ -272,17 +260,9 @@ def claim_backups(*, concurrency: int, share: int, lease: timedelta) -> tuple[li
     return claimed, put_off_from_many and len(claimed) < room
 
 
-def _backups_in_flight() -> dict[str, int]:
-    """Count the leased backups per mailbox, having ended the leases of those that nobody makes any more."""
+def expire_backup_leases() -> None:
+    """End the leases of backups that nobody makes any more."""
     rows("UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()")
-    return dict(
-        rows(
-            """
-            SELECT e.mailbox, count(*) FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
-            WHERE s.backup_lease_until IS NOT NULL GROUP BY e.mailbox
-            """
-        )
-    )
 
 
 def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> None:
@@ -322,6 +302,8 @@ def next_due_in(swept_at: datetime) -> timedelta | None:
              WHERE backup_due_at > %(swept_at)s AND backup_lease_until IS NULL),
             (SELECT min(backup_lease_until) FROM sent_emails WHERE backup_lease_until IS NOT NULL),
             (SELECT min(paused_until) FROM mailboxes WHERE paused_until > %(swept_at)s),
+            (SELECT min(full_until) FROM mailboxes WHERE full_until > %(swept_at)s),
+            (SELECT min(paused_until) FROM routes WHERE paused_until > %(swept_at)s),
             (SELECT min(claimed_until) FROM outbox_events WHERE published_at IS NULL)
         ) - now()
         """,

@@ -22,13 +22,15 @@ import actors
 import models
 import runtime
 from actors import scheduling as scheduler
+from actors.budgets import keep_counts
 from attachments import AttachmentSource
 from broker import MIRROR_QUEUE
 from contracts import accept
 from migrations.__main__ import migrate
-from models import Arrival, ClaimedEmail, Route, rows, scheduling
+from models import Arrival, ClaimedEmail, Route, rows, scheduling, turns
 from models.ingest import Stored
-from models.scheduling import Dispatch
+from models.scheduling import Dispatch, Pick
+from models.turns import Busy
 from sandbox.world import new_database
 from simulator.control import Simulator
 
@@ -67,11 +69,22 @@ def store_many(count: int, **changes: Any) -> list[Stored]:
     return models.store(batch, publish_within=WITHIN)
 
 
-def dispatch(route: Route = Route.PLAIN, **limits: Any) -> list[Dispatch]:
-    """Claim what is ready as the scheduler does."""
-    given: dict[str, Any] = {"capacity": 100, "share": 100, "busy": {}, "after": "", "lease": LEASE} | limits
+def dispatch(
+    route: Route = Route.PLAIN,
+    *,
+    capacity: int = 100,
+    share: int = 100,
+    busy: Busy | None = None,
+    after: str = "",
+    lease: timedelta = LEASE,
+) -> list[Dispatch]:
+    """Claim what is ready as the scheduler does, with no budget reserved."""
+    busy = busy or Busy({}, {})
+    found = turns.look_ups(route, capacity=capacity, share=share, busy=busy)
+    chosen = turns.choose(turns.candidates(route, capacity=capacity, share=share, busy=busy, after=after), capacity)
+    picks = [Pick(candidate.id, candidate.mailbox, None) for candidate in [*found, *chosen]]
     with scheduling.sweep():
-        return scheduling.claim(route, **given)
+        return scheduling.claim(route, picks, capacity=capacity, lease=lease)
 
 
 def claim(id: str, *, intent: bool = True, attempt: int | None = None, lease: timedelta = LEASE) -> ClaimedEmail:
@@ -221,7 +234,7 @@ def tables(shared_database: str) -> str:
     """Empty tables, to which `models` is connected, and the URL of their database."""
     models.disconnect()
     models.connect(shared_database, "tests")
-    for name in ("email_backups", "incoming_emails", "dlq", "mailboxes", "audit_log"):
+    for name in ("routes", "email_backups", "incoming_emails", "dlq", "mailboxes", "audit_log"):
         rows(f"DELETE FROM {name}")
     return shared_database
 
@@ -235,6 +248,7 @@ def fleet(tables: str, graph: Simulator, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(runtime, "source", AttachmentSource(allowed, max_bytes=150 * 1024 * 1024))
     runtime.tokens.drop(runtime.tokens.token())  # the new Graph knows no earlier one
     runtime.redis.flushdb()
+    keep_counts()
     with pika.BlockingConnection(runtime.rabbitmq) as connection:
         _empty(connection.channel())
         yield Fleet(graph, connection)

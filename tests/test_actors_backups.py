@@ -268,8 +268,10 @@ def test_a_backup_whose_worker_dies_each_time_is_given_up(fleet: Fleet, configur
 def test_without_a_limiter_nothing_is_fetched(fleet: Fleet, limit: Callable[..., None]) -> None:
     sent(fleet)
     asked = len(fleet.graph.requests())
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
     limit(url="redis://127.0.0.1:1/0")
-    assert fleet.backup() == ["done"]
+    assert fleet.run("backup") == ["done"]
     assert len(fleet.graph.requests()) == asked
 
 

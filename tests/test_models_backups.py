@@ -35,7 +35,9 @@ def claim_again(id: str) -> ClaimedBackup:
 def dispatched_attempt(id: str) -> int:
     """Dispatch every due backup, and return which attempt that is of this one."""
     with scheduling.sweep():
-        due, _ = scheduling.claim_backups(concurrency=100, share=100, lease=LEASE)
+        scheduling.expire_backup_leases()
+        _, busy = scheduling.in_flight()
+        due, _ = scheduling.claim_backups(concurrency=100, share=100, busy=busy, lease=LEASE)
     (attempt,) = [backup.attempt for backup in due if backup.incoming_email_id == id]
     return attempt
 

@@ -28,8 +28,9 @@ from support import (
 )
 
 import models
-from models import ClaimedEmail, Route, database, mailboxes, scheduling
-from models.scheduling import Dispatch, DueBackup
+from models import ClaimedEmail, Route, database, mailboxes, scheduling, turns
+from models.scheduling import Dispatch, DueBackup, Pick
+from models.turns import Busy
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -93,7 +94,7 @@ def test_no_more_than_the_capacity_is_claimed() -> None:
     fill({"a": 9, "b": 9})
     assert len(dispatch(capacity=7)) == 7
     routes, busy = scheduling.in_flight()
-    assert (routes[Route.PLAIN], routes[Route.ATTACHED], sum(busy.values())) == (7, 0, 7)
+    assert (routes[Route.PLAIN], routes[Route.ATTACHED], sum(busy.sends.values())) == (7, 0, 7)
 
 
 def test_a_mailbox_never_has_more_than_its_share_in_flight() -> None:
@@ -104,14 +105,20 @@ def test_a_mailbox_never_has_more_than_its_share_in_flight() -> None:
     assert Counter(senders(dispatch(share=4, busy=busy))) == {"a": 1, "c": 1}
 
 
-def test_without_a_share_no_more_is_locked_than_is_claimed(tables: str) -> None:
+def test_no_more_is_locked_than_is_claimed(tables: str) -> None:
     # Given a scheduler that has claimed two and not yet committed
     fill({"a": 20})
+    picks = chosen(2)
     with scheduling.sweep():
-        assert len(scheduling.claim(Route.PLAIN, capacity=2, share=10**6, busy={}, after="", lease=LEASE)) == 2
+        assert len(scheduling.claim(Route.PLAIN, picks, capacity=2, lease=LEASE)) == 2
         # Then the others are anybody's
         with ThreadPoolExecutor(1) as threads:
             assert threads.submit(unlocked).result(timeout=10) == 18
+
+
+def chosen(capacity: int, share: int = 100) -> list[Pick]:
+    found = turns.candidates(Route.PLAIN, capacity=capacity, share=share, busy=scheduling.in_flight()[1], after="")
+    return [Pick(each.id, each.mailbox, None) for each in turns.choose(found, capacity)]
 
 
 def unlocked() -> int:
@@ -171,22 +178,15 @@ def test_claims_come_in_the_order_of_turns_so_that_the_last_one_is_the_cursor() 
 
 def test_wrapping_around_does_not_change_the_callers_counts() -> None:
     fill({"a": 2, "b": 2})
-    busy: dict[str, int] = {}
+    busy = Busy({}, {})
     dispatch(busy=busy, after="a@example.com")
-    assert busy == {}
+    assert busy == Busy({}, {})
 
 
 def test_one_backlog_does_not_delay_another_mailbox() -> None:
     fill({"a": 200})
     fill({"b": 1})
     assert "b" in senders(dispatch(capacity=8, share=4))
-
-
-def test_within_a_mailbox_priority_comes_first_and_then_age() -> None:
-    for n, priority in enumerate(["bulk", "normal", "high", "normal", "high"]):
-        store(publisher_message_id=f"{priority}-{n}", priority=priority)
-    order = [dispatch(capacity=1)[0].publisher_message_id for _ in range(5)]
-    assert order == ["high-2", "high-4", "normal-1", "normal-3", "bulk-0"]
 
 
 def test_mail_that_is_not_yet_due_is_left_alone() -> None:
@@ -218,10 +218,10 @@ def test_mail_in_doubt_is_dispatched_again_without_a_new_attempt() -> None:
 
 def schedule_once(capacity: int = 25) -> int:
     """Sweep as the actor does; return how many were claimed."""
+    picks = chosen(capacity, share=4)
     with scheduling.sweep():
-        routes, busy = scheduling.in_flight()
-        room = capacity - routes[Route.PLAIN]
-        return len(scheduling.claim(Route.PLAIN, capacity=room, share=4, busy=busy, after="", lease=LEASE))
+        routes, _ = scheduling.in_flight()
+        return len(scheduling.claim(Route.PLAIN, picks, capacity=capacity - routes[Route.PLAIN], lease=LEASE))
 
 
 def in_a_thread(capacity: int = 25) -> int:
@@ -242,9 +242,10 @@ def test_two_schedulers_at_once_never_exceed_the_capacity() -> None:
 def test_a_scheduler_waits_for_another_and_then_counts_what_that_has_claimed() -> None:
     # Given a scheduler that has claimed and not yet committed
     fill({f"m{n}": 10 for n in range(10)})
+    picks = chosen(25, share=4)
     with ThreadPoolExecutor(1) as threads:
         with scheduling.sweep():
-            scheduling.claim(Route.PLAIN, capacity=25, share=4, busy={}, after="", lease=LEASE)
+            scheduling.claim(Route.PLAIN, picks, capacity=25, lease=LEASE)
             # When another begins
             other = threads.submit(in_a_thread)
             support.wait_until("it waits", lambda: other.done() or waits_for_the_lock())
@@ -301,15 +302,16 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
         claimed = dispatch(capacity=64, share=4, after="m0500@example.com")
     # Then
     assert len(claimed) == 64
-    assert "incoming_emails_ready" in plans[0]
-    assert "Seq Scan on incoming_emails" not in plans[0]
+    assert any("incoming_emails_lanes" in plan for plan in plans)
+    assert any("incoming_emails_look_ups" in plan for plan in plans)
+    assert "Seq Scan on incoming_emails" not in "\n".join(plans)
     # When the rest of a sweep is done
     with explained(monkeypatch) as plans, scheduling.sweep():
         scheduling.expire_leases()
         scheduling.expire_overdue(WITHIN)
         scheduling.wake_due()
-        scheduling.in_flight()
-        scheduling.claim_backups(concurrency=8, share=4, lease=LEASE)
+        _, busy = scheduling.in_flight()
+        scheduling.claim_backups(concurrency=8, share=4, busy=busy, lease=LEASE)
         scheduling.next_due_in(datetime.now(UTC))
     # Then
     assert len(plans) >= 6
@@ -434,7 +436,9 @@ def test_what_a_worker_has_claimed_meanwhile_is_not_taken_back() -> None:
 
 def claim_backups(concurrency: int = 100, share: int = 100) -> list[DueBackup]:
     with scheduling.sweep():
-        return scheduling.claim_backups(concurrency=concurrency, share=share, lease=LEASE)[0]
+        scheduling.expire_backup_leases()
+        _, busy = scheduling.in_flight()
+        return scheduling.claim_backups(concurrency=concurrency, share=share, busy=busy, lease=LEASE)[0]
 
 
 def sent_many(count: int, sender: str = "ann@example.com") -> list[str]:
@@ -486,7 +490,8 @@ def test_a_backlog_of_backups_that_must_wait_is_met_once_and_then_gives_way(monk
     claimed, more = [], True
     while more:
         with scheduling.sweep():
-            backups, more = scheduling.claim_backups(concurrency=9, share=2, lease=LEASE)
+            _, busy_now = scheduling.in_flight()
+            backups, more = scheduling.claim_backups(concurrency=9, share=2, busy=busy_now, lease=LEASE)
         claimed += [backup.incoming_email_id for backup in backups]
     # Then
     assert claimed == [*busy[:2], last]

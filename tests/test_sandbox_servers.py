@@ -44,6 +44,8 @@ def redis_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-m", "sandbox.servers", f"--directory={tmp_path}"],
         cwd=ROOT, env=os.environ | GIVEN | {"REDIS_URL": ""}, stdout=subprocess.PIPE, text=True,
+        # A shell has what it starts in the background ignore the signal, and so has whoever inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:  # fmt: skip
         yield process
         process.kill()

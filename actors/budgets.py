@@ -1,0 +1,178 @@
+"""Send budget: reserved before mail is dispatched, and written down again when Redis has lost its counts.
+
+Mail that would have to wait for budget is not dispatched: its mailbox is passed over until a part of the budget comes
+back, so that it occupies no worker and no queue, and is not looked at meanwhile.
+
+Where the process may die, and what the next one does:
+
+* ``budget.reserved``, before the claim: what is reserved stays charged until it leaves its window; the mail is ready.
+* ``budget.restoring``, before all that was spent is written down: nobody is admitted until another has done it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import limiter as limits
+import runtime
+from actors.waiting import after_refusal
+from crash_points import CrashPoint
+from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
+from models import spending, turns
+from models.scheduling import Pick
+from models.turns import EVERY, Candidate
+from telemetry import LIMITER_REFUSALS, RESTORED
+
+#: What an operator sets reaches Redis at once; if Redis was away then, within this.
+_SYNC_EVERY = timedelta(seconds=30)
+#: Longer than Redis is expected to be away after an operator has changed a limit.
+_CHANGED_WITHIN = timedelta(hours=1)
+#: What binds every mailbox is looked at again by whoever sweeps next, not noted for each.
+_OF_EVERYBODY = ("tenant_pause", "tenant_requests")
+
+
+class Reserved(NamedTuple):
+    """What may be dispatched, in order, and when more may be if everybody has to wait."""
+
+    picks: list[Pick]
+    #: Some of what was looked at has to wait, and is passed over from now on: others may be ready.
+    passed_over: bool
+    everybody_waits: timedelta | None
+
+
+def reserve(candidates: Sequence[Candidate]) -> Reserved:
+    """Charge for what is about to be dispatched, and have the rest wait until its turn comes.
+
+    Raises:
+        Unavailable: Redis does not answer: nothing may be dispatched.
+    """
+    wanted: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        wanted.setdefault(candidate.mailbox, []).append(candidate)
+    if not wanted:
+        return Reserved([], False, None)
+    sends = {mailbox: [_send(candidate) for candidate in mails] for mailbox, mails in wanted.items()}
+    answers = runtime.limiter.reserve(sends)
+    picks: list[Pick] = []
+    full: dict[str, tuple[timedelta, str]] = {}
+    deferred: dict[str, tuple[timedelta, str]] = {}
+    everybody_waits: timedelta | None = None
+    for mailbox, mails in wanted.items():
+        for candidate, answer in zip(mails, answers[mailbox], strict=True):
+            match answer:
+                case Reservation():
+                    picks.append(Pick(candidate.id, mailbox, answer.at_ms))
+                case NeverFits():
+                    picks.append(Pick(candidate.id, mailbox, None))  # the worker gives it up, with the reason
+                case Emptied():
+                    everybody_waits = answer.retry_after
+                case Exhausted(budget=budget) if budget in _OF_EVERYBODY:
+                    everybody_waits = answer.retry_after
+                case Exhausted():
+                    _note(answer, full if _fills(answer) else deferred, mailbox if _fills(answer) else candidate.id)
+    turns.note_full(full)
+    turns.defer(deferred)
+    runtime.crash_point(CrashPoint.BUDGET_RESERVED)
+    return Reserved(picks, bool(full or deferred), everybody_waits)
+
+
+def _send(candidate: Candidate) -> Wanted:
+    return Wanted(candidate.recipients, candidate.external_recipients)
+
+
+def _fills(refused: Exhausted) -> bool:
+    """Say whether nothing more can be sent from the mailbox: internal mail goes on when external may not."""
+    return refused.mailbox_wide and refused.budget != "tenant_external_recipients"
+
+
+def _note(refused: Exhausted, noted: dict[str, tuple[timedelta, str]], key: str) -> None:
+    LIMITER_REFUSALS.labels(refused.budget).inc()
+    if key not in noted:
+        noted[key] = after_refusal(refused), f"limit: {refused.budget}"
+
+
+def refund(candidates: Sequence[Candidate], unused: Sequence[Pick]) -> None:
+    """Give back what was reserved for mail that was not dispatched after all."""
+    known = {candidate.id: candidate for candidate in candidates}
+    for pick in unused:
+        if pick.reserved_at_ms is not None:
+            runtime.limiter.refund(pick.mailbox, Reservation(pick.reserved_at_ms), _send(known[pick.id]))
+
+
+def keep_counts() -> None:
+    """See to it that the limiter's counts are whole: after a loss write down what was spent, as PostgreSQL knows it.
+
+    Raises:
+        Unavailable: Redis does not answer.
+    """
+    if not runtime.limiter.is_whole():
+        with runtime.limiter.restoring() as mine:
+            if mine:
+                _restore()
+                RESTORED.inc()
+    _sync.keep()
+
+
+def _restore() -> None:
+    for mailbox, tokens in spending.under_way().items():
+        runtime.limiter.hold(mailbox, tokens, runtime.configuration.graph_timeout)
+    runtime.limiter.spent(_spent())
+    runtime.crash_point(CrashPoint.BUDGET_RESTORING)
+    _set_limits(spending.own_limits())
+
+
+def _spent() -> list[Spent]:
+    entries: list[Spent] = []
+    for part in spending.spent():
+        of_mailbox = {
+            "sends": part.sends,
+            "recipients": part.recipients,
+            "requests": part.requests,
+            "upload_bytes": part.upload_bytes,
+        }
+        of_tenant = {"tenant_requests": part.requests, "tenant_external_recipients": part.external_recipients}
+        entries += [Spent(part.mailbox, budget, part.age, units) for budget, units in of_mailbox.items()]
+        entries += [Spent(None, budget, part.age, units) for budget, units in of_tenant.items()]
+    return [
+        entry for entry in entries if entry.age.total_seconds() * 1000 <= _LONGEST_STAY * limits.WINDOWS[entry.budget]
+    ]
+
+
+#: In windows: how long a charge may count.
+_LONGEST_STAY = 1 + (limits.SLACK + 1) / limits.SUBWINDOWS
+
+
+def _set_limits(owners: Sequence[spending.OwnLimits]) -> None:
+    for owner in owners:
+        mailbox = None if owner.mailbox == EVERY else owner.mailbox
+        runtime.limiter.set_limits(mailbox, owner.limits)
+        if mailbox is None:
+            if owner.throttled_until:
+                runtime.limiter.pause_all(owner.throttled_until)
+            continue
+        slowed = [Slowed.parse(budget, _record(how)) for budget, how in owner.slowed.items()]
+        runtime.limiter.set_slowed(mailbox, slowed)
+        if owner.throttled_until:
+            runtime.limiter.pause(mailbox, owner.throttled_until)
+
+
+def _record(how: dict[str, int]) -> str:
+    return ":".join(str(how[part]) for part in ("limit", "at", "whole", "strikes"))
+
+
+class _Sync:
+    """Has the limits that operators have set reach Redis even if it was away when they did."""
+
+    def __init__(self) -> None:
+        self._next_at = float("-inf")
+
+    def keep(self) -> None:
+        if time.monotonic() >= self._next_at:
+            _set_limits(spending.own_limits(_CHANGED_WITHIN))
+            self._next_at = time.monotonic() + _SYNC_EVERY.total_seconds()
+
+
+_sync = _Sync()

@@ -1,0 +1,204 @@
+"""Whose turn it is within a mailbox, and who is passed over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+import support
+from support import LEASE, claim, dispatch, email_row, rows, seconds_until, store
+
+from models import Route, mailboxes, scheduling, turns
+from models.scheduling import Pick
+from models.turns import Busy, Candidate
+
+shared_database, tables = support.shared_database, support.tables
+pytestmark = pytest.mark.usefixtures("tables")
+
+MINUTE = timedelta(minutes=1)
+IDLE = Busy({}, {})
+
+
+def fill(**counts: int) -> None:
+    """Store so many emails of each tenant, or priority, of one mailbox."""
+    for name, count in counts.items():
+        for n in range(count):
+            changes = {"priority": name} if name in ("high", "normal", "bulk") else {"metadata": {"tenant": name}}
+            store(publisher_message_id=f"{name}-{n}", **changes)
+
+
+def chosen(capacity: int, share: int = 100) -> list[Candidate]:
+    found = turns.candidates(Route.PLAIN, capacity=capacity, share=share, busy=IDLE, after="")
+    return turns.choose(found, capacity)
+
+
+def names(mails: list[Candidate]) -> list[str]:
+    known = dict(rows("SELECT id::text, publisher_message_id FROM incoming_emails"))
+    return [known[mail.id].split("-")[0] for mail in mails]
+
+
+def take(mails: list[Candidate]) -> None:
+    """Dispatch these, as the scheduler does."""
+    with scheduling.sweep():
+        scheduling.claim(
+            Route.PLAIN, [Pick(mail.id, mail.mailbox, None) for mail in mails], capacity=len(mails), lease=LEASE
+        )
+        turns.note_served(mails)
+
+
+# Tenants
+
+
+def test_tenants_of_a_mailbox_take_turns_whatever_waits_for_each() -> None:
+    fill(ann=50, ben=2, cyd=1)
+    assert names(chosen(4)) == ["ann", "ben", "cyd", "ann"]
+
+
+def test_turns_go_on_behind_the_tenant_that_was_served_last() -> None:
+    fill(ann=50, ben=50, cyd=50)
+    served = []
+    for _ in range(6):
+        mails = chosen(1)
+        take(mails)
+        served += names(mails)
+    assert served == ["ann", "ben", "cyd"] * 2
+
+
+def test_mail_without_a_tenant_takes_turns_with_that_of_tenants() -> None:
+    fill(ann=50, normal=50)
+    served = []
+    for _ in range(4):
+        mails = chosen(1)
+        take(mails)
+        served += names(mails)
+    assert sorted(served) == ["ann", "ann", "normal", "normal"]
+
+
+def test_more_tenants_than_a_sweep_has_room_for_are_all_served_in_time() -> None:
+    fill(**{f"t{n:02}": 3 for n in range(30)})
+    served: Counter[str] = Counter()
+    for _ in range(15):
+        mails = chosen(4, share=4)
+        take(mails)
+        served.update(names(mails))
+    assert served == {f"t{n:02}": 2 for n in range(30)}
+
+
+def test_within_a_lane_the_oldest_goes_first() -> None:
+    ids = [store(publisher_message_id=f"normal-{n}") for n in range(5)]
+    assert [mail.id for mail in chosen(3)] == ids[:3]
+
+
+# Priorities
+
+
+def test_priorities_are_weights_and_none_starves() -> None:
+    # When one after the other is chosen of three backlogs that never end
+    fill(high=3, normal=3, bulk=3)
+    drawn = Counter(names([chosen(1)[0] for _ in range(600)]))
+    # Then each has about its share of 6 : 3 : 1; five standard deviations are 12 %
+    for name, share in {"high": 0.6, "normal": 0.3, "bulk": 0.1}.items():
+        assert drawn[name] / 600 == pytest.approx(share, abs=0.12), drawn
+        assert drawn[name]
+
+
+def test_what_is_not_waiting_leaves_its_share_to_the_others() -> None:
+    fill(normal=3, bulk=3)
+    drawn = Counter(names([chosen(1)[0] for _ in range(400)]))
+    assert drawn["bulk"] / 400 == pytest.approx(0.25, abs=0.12), drawn
+
+
+def test_a_backlog_of_one_priority_is_served_whole() -> None:
+    fill(bulk=7)
+    assert len(chosen(10)) == 7
+
+
+# Who is passed over
+
+
+def test_a_full_mailbox_is_passed_over_until_budget_comes_back_but_its_look_ups_are_not() -> None:
+    # Given mail to send and mail in doubt, of a mailbox whose budget is used up
+    doubted = store(publisher_message_id="doubted-1")
+    claim(doubted).mark_in_doubt(look_again_in=timedelta(), evidence={"seen": "timeout"})
+    with scheduling.sweep():
+        scheduling.wake_due()
+    fill(normal=1)
+    turns.note_full({"ann@example.com": (MINUTE, "limit: sends")})
+    # Then
+    assert [each.incoming_email_id for each in dispatch()] == [doubted]
+    rows("UPDATE mailboxes SET full_until = now()")
+    assert [each.publisher_message_id for each in dispatch()] == ["normal-0"]
+
+
+def test_a_full_mailbox_is_not_looked_at_for_every_mail_that_comes_back() -> None:
+    turns.note_full({"ann@example.com": (timedelta(milliseconds=3), "limit: sends")})
+    assert seconds_until("mailboxes", "full_until", "mailbox", "ann@example.com") > 0.2
+
+
+def test_mail_that_is_too_large_for_what_is_left_waits_for_itself() -> None:
+    fill(normal=2)
+    large, small = chosen(2)
+    turns.defer({large.id: (MINUTE, "limit: recipients")})
+    assert [mail.id for mail in chosen(2)] == [small.id]
+    assert email_row(large.id)["last_error"] == "limit: recipients"
+    assert 50 < seconds_until("incoming_emails", "next_attempt_at", "id", large.id) <= 60
+
+
+def test_mail_that_was_taken_meanwhile_is_neither_deferred_nor_claimed() -> None:
+    fill(normal=1)
+    (mail,) = chosen(1)
+    take([mail])
+    before = email_row(mail.id)
+    turns.defer({mail.id: (MINUTE, "limit: recipients")})
+    take([mail])
+    assert email_row(mail.id) == before
+
+
+@pytest.mark.parametrize("set_for", ["ann@example.com", "*"])
+def test_a_concurrency_of_its_own_decides_how_many_are_in_flight(set_for: str) -> None:
+    fill(normal=9)
+    for concurrency, in_flight in [(2, 2), (0, 9), (7, 7)]:
+        rows(
+            """
+            INSERT INTO mailboxes (mailbox, limits) VALUES (%(mailbox)s, %(limits)s)
+            ON CONFLICT (mailbox) DO UPDATE SET limits = excluded.limits
+            """,
+            {"mailbox": set_for, "limits": f'{{"concurrency": {concurrency}}}'},
+        )
+        assert len(chosen(9, share=4)) == in_flight
+
+
+def test_a_mailboxs_own_concurrency_counts_before_every_mailboxs() -> None:
+    fill(normal=9)
+    rows(
+        """
+        INSERT INTO mailboxes (mailbox, limits)
+        VALUES ('ann@example.com', '{"concurrency": 3}'), ('*', '{"concurrency": 1}')
+        """
+    )
+    assert len(chosen(9, share=4)) == 3
+
+
+def test_a_mailbox_that_refuses_us_is_probed_by_one_call_at_a_time_be_it_a_send_or_a_backup() -> None:
+    fill(normal=2)
+    mailboxes.refuse("ann@example.com", why="403", first_wait=timedelta(), longest_wait=timedelta())
+    backing_up = Busy({}, {"ann@example.com": 1})
+    assert turns.candidates(Route.PLAIN, capacity=9, share=4, busy=backing_up, after="") == []
+    assert len(chosen(9)) == 1
+
+
+@pytest.mark.parametrize(
+    ("paused", "routes"),
+    [
+        (
+            "INSERT INTO routes (route, paused_until) VALUES ('attachment', now() + interval '1 minute')",
+            {Route.ATTACHED},
+        ),
+        ("INSERT INTO mailboxes (mailbox, paused_until) VALUES ('*', now() + interval '1 minute')", set(Route)),
+        ("INSERT INTO routes (route, paused_until) VALUES ('attachment', now())", set()),
+    ],
+)
+def test_routes_and_everything_can_be_paused(paused: str, routes: set[Route]) -> None:
+    rows(paused)
+    assert turns.paused_routes() == routes

@@ -27,12 +27,13 @@ import models
 import outbox
 import settings
 import telemetry
+import worker_metrics
 from attachments import AttachmentSource, HostPattern
 from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
-from orphans import EndWithParent, end_with_parent
+from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from vault import Keyring, Vault
 from waking import WakeUps
@@ -87,12 +88,6 @@ def _count_call(call: Call) -> None:
 
 def _count_unknown_code(status: int, _code: str) -> None:
     telemetry.GRAPH_UNKNOWN_CODES.labels(str(status)).inc()
-
-
-def serve_workers_metrics() -> None:
-    """Serve the metrics of all worker processes of this type on ``METRICS_PORT``."""
-    end_with_parent()
-    telemetry.serve_workers_metrics(configuration.metrics_port)
 
 
 def declare(channel: Any) -> None:
@@ -245,7 +240,7 @@ fleet_broker = FleetBroker(
         EndWithParent(),
         PeriodiqMiddleware(skip_delay=30),
         telemetry.WorkerMetrics(
-            serve_workers_metrics if configuration.prometheus_multiproc_dir and configuration.metrics_port else None
+            worker_metrics.serve if configuration.prometheus_multiproc_dir and configuration.metrics_port else None
         ),
     ],
 )

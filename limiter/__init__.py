@@ -98,7 +98,6 @@ __all__ = [
 _NO_WAIT = timedelta()
 
 
-
 class Limiter:
     """The limits of every mailbox and of the tenant. Threads share one; it holds a connection pool and no state.
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from itertools import batched
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -346,7 +345,9 @@ class Ledger:
             age_ms = max(0, entry.age // MILLISECOND) // window.width * window.width
             if age_ms <= window.width * window.ring:
                 parts.setdefault((entry.mailbox, entry.budget), Counter())[age_ms] += entry.units
-        for together in batched(parts.items(), _WRITTEN_TOGETHER):
+        spent_on = list(parts.items())
+        for first in range(0, len(spent_on), _WRITTEN_TOGETHER):
+            together = spent_on[first : first + _WRITTEN_TOGETHER]
             with _answering(), self._redis.pipeline(transaction=False) as pipeline:
                 for (mailbox, budget), spent in together:
                     window = self._window(mailbox, budget)

@@ -66,18 +66,28 @@ local function charge(window, units)
   redis.call('PEXPIRE', window.key, (window.ring + 1) * window.width)
 end
 
--- Units that were charged together with an instant and are in the window still.
-local function charged_at(window, at)
-  local i = math.floor(at / window.width)
+local function counted(window, i)
   if i > window.last or i <= window.current - window.ring then return 0 end
   return tonumber(redis.call('HGET', window.key, i % window.ring) or 0)
 end
 
+-- The sub-window in which so many units were charged at an instant. What was written down after a loss is rounded to
+-- the younger one.
+local function charged_in(window, units, at)
+  local i = math.floor(at / window.width)
+  if counted(window, i) < units and counted(window, i + 1) >= units then return i + 1 end
+  return i
+end
+
+-- Units that were charged together with an instant and are in the window still.
+local function charged_at(window, units, at) return counted(window, charged_in(window, units, at)) end
+
 -- Takes back what was charged at an instant, as far as it is in the window still.
 local function take_back(window, units, at)
-  units = math.min(units, charged_at(window, at))
+  local i = charged_in(window, units, at)
+  units = math.min(units, counted(window, i))
   if units <= 0 then return end
-  redis.call('HINCRBY', window.key, math.floor(at / window.width) % window.ring, -units)
+  redis.call('HINCRBY', window.key, i % window.ring, -units)
   redis.call('HINCRBY', window.key, 'used', -units)
 end
 """
@@ -199,7 +209,8 @@ local reservable = {sends = true, recipients = true, tenant_external_recipients 
 local windows = windows_from(12)
 for _, window in ipairs(windows) do
   if never_fits(window, window.units) then return {window.budget, 0, 0, window.set} end
-  window.moves = reserved_at > 0 and reservable[window.budget] and charged_at(window, reserved_at) >= window.units
+  window.moves = reserved_at > 0 and reservable[window.budget]
+    and charged_at(window, window.units, reserved_at) >= window.units
   -- What was reserved counts already.
   if not window.moves then refuse_excess(window, window.units) end
 end

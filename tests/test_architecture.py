@@ -39,8 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
+    "worker_metrics": {"orphans", "settings", "telemetry"},
     "migrations": {"settings"},
-    "runtime": {*LEAVES, "models", "outbox", "waking"},
+    "runtime": {*LEAVES, "models", "outbox", "waking", "worker_metrics"},
     "actors": {*LEAVES, "models", "outbox", "runtime"},
     "operations": {*LEAVES, "models", "outbox", "runtime", "actors"},
     **{

@@ -140,7 +140,9 @@ class Slowed(NamedTuple):
 
     def record(self) -> str:
         """Return what `parse` reads."""
-        return f"{self.limit}:{round(self.at.timestamp() * 1000)}:{self.whole}:{self.strikes}"
+        at_ms = round(self.at.timestamp() * 1000)
+        check_units([self.limit - 1, at_ms, self.whole, self.strikes])  # a limit of 0 would be none
+        return f"{self.limit}:{at_ms}:{self.whole}:{self.strikes}"
 
 
 class Window(NamedTuple):

@@ -314,6 +314,8 @@ class Ledger:
     def set_slowed(self, mailbox: str, slowed: Iterable[Slowed]) -> None:
         """Set which limits of a mailbox are lowered, in the place of those that are."""
         records = {each.budget: each.record() for each in slowed}
+        for budget in records.keys() - {CONCURRENCY}:
+            self._window(mailbox, budget)
         self._write_hash(self._key(self.owner(mailbox), "slowed"), records, lasts_ms=scripts.RECOVERY_MS)
 
     def _write_hash(self, key: str, fields: Mapping[str, str | int], lasts_ms: int | None = None) -> None:
@@ -358,8 +360,9 @@ class Ledger:
 
     def hold(self, mailbox: str, tokens: Iterable[str], lease: timedelta) -> None:
         """Have these slots held for a while, by whoever holds the tokens."""
+        arguments: list[str | int] = [_ms(lease), *tokens]
         with _answering():
-            self._hold(self._head(self.owner(mailbox)), [_ms(lease), *tokens])
+            self._hold(self._head(self.owner(mailbox)), arguments)
 
     def is_whole(self) -> bool:
         """Say whether this Redis is the one that was filled last, and has lost nothing since."""

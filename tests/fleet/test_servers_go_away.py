@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import pytest
-from fleet_support import Fate, assert_each_left_once, fates, now, put
+from fleet_support import Fate, assert_each_left_once, now, put
 from fleet_support import settled as settle
 from outages import Outages
 from worlds import SETTINGS, Worlds
@@ -131,19 +131,20 @@ def _lose_redis(outages: Outages) -> tuple[datetime, datetime]:
     redis, world = outages.servers.redis, outages.world
     outages.some_work("emptied")
     redis.wipe()
-    given = outages.some_work("redis-killed")
+    outages.some_work("redis-killed")
     with outages.away("redis is killed"):
+        missed_before = _times_missed(world)
         redis.kill()
         killed_at = now()
-        world.wait_until(
-            "one was held back",
-            lambda: any("limit" in (fate.last_error or "") for fate in fates(world, given).values()),
-            timedelta(seconds=70),
-        )
+        world.wait_until("the scheduler has missed it", lambda: _times_missed(world) > missed_before)
         outages.let_pass(10 * LATENCY)
         back_at = now()
         redis.start()
     return killed_at + 2 * LATENCY, back_at
+
+
+def _times_missed(world: World) -> int:
+    return sum(line["event"] == "Redis is away" for line in world.log_lines("scheduler.1"))
 
 
 def test_what_rabbitmq_lost_is_declared_again_with_the_way_of_dead_letters(rabbitmq_whole: Outages) -> None:

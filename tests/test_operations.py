@@ -20,7 +20,7 @@ import operations
 import runtime
 from broker import MIRROR_QUEUE
 from contracts import Unacceptable
-from models import dead_letters
+from models import dead_letters, inspection
 from models.dead_letters import Filter, Letter
 from operations import NotFound
 from sandbox.world import new_database
@@ -361,10 +361,10 @@ def test_the_backlog_is_counted_without_reading_what_is_settled() -> None:
     support.store()
     rows("ANALYZE incoming_emails")
     # When
-    plan = "\n".join(row[0] for row in rows(f"EXPLAIN {operations.inspection._WAITING}", {"statuses": ["received"]}))
+    plan = "\n".join(row[0] for row in rows(f"EXPLAIN {inspection._WAITING}", {"statuses": ["received"]}))
     # Then
     assert "Seq Scan" not in plan
-    assert operations.inspection.backlog().by_status == {"received": 1}
+    assert inspection.backlog().by_status == {"received": 1}
 
 
 def test_due_backups_are_counted_from_their_index() -> None:
@@ -373,6 +373,6 @@ def test_due_backups_are_counted_from_their_index() -> None:
     assert operations.backlog().backups_due == 1
     with models.transaction():
         rows("SET LOCAL enable_seqscan = off")
-        plan = str(rows(f"EXPLAIN {operations.inspection._UNFINISHED}", {"in_doubt": "in_doubt"}))
+        plan = str(rows(f"EXPLAIN {inspection._UNFINISHED}", {"in_doubt": "in_doubt"}))
     assert "sent_emails_backup_due" in plan
     assert "Seq Scan" not in plan

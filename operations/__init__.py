@@ -1,0 +1,38 @@
+"""What an operator may do, whichever way it is asked for: by the command line now, by the console too.
+
+Every verb that changes something writes who did it into ``audit_log``, in the transaction of the change. None of them
+sends anything: they change what the tables say, and the fleet acts on that.
+"""
+
+import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
+from operations.archive import export_backup, list_backups
+from operations.budgets import limits
+from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
+from operations.emails import publish, status
+from operations.errors import NotFound, NotOpen, NotReplayable, ServerAway
+from operations.health import Finding, backlog, doctor, queue_depths, ready
+from operations.pausing import pause, pauses, resume
+
+__all__ = [
+    "Finding",
+    "NotFound",
+    "NotOpen",
+    "NotReplayable",
+    "ServerAway",
+    "backlog",
+    "dead_letter",
+    "doctor",
+    "export_backup",
+    "find_dead_letters",
+    "limits",
+    "list_backups",
+    "open_dead_letter",
+    "pause",
+    "pauses",
+    "publish",
+    "queue_depths",
+    "ready",
+    "resolve",
+    "resume",
+    "status",
+]

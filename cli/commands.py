@@ -120,6 +120,24 @@ def status(id: str, as_json: bool) -> None:
         show_status(known)
 
 
+@main.command()
+@click.argument("id")
+@json_option
+@connected
+def cancel(id: str, as_json: bool) -> None:
+    """Keep an email that waits from being sent, by our ID or the publisher's."""
+    import operations
+
+    try:
+        outcome = "cancelled" if operations.cancel(id, who=who()) else "cancelled before"
+    except operations.NotCancellable as reason:
+        raise click.ClickException(f"{id} is not cancelled: {reason}") from None
+    if as_json:
+        print_json({"id": id, "outcome": outcome})
+    else:
+        click.echo(f"{id}  {outcome}")
+
+
 # Dead letters
 
 

@@ -5,21 +5,24 @@ sends anything: they change what the tables say, and the fleet acts on that.
 """
 
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
+from models.cancelling import NotCancellable
 from operations.archive import export_backup, list_backups
 from operations.budgets import limits
 from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
-from operations.emails import publish, status
+from operations.emails import cancel, publish, status
 from operations.errors import NotFound, NotOpen, NotReplayable, ServerAway
 from operations.health import Finding, backlog, doctor, queue_depths, ready
 from operations.pausing import pause, pauses, resume
 
 __all__ = [
     "Finding",
+    "NotCancellable",
     "NotFound",
     "NotOpen",
     "NotReplayable",
     "ServerAway",
     "backlog",
+    "cancel",
     "dead_letter",
     "doctor",
     "export_backup",

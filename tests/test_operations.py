@@ -22,7 +22,7 @@ from broker import MIRROR_QUEUE
 from contracts import Unacceptable
 from models import dead_letters, inspection
 from models.dead_letters import Filter, Letter
-from operations import NotFound
+from operations import NotCancellable, NotFound
 from sandbox.world import new_database
 from simulator.control import Simulator
 from vault import Tampered, UnknownKey
@@ -99,10 +99,39 @@ def test_an_id_that_nobody_has_is_not_found_whatever_it_looks_like(id: str) -> N
     with pytest.raises(NotFound):
         operations.status(id)
     with pytest.raises(NotFound):
+        operations.cancel(id, who=WHO)
+    with pytest.raises(NotFound):
         operations.dead_letter(id)
     with pytest.raises(NotFound):
         operations.export_backup(id, who=WHO)
     assert not letters(reason=id or "none")
+
+
+# Cancelling
+
+
+def test_a_cancelled_email_is_not_sent_although_its_dispatch_is_on_the_way_and_its_publisher_is_told(
+    fleet: Fleet,
+) -> None:
+    # Given
+    id = support.store()
+    fleet.schedule()
+    # When
+    assert operations.cancel("order-1", who=WHO)
+    assert not operations.cancel(id, who=WHO)
+    # Then
+    assert fleet.run("send_plain") == ["done"]
+    assert fleet.send() == []
+    assert (email_row(id)["status"], fleet.mails(id), fleet.events()) == ("cancelled", 0, ["SendEmailCancelled"])
+    assert audited() == [(WHO, "cancel", id)]
+    assert [event["type"] for event in operations.status(id)["events"]] == ["SendEmailReceived", "SendEmailCancelled"]
+
+
+def test_what_cannot_be_cancelled_says_why_and_is_not_written_down() -> None:
+    id = give_up()
+    with pytest.raises(NotCancellable, match="dead letter"):
+        operations.cancel(id, who=WHO)
+    assert audited() == []
 
 
 # Dead letters

@@ -7,19 +7,36 @@ sends anything: they change what the tables say, and the fleet acts on that.
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
 from operations.archive import export_backup, list_backups
-from operations.budgets import limits
+from operations.budgets import (
+    MAILBOX_LIMITS,
+    TENANT_LIMITS,
+    Limit,
+    LimitsChange,
+    held,
+    limits,
+    limits_set,
+    set_limits,
+    unset_limits,
+)
 from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
 from operations.emails import cancel, publish, status
-from operations.errors import NotFound, NotOpen, NotReplayable, ServerAway
+from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.health import Finding, backlog, doctor, queue_depths, ready
-from operations.pausing import pause, pauses, resume
+from operations.pausing import EVERY, Resumed, pause, pauses, resume
 
 __all__ = [
+    "EVERY",
+    "MAILBOX_LIMITS",
+    "TENANT_LIMITS",
     "Finding",
+    "Limit",
+    "LimitsChange",
+    "NotALimit",
     "NotCancellable",
     "NotFound",
     "NotOpen",
     "NotReplayable",
+    "Resumed",
     "ServerAway",
     "backlog",
     "cancel",
@@ -27,7 +44,9 @@ __all__ = [
     "doctor",
     "export_backup",
     "find_dead_letters",
+    "held",
     "limits",
+    "limits_set",
     "list_backups",
     "open_dead_letter",
     "pause",
@@ -37,5 +56,7 @@ __all__ = [
     "ready",
     "resolve",
     "resume",
+    "set_limits",
     "status",
+    "unset_limits",
 ]

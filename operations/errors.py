@@ -15,5 +15,9 @@ class NotReplayable(Exception):
     """Raised when a dead letter has nothing that could be tried again."""
 
 
+class NotALimit(ValueError):
+    """Raised when a limit is named that there is not, or one is to have a value that it cannot have."""
+
+
 class ServerAway(Exception):
     """Raised when PostgreSQL or RabbitMQ does not answer; `ready` tells which."""

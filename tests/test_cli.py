@@ -315,23 +315,7 @@ def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# Mailboxes
-
-
-def test_a_mailbox_is_paused_shown_and_resumed() -> None:
-    runtime.redis.flushdb()
-    assert mailfleet("pause", "Ann@example.com", "--why", "[red]holiday").status == 0
-    shown = mailfleet("limits", "show", "ann@example.com").output
-    assert "[red]holiday" in shown
-    assert "concurrency" in shown
-    with runtime.limiter.slot("ann@example.com"):
-        told = answer("limits", "show", "ann@example.com")
-    assert [pause["mailbox"] for pause in told["pauses"]] == ["ann@example.com"]
-    assert told["budgets"][0]["used"] == 1
-    assert 0 < told["budgets"][0]["next_free_in"] < 600
-    assert [budget["budget"] for budget in answer("limits", "show")["budgets"]] == ["tenant_requests"]
-    assert mailfleet("resume", "ann@example.com") == Ended(0, "ann@example.com is resumed\n", "")
-    assert mailfleet("resume", "ann@example.com") == Ended(0, "ann@example.com was not paused\n", "")
+# Who did it
 
 
 def test_every_change_is_written_down_with_who_made_it(tmp_path: Path) -> None:

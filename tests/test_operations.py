@@ -291,41 +291,6 @@ def test_backups_are_listed_by_mailbox_in_any_case() -> None:
     assert [backup.publisher_message_id for backup in listed] == ["order-2"]
 
 
-# Mailboxes
-
-
-def test_a_mailbox_that_is_paused_is_passed_over_until_it_is_resumed() -> None:
-    support.store()
-    operations.pause("Ann@example.com", why="holiday", who=WHO)
-    assert [(pause.mailbox, pause.pause_reason, pause.paused_by) for pause in operations.pauses()] == [
-        ("ann@example.com", "holiday", WHO)
-    ]
-    assert support.dispatch() == []
-    assert operations.resume("ANN@example.com", who=WHO)
-    assert not operations.resume("ann@example.com", who=WHO)
-    assert len(support.dispatch()) == 1
-    assert audited()[:2] == [(WHO, "pause", "ann@example.com"), (WHO, "resume", "ann@example.com")]
-
-
-def test_resuming_ends_graphs_pause_too_and_the_tenants_is_shown() -> None:
-    runtime.limiter.pause("ann@example.com", support.WITHIN)
-    operations.resume("ann@example.com", who=WHO)
-    assert runtime.limiter.paused_until("ann@example.com") is None
-    runtime.limiter.pause_all(support.WITHIN)
-    try:
-        assert [pause.mailbox for pause in operations.pauses()] == ["every mailbox"]
-    finally:
-        runtime.limiter.resume_all()
-
-
-def test_limits_show_what_a_mailbox_and_the_tenant_have_used() -> None:
-    runtime.redis.flushdb()
-    with runtime.limiter.slot("ann@example.com", requests=2, recipients=3):
-        used = {budget.budget: budget.used for budget in operations.limits("ann@example.com")}
-        assert (used["concurrency"], used["requests"], used["recipients"]) == (1, 2, 3)
-    assert [(budget.budget, budget.used) for budget in operations.limits(None)] == [("tenant_requests", 2)]
-
-
 # Health
 
 
@@ -396,12 +361,13 @@ def test_the_backlog_is_counted_without_reading_what_is_settled() -> None:
     assert inspection.backlog().by_status == {"received": 1}
 
 
-def test_due_backups_are_counted_from_their_index() -> None:
+def test_what_is_unfinished_is_counted_from_its_indexes() -> None:
     id = support.store()
     support.claim(id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
     assert operations.backlog().backups_due == 1
     with models.transaction():
         rows("SET LOCAL enable_seqscan = off")
         plan = str(rows(f"EXPLAIN {inspection._UNFINISHED}", {"in_doubt": "in_doubt"}))
-    assert "sent_emails_backup_due" in plan
+    for index in ("sent_emails_backup_due", "mailboxes_refusing", "mailboxes_full"):
+        assert index in plan
     assert "Seq Scan" not in plan

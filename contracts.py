@@ -404,6 +404,7 @@ class EventType(StrEnum):
     FAILED = "SendEmailFailed"
     REJECTED = "SendEmailRejected"
     EXPIRED = "SendEmailExpired"
+    CANCELLED = "SendEmailCancelled"
 
     @property
     def routing_key(self) -> str:

@@ -45,6 +45,7 @@ class Step(StrEnum):
     RETRIED = "retried"
     FAILED = "failed"
     EXPIRED = "expired"
+    CANCELLED = "cancelled"
     ARCHIVED = "archived"
     REPLAYED = "replayed"
     LEASE_LOST = "lease lost"

@@ -33,11 +33,11 @@ def main() -> None:
     """Publish, look up and operate mail that is sent through Microsoft Graph."""
 
 
-def _json_option(command: Command) -> Command:
+def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def _connected(command: Command) -> Command:
+def connected(command: Command) -> Command:
     """Give a command the connections of a process, and turn what is away into a sentence."""
 
     @wraps(command)
@@ -81,7 +81,7 @@ def _problems_as_sentences() -> Iterator[None]:
         raise click.UsageError(f"some text cannot be encoded: {error.reason}") from None
 
 
-def _who() -> str:
+def who() -> str:
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):
@@ -93,7 +93,7 @@ def _who() -> str:
 
 @main.command()
 @click.argument("file", type=click.File("rb"))
-@_connected
+@connected
 def publish(file: Any) -> None:
     """Publish the SendEmail in FILE (- for standard input) and print its id."""
     import operations
@@ -107,8 +107,8 @@ def publish(file: Any) -> None:
 
 @main.command()
 @click.argument("id")
-@_json_option
-@_connected
+@json_option
+@connected
 def status(id: str, as_json: bool) -> None:
     """Show everything that is known of an email, by our ID or the publisher's."""
     import operations
@@ -118,6 +118,24 @@ def status(id: str, as_json: bool) -> None:
         print_json(known)
     else:
         show_status(known)
+
+
+@main.command()
+@click.argument("id")
+@json_option
+@connected
+def cancel(id: str, as_json: bool) -> None:
+    """Keep an email that waits from being sent, by our ID or the publisher's."""
+    import operations
+
+    try:
+        outcome = "cancelled" if operations.cancel(id, who=who()) else "cancelled before"
+    except operations.NotCancellable as reason:
+        raise click.ClickException(f"{id} is not cancelled: {reason}") from None
+    if as_json:
+        print_json({"id": id, "outcome": outcome})
+    else:
+        click.echo(f"{id}  {outcome}")
 
 
 # Dead letters
@@ -138,7 +156,7 @@ def _filter_options(command: Command, limit: int | None = None) -> Command:
         click.option(
             "--limit", type=click.IntRange(1, 100_000), default=limit, show_default=True, help="At most so many."
         ),
-        _json_option,
+        json_option,
     ):
         command = option(command)
     return command
@@ -162,7 +180,7 @@ def _utc(instant: datetime | None) -> datetime | None:
 
 @dlq.command("list")
 @partial(_filter_options, limit=1000)
-@_connected
+@connected
 def dlq_list(limit: int, as_json: bool, **filters: Any) -> None:
     """List the open dead letters, oldest first."""
     import operations
@@ -172,8 +190,8 @@ def dlq_list(limit: int, as_json: bool, **filters: Any) -> None:
 
 @dlq.command("show")
 @click.argument("id")
-@_json_option
-@_connected
+@json_option
+@connected
 def dlq_show(id: str, as_json: bool) -> None:
     """Show a dead letter, by its ID, the email's or the publisher's."""
     import operations
@@ -208,7 +226,7 @@ def _resolving(replay: bool) -> Command:
         _resolve(letters, as_json, replay=replay, per_second=rate)
 
     for decorate in (
-        _connected,
+        connected,
         _filter_options,
         click.option("--rate", type=click.FloatRange(0.01), help="At most so many per second."),
         click.option("--dry-run", is_flag=True, help="Only list what would be meant."),
@@ -229,7 +247,7 @@ def _resolve(letters: list[Letter], as_json: bool, *, replay: bool, per_second: 
             outcomes.append({"id": letter.id, "outcome": outcome})
             advance()
 
-        resolved = operations.resolve(letters, replay=replay, who=_who(), per_second=per_second, on_each=note)
+        resolved = operations.resolve(letters, replay=replay, who=who(), per_second=per_second, on_each=note)
     if as_json:
         print_json(outcomes)
     else:
@@ -255,8 +273,8 @@ def backups() -> None:
 @backups.command("list")
 @click.option("--mailbox", help="Only of this sending mailbox.")
 @click.option("--limit", type=click.IntRange(1, 100_000), default=100, show_default=True)
-@_json_option
-@_connected
+@json_option
+@connected
 def backups_list(mailbox: str | None, limit: int, as_json: bool) -> None:
     """List the newest backups."""
     import operations
@@ -279,12 +297,12 @@ def backups_list(mailbox: str | None, limit: int, as_json: bool) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="A new file; default: standard output."
 )
-@_connected
+@connected
 def backups_export(id: str, output: Path | None) -> None:
     """Write the exact MIME of a backup, by its ID, the email's, the publisher's or Graph's."""
     import operations
 
-    _backup, chunks = operations.export_backup(id, who=_who())
+    _backup, chunks = operations.export_backup(id, who=who())
     if output is None:
         for chunk in chunks:
             sys.stdout.buffer.write(chunk)
@@ -303,67 +321,11 @@ def _write_whole(path: Path, chunks: Iterator[bytes]) -> None:
         raise click.ClickException(f"{path} cannot be written: {error.strerror}") from None
 
 
-# Limits
-
-
-def _checked_mailbox(_context: click.Context, _argument: click.Parameter, mailbox: str | None) -> str | None:
-    if mailbox is not None and not all(mailbox.partition("@")):
-        raise click.BadParameter("a mailbox is named by its address")
-    return mailbox
-
-
-@main.group()
-def limits() -> None:
-    """See how much of Graph's limits is used."""
-
-
-@limits.command("show")
-@click.argument("mailbox", required=False, callback=_checked_mailbox)
-@_json_option
-@_connected
-def limits_show(mailbox: str | None, as_json: bool) -> None:
-    """Show the budgets of MAILBOX, or the tenant's, and every pause that stands."""
-    import operations
-
-    usage, pauses = operations.limits(mailbox), operations.pauses()
-    if as_json:
-        print_json({"budgets": [budget._asdict() for budget in usage], "pauses": [pause._asdict() for pause in pauses]})
-        return
-    table(
-        ["budget", "used", "limit", "next free in"],
-        [[b.budget, b.used, b.limit or "none", b.next_free_in] for b in usage],
-    )
-    if pauses:
-        table(["paused mailbox", "until", "why", "by"], [list(pause) for pause in pauses])
-
-
-@main.command()
-@click.argument("mailbox", callback=_checked_mailbox)
-@click.option("--why", default="paused by hand", show_default=True)
-@_connected
-def pause(mailbox: str, why: str) -> None:
-    """Send nothing more from MAILBOX until it is resumed."""
-    import operations
-
-    operations.pause(mailbox, why=why, who=_who())
-    click.echo(f"{mailbox} is paused")
-
-
-@main.command()
-@click.argument("mailbox", callback=_checked_mailbox)
-@_connected
-def resume(mailbox: str) -> None:
-    """Send from MAILBOX again, whoever paused it."""
-    import operations
-
-    click.echo(f"{mailbox} is resumed" if operations.resume(mailbox, who=_who()) else f"{mailbox} was not paused")
-
-
 # The installation
 
 
 @main.command("settings")
-@_json_option
+@json_option
 def settings_command(as_json: bool) -> None:
     """Show the effective settings, secrets masked."""
     import settings
@@ -379,8 +341,8 @@ def settings_command(as_json: bool) -> None:
 
 
 @main.command()
-@_json_option
-@_connected
+@json_option
+@connected
 def doctor(as_json: bool) -> None:
     """Check everything that the fleet needs. Exit status 1: something is not well."""
     import operations
@@ -392,7 +354,3 @@ def doctor(as_json: bool) -> None:
         table(["", "", ""], [["ok" if f.fine else "PROBLEM", f.subject, f.detail] for f in findings])
     if not all(finding.fine for finding in findings):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -38,6 +38,8 @@ def _backlog() -> Iterator[Metric]:
         ("outbox_events_unpublished", "Events that RabbitMQ has not confirmed yet.", backlog.unpublished_events),
         ("dead_letters_open", "Dead letters that nobody has replayed or discarded.", backlog.open_dead_letters),
         ("backups_due", "Sent emails whose backup is due.", backlog.backups_due),
+        ("mailboxes_refusing", "Mailboxes that refuse us: probed one email at a time.", backlog.mailboxes_refusing),
+        ("mailboxes_full", "Mailboxes that wait for budget.", backlog.mailboxes_full),
     ):
         yield GaugeMetricFamily(f"mailfleet_{name}", help, value)
 

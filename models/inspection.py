@@ -72,6 +72,8 @@ class Backlog(NamedTuple):
     unpublished_events: int
     open_dead_letters: int
     backups_due: int
+    mailboxes_refusing: int
+    mailboxes_full: int
 
 
 # The three conditions are those of the three indexes that leave out what is settled, which may be millions of rows.
@@ -92,7 +94,9 @@ _UNFINISHED = """
     SELECT (SELECT count(*) FROM sent_emails WHERE status = %(in_doubt)s),
            (SELECT count(*) FROM outbox_events WHERE published_at IS NULL),
            (SELECT count(*) FROM dlq WHERE status = 'open'),
-           (SELECT count(*) FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL)
+           (SELECT count(*) FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL),
+           (SELECT count(*) FROM mailboxes WHERE refusal_count > 0),
+           (SELECT count(*) FROM mailboxes WHERE full_until > now())
 """
 
 

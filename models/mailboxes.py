@@ -1,4 +1,10 @@
-"""Pauses of sending mailboxes: whom the scheduler passes over, until when, and why."""
+"""What is known of sending mailboxes besides their mail: pauses, refusals, and whose budget is used up.
+
+The scheduler passes over what is paused: a mailbox, a whole route, or everything (the mailbox `EVERY`). Of two pauses
+of the same the one that ends later stands, with its own reason and name: an operator's is not cut short by one of
+Graph's, nor Graph's by an operator's. To make a pause shorter, resume first. A mailbox, its route and everything may be
+paused at the same time, and each pause ends by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +12,70 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from models.database import rows
+from models.states import Route
 
+#: Stands for every mailbox, where a mailbox is named.
+EVERY = "*"
 #: An operator's pause ends when the operator ends it. (PostgreSQL's 'infinity' has no Python value.)
 FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
+_MAILFLEET = "mailfleet"
 
 
 class Pause(NamedTuple):
-    """A mailbox from which nothing is dispatched before ``paused_until``."""
+    """Nothing is dispatched from the mailbox, if a route is named by this route alone, before ``paused_until``."""
 
     mailbox: str
     paused_until: datetime
     pause_reason: str
     paused_by: str
+    route: str | None = None
+
+    @property
+    def until_resumed(self) -> bool:
+        """Whether it has no end but an operator's."""
+        return self.paused_until >= FOREVER
+
+
+class Held(NamedTuple):
+    """A mailbox that waits for budget until ``full_until``, or that refused us so many times in a row."""
+
+    mailbox: str
+    full_until: datetime | None
+    full_reason: str | None
+    refusal_count: int
 
 
 def pause(mailbox: str, wait: timedelta, *, why: str) -> None:
     """Pass the mailbox over for ``wait``. A longer pause that stands already is kept."""
-    _pause(mailbox, datetime.now(UTC) + wait, why=why, who="mailfleet")
+    _pause(_PAUSE_MAILBOX, mailbox.lower(), wait, why=why, who=_MAILFLEET)
 
 
-def pause_by_hand(mailbox: str, *, why: str, who: str) -> None:
-    """Pass the mailbox over until an operator resumes it."""
-    _pause(mailbox, FOREVER, why=why, who=who)
+def pause_by_hand(mailbox: str, *, why: str, who: str, wait: timedelta | None = None) -> Pause:
+    """Pass the mailbox over for ``wait``, or else until an operator resumes it; return the pause that stands now."""
+    _pause(_PAUSE_MAILBOX, mailbox.lower(), wait, why=why, who=who)
+    return Pause(*rows(f"{_OF_MAILBOXES} WHERE mailbox = %(mailbox)s", {"mailbox": mailbox.lower()})[0])
 
 
-def _pause(mailbox: str, until: datetime, *, why: str, who: str) -> None:
-    rows(
-        """
-        INSERT INTO mailboxes (mailbox, paused_until, pause_reason, paused_by)
-        VALUES (%(mailbox)s, %(until)s, %(why)s, %(who)s)
-        ON CONFLICT (mailbox) DO UPDATE
-        SET paused_until = excluded.paused_until, pause_reason = excluded.pause_reason, paused_by = excluded.paused_by,
-            updated_at = now()
-        WHERE coalesce(mailboxes.paused_until < excluded.paused_until, true)
-        """,
-        {"mailbox": mailbox.lower(), "until": until, "why": why, "who": who},
-    )
+def pause_route(route: Route, *, why: str, who: str, wait: timedelta | None = None) -> Pause:
+    """Pass all mail of a route over, else as `pause_by_hand`."""
+    _pause(_PAUSE_ROUTE, route, wait, why=why, who=who)
+    return Pause(*rows(f"{_OF_ROUTES} WHERE route = %(route)s", {"every": EVERY, "route": route})[0])
+
+
+def _pause(statement: str, subject: str, wait: timedelta | None, *, why: str, who: str) -> None:
+    rows(statement, {"subject": subject, "wait": wait, "forever": FOREVER, "why": why, "who": who})
+
+
+_PAUSE = """
+    INSERT INTO {table} ({key}, paused_until, pause_reason, paused_by)
+    VALUES (%(subject)s, coalesce(now() + %(wait)s::interval, %(forever)s), %(why)s, %(who)s)
+    ON CONFLICT ({key}) DO UPDATE
+    SET paused_until = excluded.paused_until, pause_reason = excluded.pause_reason, paused_by = excluded.paused_by,
+        updated_at = now()
+    WHERE coalesce({table}.paused_until < excluded.paused_until, true)
+"""
+_PAUSE_MAILBOX = _PAUSE.format(table="mailboxes", key="mailbox")
+_PAUSE_ROUTE = _PAUSE.format(table="routes", key="route")
 
 
 def refuse(mailbox: str, *, why: str, first_wait: timedelta, longest_wait: timedelta) -> timedelta:
@@ -63,9 +97,10 @@ def refuse(mailbox: str, *, why: str, first_wait: timedelta, longest_wait: timed
 
 
 def resume(mailbox: str) -> bool:
-    """End the mailbox's pause, whoever made it, and have the mail that it held back tried at once.
+    """End the mailbox's pause, whoever made it, forget its refusals, and have the mail that it held back tried at once.
 
-    Returns whether there was a pause. Mail that waits for its ``send_at`` goes on waiting.
+    Returns whether there was a pause or a refusal. Mail that waits for its ``send_at`` goes on waiting. Everything
+    (`EVERY`) is resumed as a mailbox is; what is paused by itself stays so.
     """
     return bool(
         rows(
@@ -77,21 +112,60 @@ def resume(mailbox: str) -> bool:
             )
             UPDATE mailboxes
             SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0, updated_at = now()
-            WHERE mailbox = %(mailbox)s AND paused_until > now() RETURNING 1
+            WHERE mailbox = %(mailbox)s AND (paused_until > now() OR refusal_count > 0) RETURNING 1
             """,
             {"mailbox": mailbox.lower()},
         )
     )
 
 
+def resume_route(route: Route) -> bool:
+    """End the route's pause and return whether there was one."""
+    return bool(
+        rows(
+            """
+            UPDATE routes SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, updated_at = now()
+            WHERE route = %(route)s AND paused_until > now() RETURNING 1
+            """,
+            {"route": route},
+        )
+    )
+
+
+_OF_MAILBOXES = "SELECT mailbox, paused_until, pause_reason, paused_by, NULL AS route FROM mailboxes"
+_OF_ROUTES = "SELECT %(every)s, paused_until, pause_reason, paused_by, route FROM routes"
+
+
 def pauses() -> list[Pause]:
     """Return every pause that stands, the longest first."""
-    return [
-        Pause(*row)
-        for row in rows(
-            """
-            SELECT mailbox, paused_until, pause_reason, paused_by FROM mailboxes
-            WHERE paused_until > now() ORDER BY paused_until DESC
-            """
-        )
-    ]
+    standing = f"""
+        {_OF_MAILBOXES} WHERE paused_until > now() UNION ALL {_OF_ROUTES} WHERE paused_until > now()
+        ORDER BY paused_until DESC, route, mailbox
+    """
+    return [Pause(*row) for row in rows(standing, {"every": EVERY})]
+
+
+def held(mailbox: str | None = None) -> list[Held]:
+    """Return what holds this mailbox back besides pauses, nothing if nothing does; None: all that are held back."""
+    found = rows(
+        """
+        SELECT mailbox, CASE WHEN full_until > now() THEN full_until END,
+               CASE WHEN full_until > now() THEN full_reason END, refusal_count
+        FROM mailboxes
+        WHERE (full_until > now() OR refusal_count > 0) AND coalesce(mailbox = %(mailbox)s, true)
+        ORDER BY mailbox
+        """,
+        {"mailbox": mailbox.lower() if mailbox else None},
+    )
+    return [Held(*row) for row in found]
+
+
+def look_anew(mailbox: str) -> None:
+    """Have the scheduler ask again whether the mailbox has budget: its limits are others now. `EVERY`: all of them."""
+    rows(
+        """
+        UPDATE mailboxes SET full_until = NULL, full_reason = NULL, updated_at = now()
+        WHERE full_until IS NOT NULL AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
+        """,
+        {"mailbox": mailbox.lower(), "every": EVERY},
+    )

@@ -3,8 +3,9 @@
 An email::
 
     received ─► dispatched ─► processing ─► processed
-       │ ▲          │             │  └────► failed ──► received   (replay)
-       │ └──────────┴─────────────┘ snooze, retry, lease expired, found absent
+       │ ▲         │ │            │  └────► failed ──► received   (replay)
+       │ └─────────┼─┴────────────┘ snooze, retry, lease expired, found absent
+       │           └──► cancelled    (no worker has claimed it)
        └─► cancelled | expired
 
 ``processing`` without a lease is an email in doubt: its send was started and nothing proves how it ended. It is
@@ -53,7 +54,7 @@ class Route(StrEnum):
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.RECEIVED: frozenset({Status.DISPATCHED, Status.CANCELLED, Status.EXPIRED}),
-    Status.DISPATCHED: frozenset({Status.PROCESSING, Status.RECEIVED}),
+    Status.DISPATCHED: frozenset({Status.PROCESSING, Status.RECEIVED, Status.CANCELLED}),
     Status.PROCESSING: frozenset(
         {Status.PROCESSED, Status.FAILED, Status.RECEIVED, Status.PROCESSING, Status.DISPATCHED, Status.EXPIRED}
     ),

@@ -81,6 +81,7 @@ def test_help_does_not_wait_for_what_it_does_not_need() -> None:
     [
         ["no-such-command"],
         ["status"],
+        ["cancel"],
         ["dlq", "replay"],
         ["dlq", "list", "--limit", "0"],
         ["dlq", "list", "--since", "yesterday"],
@@ -179,7 +180,18 @@ def test_an_email_in_doubt_is_shown_as_such_with_the_evidence() -> None:
 )
 def test_an_unknown_id_is_a_sentence(id: str) -> None:
     says(mailfleet("status", id), 1, "no email has the id")
+    says(mailfleet("cancel", id), 1, "no email has the id")
     says(mailfleet("dlq", "show", id), 1, "no dead letter has the id")
+
+
+def test_an_email_is_cancelled_once_and_what_is_too_late_is_a_sentence() -> None:
+    id = support.store(publisher_message_id="order-1")
+    assert mailfleet("cancel", "order-1") == Ended(0, "order-1  cancelled\n", "")
+    assert answer("cancel", id) == {"id": id, "outcome": "cancelled before"}
+    assert answer("status", id)["status"] == "cancelled"
+    support.claim(support.store(publisher_message_id="order-2"))
+    says(mailfleet("cancel", "order-2"), 1, "order-2 is not cancelled: a worker has it in hand")
+    says(mailfleet("cancel", give_up("order-3")), 1, "discard that instead")
 
 
 # Dead letters
@@ -303,23 +315,7 @@ def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# Mailboxes
-
-
-def test_a_mailbox_is_paused_shown_and_resumed() -> None:
-    runtime.redis.flushdb()
-    assert mailfleet("pause", "Ann@example.com", "--why", "[red]holiday").status == 0
-    shown = mailfleet("limits", "show", "ann@example.com").output
-    assert "[red]holiday" in shown
-    assert "concurrency" in shown
-    with runtime.limiter.slot("ann@example.com"):
-        told = answer("limits", "show", "ann@example.com")
-    assert [pause["mailbox"] for pause in told["pauses"]] == ["ann@example.com"]
-    assert told["budgets"][0]["used"] == 1
-    assert 0 < told["budgets"][0]["next_free_in"] < 600
-    assert [budget["budget"] for budget in answer("limits", "show")["budgets"]] == ["tenant_requests"]
-    assert mailfleet("resume", "ann@example.com") == Ended(0, "ann@example.com is resumed\n", "")
-    assert mailfleet("resume", "ann@example.com") == Ended(0, "ann@example.com was not paused\n", "")
+# Who did it
 
 
 def test_every_change_is_written_down_with_who_made_it(tmp_path: Path) -> None:

@@ -209,6 +209,12 @@ def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
     rows("UPDATE incoming_emails SET created_at = now() - interval '9 days' WHERE id = %(id)s", {"id": later})
     ready = support.store(publisher_message_id="ready")
     rows("UPDATE incoming_emails SET created_at = now() - interval '1 hour' WHERE id = %(id)s", {"id": ready})
+    rows(
+        """
+        INSERT INTO mailboxes (mailbox, refusal_count, full_until) VALUES
+        ('ann@example.com', 3, NULL), ('bo@example.com', 1, now() + interval '1 hour'), ('carl@example.com', 0, now())
+        """
+    )
     before = gauges().get(("queue_messages_ready", "send_email"), 0)
     operations.publish(orjson.dumps(support.send_email()))
     runtime.close()
@@ -218,6 +224,7 @@ def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
     assert [told["emails_waiting", status] for status in ("received", "dispatched", "processing")] == [2, 1, 1]
     assert 3600 <= told["emails_oldest_waiting_age_seconds", ""] < 3700
     assert (told["emails_in_doubt", ""], told["dead_letters_open", ""], told["backups_due", ""]) == (1, 1, 1)
+    assert (told["mailboxes_refusing", ""], told["mailboxes_full", ""]) == (2, 1)
     assert told["outbox_events_unpublished", ""] == len(support.table("outbox_events")) == 8
     assert told["queue_messages_ready", "send_email"] == before + 1
     assert {"send_plain.XQ", "mail.dead_letters.mirror"} <= {

@@ -423,4 +423,5 @@ def test_the_events_have_the_names_that_consumers_know() -> None:
         "SendEmailFailed": "email.failed",
         "SendEmailRejected": "email.rejected",
         "SendEmailExpired": "email.expired",
+        "SendEmailCancelled": "email.cancelled",
     }

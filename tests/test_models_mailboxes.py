@@ -1,4 +1,4 @@
-"""Pauses of mailboxes."""
+"""Pauses of mailboxes, of routes and of everything: which of two stands, and whom it binds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import support
 from support import rows, seconds_until, table
 
-from models import mailboxes
-from models.mailboxes import FOREVER
+from models import Route, mailboxes
+from models.mailboxes import EVERY, FOREVER, Pause
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -46,6 +46,77 @@ def test_an_operators_pause_lasts_until_it_is_resumed() -> None:
     assert (pause.paused_until, pause.paused_by) == (FOREVER, "olga")
     assert mailboxes.resume("ANN@example.com")
     assert mailboxes.pauses() == []
+    assert not mailboxes.resume(ANN)
+
+
+def by_graph(wait: timedelta) -> None:
+    mailboxes.pause(ANN, wait, why="429")
+
+
+def by_hand(wait: timedelta | None) -> None:
+    mailboxes.pause_by_hand("Ann@Example.com", why="migration", who="olga", wait=wait)
+
+
+def test_of_graphs_pause_and_an_operators_the_one_that_ends_later_stands_under_its_own_name() -> None:
+    for first, second, stands in (
+        (by_hand, by_graph, "olga"),
+        (by_graph, by_hand, "mailfleet"),
+    ):
+        first(HOUR)
+        second(MINUTE)
+        (pause,) = mailboxes.pauses()
+        assert (pause.paused_by, pause.pause_reason == "migration") == (stands, stands == "olga")
+        assert 3590 < paused_for() <= 3600
+        # And the longer one of the other's is not cut short either
+        second(2 * HOUR)
+        (pause,) = mailboxes.pauses()
+        assert (pause.paused_by == stands, 7190 < paused_for() <= 7200) == (False, True)
+        mailboxes.resume(ANN)
+
+
+def test_an_operators_pause_until_it_is_resumed_outlasts_every_other() -> None:
+    by_hand(None)
+    by_hand(HOUR)
+    by_graph(1000 * HOUR)
+    mailboxes.refuse(ANN, why="403", first_wait=HOUR, longest_wait=HOUR)
+    (pause,) = mailboxes.pauses()
+    assert (pause.paused_until, pause.paused_by, pause.until_resumed) == (FOREVER, "olga", True)
+
+
+def test_whoever_pauses_is_told_which_pause_stands() -> None:
+    by_graph(HOUR)
+    standing = mailboxes.pause_by_hand(ANN, why="a moment", who="olga", wait=MINUTE)
+    assert (standing.mailbox, standing.pause_reason, standing.until_resumed) == (ANN, "429", False)
+    standing = mailboxes.pause_route(Route.PLAIN, why="a moment", who="olga", wait=MINUTE)
+    assert (standing.route, standing.paused_by) == ("no-attachment", "olga")
+
+
+def test_routes_and_everything_are_paused_and_resumed_like_mailboxes() -> None:
+    # Given
+    by_hand(MINUTE)
+    mailboxes.pause_by_hand(EVERY, why="moving", who="olga", wait=HOUR)
+    mailboxes.pause_route(Route.ATTACHED, why="store is down", who="ben")
+    mailboxes.pause_route(Route.ATTACHED, why="shorter", who="ben", wait=HOUR)
+    # Then all are told, the longest first
+    assert [pause._replace(paused_until=FOREVER) for pause in mailboxes.pauses()] == [
+        Pause(EVERY, FOREVER, "store is down", "ben", "attachment"),
+        Pause(EVERY, FOREVER, "moving", "olga"),
+        Pause(ANN, FOREVER, "migration", "olga"),
+    ]
+    # And each ends by itself
+    assert (mailboxes.resume_route(Route.ATTACHED), mailboxes.resume_route(Route.ATTACHED)) == (True, False)
+    assert not mailboxes.resume_route(Route.PLAIN)
+    assert mailboxes.resume(EVERY)
+    assert [pause.mailbox for pause in mailboxes.pauses()] == [ANN]
+    rows("UPDATE routes SET paused_until = now()")
+    assert [pause.route for pause in mailboxes.pauses()] == [None]
+
+
+def test_a_mailbox_whose_pause_has_ended_and_that_is_only_probed_is_resumed_too() -> None:
+    mailboxes.refuse(ANN, why="403", first_wait=HOUR, longest_wait=HOUR)
+    rows("UPDATE mailboxes SET paused_until = now()")
+    assert mailboxes.resume(ANN)
+    assert table("mailboxes")[0]["refusal_count"] == 0
     assert not mailboxes.resume(ANN)
 
 

@@ -16,6 +16,7 @@ LEGAL = {
     ("received", "expired"),
     ("dispatched", "processing"),
     ("dispatched", "received"),
+    ("dispatched", "cancelled"),
     ("processing", "processed"),
     ("processing", "failed"),
     ("processing", "received"),

@@ -20,9 +20,9 @@ import operations
 import runtime
 from broker import MIRROR_QUEUE
 from contracts import Unacceptable
-from models import dead_letters
+from models import dead_letters, inspection
 from models.dead_letters import Filter, Letter
-from operations import NotFound
+from operations import NotCancellable, NotFound
 from sandbox.world import new_database
 from simulator.control import Simulator
 from vault import Tampered, UnknownKey
@@ -99,10 +99,39 @@ def test_an_id_that_nobody_has_is_not_found_whatever_it_looks_like(id: str) -> N
     with pytest.raises(NotFound):
         operations.status(id)
     with pytest.raises(NotFound):
+        operations.cancel(id, who=WHO)
+    with pytest.raises(NotFound):
         operations.dead_letter(id)
     with pytest.raises(NotFound):
         operations.export_backup(id, who=WHO)
     assert not letters(reason=id or "none")
+
+
+# Cancelling
+
+
+def test_a_cancelled_email_is_not_sent_although_its_dispatch_is_on_the_way_and_its_publisher_is_told(
+    fleet: Fleet,
+) -> None:
+    # Given
+    id = support.store()
+    fleet.schedule()
+    # When
+    assert operations.cancel("order-1", who=WHO)
+    assert not operations.cancel(id, who=WHO)
+    # Then
+    assert fleet.run("send_plain") == ["done"]
+    assert fleet.send() == []
+    assert (email_row(id)["status"], fleet.mails(id), fleet.events()) == ("cancelled", 0, ["SendEmailCancelled"])
+    assert audited() == [(WHO, "cancel", id)]
+    assert [event["type"] for event in operations.status(id)["events"]] == ["SendEmailReceived", "SendEmailCancelled"]
+
+
+def test_what_cannot_be_cancelled_says_why_and_is_not_written_down() -> None:
+    id = give_up()
+    with pytest.raises(NotCancellable, match="dead letter"):
+        operations.cancel(id, who=WHO)
+    assert audited() == []
 
 
 # Dead letters
@@ -262,41 +291,6 @@ def test_backups_are_listed_by_mailbox_in_any_case() -> None:
     assert [backup.publisher_message_id for backup in listed] == ["order-2"]
 
 
-# Mailboxes
-
-
-def test_a_mailbox_that_is_paused_is_passed_over_until_it_is_resumed() -> None:
-    support.store()
-    operations.pause("Ann@example.com", why="holiday", who=WHO)
-    assert [(pause.mailbox, pause.pause_reason, pause.paused_by) for pause in operations.pauses()] == [
-        ("ann@example.com", "holiday", WHO)
-    ]
-    assert support.dispatch() == []
-    assert operations.resume("ANN@example.com", who=WHO)
-    assert not operations.resume("ann@example.com", who=WHO)
-    assert len(support.dispatch()) == 1
-    assert audited()[:2] == [(WHO, "pause", "ann@example.com"), (WHO, "resume", "ann@example.com")]
-
-
-def test_resuming_ends_graphs_pause_too_and_the_tenants_is_shown() -> None:
-    runtime.limiter.pause("ann@example.com", support.WITHIN)
-    operations.resume("ann@example.com", who=WHO)
-    assert runtime.limiter.paused_until("ann@example.com") is None
-    runtime.limiter.pause_all(support.WITHIN)
-    try:
-        assert [pause.mailbox for pause in operations.pauses()] == ["every mailbox"]
-    finally:
-        runtime.limiter.resume_all()
-
-
-def test_limits_show_what_a_mailbox_and_the_tenant_have_used() -> None:
-    runtime.redis.flushdb()
-    with runtime.limiter.slot("ann@example.com", requests=2, recipients=3):
-        used = {budget.budget: budget.used for budget in operations.limits("ann@example.com")}
-        assert (used["concurrency"], used["requests"], used["recipients"]) == (1, 2, 3)
-    assert [(budget.budget, budget.used) for budget in operations.limits(None)] == [("tenant_requests", 2)]
-
-
 # Health
 
 
@@ -361,18 +355,19 @@ def test_the_backlog_is_counted_without_reading_what_is_settled() -> None:
     support.store()
     rows("ANALYZE incoming_emails")
     # When
-    plan = "\n".join(row[0] for row in rows(f"EXPLAIN {operations.inspection._WAITING}", {"statuses": ["received"]}))
+    plan = "\n".join(row[0] for row in rows(f"EXPLAIN {inspection._WAITING}", {"statuses": ["received"]}))
     # Then
     assert "Seq Scan" not in plan
-    assert operations.inspection.backlog().by_status == {"received": 1}
+    assert inspection.backlog().by_status == {"received": 1}
 
 
-def test_due_backups_are_counted_from_their_index() -> None:
+def test_what_is_unfinished_is_counted_from_its_indexes() -> None:
     id = support.store()
     support.claim(id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
     assert operations.backlog().backups_due == 1
     with models.transaction():
         rows("SET LOCAL enable_seqscan = off")
-        plan = str(rows(f"EXPLAIN {operations.inspection._UNFINISHED}", {"in_doubt": "in_doubt"}))
-    assert "sent_emails_backup_due" in plan
+        plan = str(rows(f"EXPLAIN {inspection._UNFINISHED}", {"in_doubt": "in_doubt"}))
+    for index in ("sent_emails_backup_due", "mailboxes_refusing", "mailboxes_full"):
+        assert index in plan
     assert "Seq Scan" not in plan

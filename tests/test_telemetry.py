@@ -81,6 +81,7 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "backup failed",
         "dead letter mirrored",
         "expired",
+        "cancelled",
         "archived",
         "replayed",
         "lease lost",

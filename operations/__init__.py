@@ -1,0 +1,62 @@
+"""What an operator may do, whichever way it is asked for: by the command line now, by the console too.
+
+Every verb that changes something writes who did it into ``audit_log``, in the transaction of the change. None of them
+sends anything: they change what the tables say, and the fleet acts on that.
+"""
+
+import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
+from models.cancelling import NotCancellable
+from operations.archive import export_backup, list_backups
+from operations.budgets import (
+    MAILBOX_LIMITS,
+    TENANT_LIMITS,
+    Limit,
+    LimitsChange,
+    held,
+    limits,
+    limits_set,
+    set_limits,
+    unset_limits,
+)
+from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
+from operations.emails import cancel, publish, status
+from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
+from operations.health import Finding, backlog, doctor, queue_depths, ready
+from operations.pausing import EVERY, Resumed, pause, pauses, resume
+
+__all__ = [
+    "EVERY",
+    "MAILBOX_LIMITS",
+    "TENANT_LIMITS",
+    "Finding",
+    "Limit",
+    "LimitsChange",
+    "NotALimit",
+    "NotCancellable",
+    "NotFound",
+    "NotOpen",
+    "NotReplayable",
+    "Resumed",
+    "ServerAway",
+    "backlog",
+    "cancel",
+    "dead_letter",
+    "doctor",
+    "export_backup",
+    "find_dead_letters",
+    "held",
+    "limits",
+    "limits_set",
+    "list_backups",
+    "open_dead_letter",
+    "pause",
+    "pauses",
+    "publish",
+    "queue_depths",
+    "ready",
+    "resolve",
+    "resume",
+    "set_limits",
+    "status",
+    "unset_limits",
+]

@@ -1,0 +1,163 @@
+"""Limits: how much of Graph may be used and is, and what operators have set in the place of the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import models
+import runtime
+from limiter import Unavailable
+from models import audit, mailboxes, scheduling
+from models import limits as set_by_operators
+from models.limits import SetLimit
+from models.mailboxes import EVERY, Held
+from operations.errors import NotALimit
+
+
+class Bounds(NamedTuple):
+    """The values that a limit may have besides 0, which switches it off."""
+
+    least: int
+    most: int
+
+
+_COUNT = Bounds(1, 1_000_000_000)
+#: One call charges up to two requests; a limit below what one call charges would have all mail given up.
+_REQUESTS = Bounds(2, 1_000_000_000)
+#: What may be set for a mailbox, or for each of them.
+MAILBOX_LIMITS: Mapping[str, Bounds] = {
+    "concurrency": Bounds(1, 1_000),
+    "requests": _REQUESTS,
+    # One request has up to 4 MB (a small attachment in base64, a range of a large one).
+    "upload_bytes": Bounds(5_000_000, 1_000_000_000_000),
+    "sends": _COUNT,
+    "recipients": _COUNT,
+}
+#: What may be set for the tenant.
+TENANT_LIMITS: Mapping[str, Bounds] = {"tenant_requests": _REQUESTS, "tenant_external_recipients": _COUNT}
+
+
+class Limit(NamedTuple):
+    """A budget: what of it is used, what limits it, and who said so.
+
+    Attributes:
+        limit: The effective limit, in the budget's unit.
+        used: As much of it as is used now.
+        next_free_in: When a part of what is used comes back; None: nothing is used.
+        configured: What the settings say; 0: no limit.
+        why: Why ``limit`` is another than that, None if it is not.
+        set_by: The operator who set it, where one has,
+        set_at: and when.
+    """
+
+    budget: str
+    limit: int
+    used: int
+    next_free_in: timedelta | None
+    configured: int
+    why: str | None
+    set_by: str | None
+    set_at: datetime | None
+
+
+class LimitsChange(NamedTuple):
+    """What became of limits that were set.
+
+    Attributes:
+        before: Each limit that was named, as it was set before; None: it was not.
+        after: As it is set now; None: the settings say it, or what is set for every mailbox.
+        told: Whether Redis answered. If not, all of it takes effect within a minute after Redis is back.
+    """
+
+    before: dict[str, int | None]
+    after: dict[str, int | None]
+    told: bool
+
+
+def limits(mailbox: str | None) -> list[Limit]:
+    """Return how much of each budget is used, and what limits it: the mailbox's, or the tenant's.
+
+    Raises:
+        Unavailable: Redis does not answer.
+    """
+    usage = runtime.limiter.usage(mailbox) if mailbox else runtime.limiter.tenant_usage()
+    own = set_by_operators.all_set(EVERY) + (set_by_operators.all_set(mailbox) if mailbox else [])
+    said = {each.budget: (each.set_by, each.set_at) for each in own}
+    return [
+        Limit(u.budget, u.limit, u.used, u.next_free_in, u.configured, u.why, *said.get(u.budget, (None, None)))
+        for u in usage
+    ]
+
+
+def limits_set() -> list[SetLimit]:
+    """Return every limit that an operator has set and not unset, those for every mailbox first."""
+    return set_by_operators.all_set()
+
+
+def held(mailbox: str | None) -> list[Held]:
+    """Return the mailboxes that wait for budget or refuse us: this one, if it does, or all."""
+    return mailboxes.held(mailbox)
+
+
+def set_limits(mailbox: str | None, limits: Mapping[str, int], *, who: str) -> LimitsChange:
+    """Set limits of a mailbox, or (None) for every mailbox and the tenant, in the place of the settings.
+
+    Mail that waits for budget is looked at anew. Repeating it is harmless, and tells Redis again.
+
+    Args:
+        limits: In the budgets' units; 0 switches a limit off.
+
+    Raises:
+        NotALimit: Nothing was changed.
+    """
+    for name, limit in limits.items():
+        least, most = _bounds(mailbox, name)
+        if limit != 0 and not least <= limit <= most:
+            raise NotALimit(f"{name} must be 0 (no limit) or from {least} to {most}")
+    return _change(mailbox, limits, "limits.set", who)
+
+
+def unset_limits(mailbox: str | None, names: Iterable[str], *, who: str) -> LimitsChange:
+    """Have the settings, or what is set for every mailbox, say these limits again; else as `set_limits`."""
+    changes = dict.fromkeys(names)
+    for name in changes:
+        _bounds(mailbox, name)
+    return _change(mailbox, changes, "limits.unset", who)
+
+
+def _bounds(mailbox: str | None, name: str) -> Bounds:
+    known = MAILBOX_LIMITS if mailbox else {**MAILBOX_LIMITS, **TENANT_LIMITS}
+    if name in known:
+        return known[name]
+    if name in TENANT_LIMITS:
+        raise NotALimit(f"{name} is the tenant's: it is set without a mailbox")
+    raise NotALimit(f"there is no limit named {name}; there are {', '.join(known)}")
+
+
+def _change(mailbox: str | None, changes: Mapping[str, int | None], action: str, who: str) -> LimitsChange:
+    subject = mailbox.lower() if mailbox else EVERY
+    with models.transaction():
+        before, after = set_by_operators.change(subject, changes)
+        changed = {name: {"old": before.get(name), "new": after.get(name)} for name in changes}
+        if any(values["old"] != values["new"] for values in changed.values()):
+            audit.record(who, action, subject, **changed)
+    told = _tell(mailbox)
+    # Not while a sweep that still knows the former limits is at it.
+    with scheduling.sweep():
+        mailboxes.look_anew(subject)
+    runtime.wake("schedule_emails")
+    return LimitsChange({name: before.get(name) for name in changes}, {name: after.get(name) for name in changes}, told)
+
+
+def _tell(mailbox: str | None) -> bool:
+    """Tell Redis what stands in the table, until it has been told the last of several changes at the same time."""
+    told = None
+    while (limits := set_by_operators.of(mailbox or EVERY)) != told:
+        try:
+            runtime.limiter.set_limits(mailbox, limits)
+        except Unavailable:
+            return False
+        told = limits
+    return True

@@ -1,0 +1,61 @@
+"""Single emails: publish one, see all that is known of one, keep one from being sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pika
+
+import contracts
+import models
+import runtime
+from models import audit, cancelling, inspection
+from operations.errors import NotFound
+from outbox import PUBLISH_WITHIN, Outgoing
+from telemetry import Step, mail_log
+
+
+def publish(body: bytes) -> str:
+    """Put one ``SendEmail`` on the queue, as an application would, and return the publisher's id.
+
+    Raises:
+        Unacceptable: It would be rejected; nothing was published.
+        Unconfirmed: RabbitMQ is away.
+    """
+    accepted = contracts.accept(body)
+    properties = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
+    runtime.publisher.publish([Outgoing("", runtime.SEND_QUEUE, body, properties, mandatory=True)])
+    return accepted.publisher_message_id
+
+
+def status(id: str) -> dict[str, Any]:
+    """Return everything that is known of an email, by our id or the publisher's. Its content is left out."""
+    return inspection.everything_about(_found(id))
+
+
+def cancel(id: str, *, who: str) -> bool:
+    """Keep an email, by our id or the publisher's, from being sent, and have the publisher told.
+
+    Returns:
+        Whether it was this call that did it: repeating it is harmless.
+
+    Raises:
+        NotFound: There is no such email.
+        NotCancellable: It is, or may be, sent already, or has ended otherwise. Nothing was changed.
+    """
+    incoming_email_id = _found(id)
+    with models.transaction():
+        event = cancelling.cancel(incoming_email_id, publish_within=PUBLISH_WITHIN)
+        if event is None:
+            return False
+        audit.record(who, "cancel", incoming_email_id)
+    runtime.events.add([event])
+    mail_log(Step.CANCELLED, incoming_email_id=incoming_email_id)
+    return True
+
+
+def _found(id: str) -> str:
+    incoming_email_id = inspection.find_email(id)
+    if incoming_email_id is None:
+        raise NotFound(f"no email has the id {id}")
+    return incoming_email_id

@@ -1,0 +1,205 @@
+"""Health: how much is waiting, and whether everything that the fleet needs is there and well."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pika
+import pika.exceptions
+from dramatiq.common import xq_name
+
+import models
+import runtime
+from broker import MIRROR_QUEUE
+from graph_client.errors import GraphError
+from limiter import Unavailable
+from models import inspection
+from models.inspection import Backlog
+from operations.errors import ServerAway
+from outbox import connect
+
+
+def backlog() -> Backlog:
+    """Return how much of what is waiting.
+
+    Raises:
+        ServerAway: PostgreSQL does not answer.
+    """
+    try:
+        return inspection.backlog()
+    except models.DatabaseAway as away:
+        raise ServerAway(str(away)) from away
+
+
+def queue_depths() -> dict[str, int]:
+    """Return how many messages are ready in each queue that there is, those of dead letters included.
+
+    Raises:
+        ServerAway: RabbitMQ does not answer.
+    """
+    worked = sorted(runtime.fleet_broker.queues)
+    queues = [runtime.SEND_QUEUE, runtime.REJECTED_QUEUE, *worked, *map(xq_name, worked), MIRROR_QUEUE]
+    try:
+        with connect(runtime.rabbitmq) as connection:
+            found = {queue: _declared(connection, queue) for queue in queues}
+    except (pika.exceptions.AMQPError, OSError) as error:
+        raise ServerAway("RabbitMQ is away") from error
+    return {queue: declared.message_count for queue, declared in found.items() if declared}
+
+
+class Finding(NamedTuple):
+    """What one check of `doctor` found."""
+
+    subject: str
+    fine: bool
+    detail: str
+
+
+#: What has not answered by then is as good as away. A handshake with RabbitMQ is given up as late.
+_PATIENCE = timedelta(seconds=10)
+
+
+def doctor() -> list[Finding]:
+    """Check everything that the fleet needs, within `_PATIENCE` whatever is broken."""
+    return _check_all(_CHECKS)
+
+
+def ready() -> list[Finding]:
+    """Check that the servers answer: what decides whether a process can work now."""
+    return _check_all(_SERVERS)
+
+
+def _check_all(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
+    """Make all checks at the same time: one that hangs holds up no other, nor the end of the process."""
+    found: dict[str, Finding] = {}
+
+    def note(subject: str) -> None:
+        found[subject] = _check(subject, checks[subject])
+
+    threads = [threading.Thread(target=note, args=[subject], daemon=True) for subject in checks]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    late = f"no answer within {_PATIENCE.total_seconds():g} s"
+    return [found.get(subject, Finding(subject, False, late)) for subject in checks]
+
+
+def _check(subject: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, True, check())
+    except (_Unwell, models.DatabaseAway, GraphError, Unavailable) as unwell:
+        return Finding(subject, False, str(unwell))
+    except Exception as error:  # its text may quote a secret
+        return Finding(subject, False, f"away, or refuses us ({type(error).__name__})")
+    finally:
+        models.disconnect()
+
+
+class _Unwell(Exception):
+    pass
+
+
+def _check_postgresql() -> str:
+    models.rows("SELECT 1")
+    if missing := _missing_migrations():
+        raise _Unwell(f"the database lacks {', '.join(missing)}: run the release process")
+    return "answers, and its schema is up to date"
+
+
+def _missing_migrations() -> list[str]:
+    applied = {row[0] for row in models.rows("SELECT to_regclass('_yoyo_migration') IS NOT NULL")} == {True}
+    known = {row[0] for row in models.rows("SELECT migration_id FROM _yoyo_migration")} if applied else set()
+    files = (Path(__file__).parent.parent / "migrations").glob("*.sql")
+    return sorted({path.stem for path in files} - known)
+
+
+def _check_rabbitmq() -> str:
+    with connect(runtime.rabbitmq) as connection:
+        idle = [queue for queue in _worked_queues() if not _has_consumer(connection, queue)]
+    if idle:
+        raise _Unwell(f"answers, but nobody works on {', '.join(idle)}")
+    return "answers, and every queue has a worker"
+
+
+def _worked_queues() -> list[str]:
+    """Every queue that a process type of the Procfile consumes; ``ingest`` has a worker only where it is used."""
+    return [runtime.SEND_QUEUE, *sorted(runtime.fleet_broker.queues - {"ingest"})]
+
+
+def _has_consumer(connection: Any, queue: str) -> bool:
+    declared = _declared(connection, queue)
+    return bool(declared and declared.consumer_count)
+
+
+def _declared(connection: Any, queue: str) -> Any:
+    """Return RabbitMQ's counts of a queue, or None: nobody has made it yet."""
+    try:
+        return connection.channel().queue_declare(queue, passive=True).method
+    except pika.exceptions.ChannelClosedByBroker:
+        return None
+
+
+def _reach_rabbitmq() -> str:
+    connect(runtime.rabbitmq).close()
+    return "answers"
+
+
+def _reach_redis() -> str:
+    runtime.redis.ping()
+    return "answers"
+
+
+def _check_redis() -> str:
+    policy = runtime.redis.info("memory")["maxmemory_policy"]  # hosted servers do not let CONFIG GET be called
+    if policy != "noeviction":
+        raise _Unwell(f"maxmemory-policy is {policy}: limits would be forgotten; set noeviction")
+    return "answers, and evicts nothing"
+
+
+def _check_graph() -> str:
+    roles = runtime.graph.ping()
+    if roles is None:
+        return "gives a token"
+    if missing := {"Mail.Send", "Mail.ReadWrite"} - roles:
+        raise _Unwell(
+            f"gives a token without {', '.join(sorted(missing))}; fine if RBAC for Applications grants them instead"
+        )
+    return f"gives a token with {', '.join(sorted(roles))}"
+
+
+def _check_archive() -> str:
+    newest = runtime.vault.keyring.newest_id
+    unknown = [
+        row[0]
+        for row in models.rows("SELECT DISTINCT key_id FROM email_backups")
+        if row[0] not in runtime.vault.keyring.ids
+    ]
+    if unknown:
+        raise _Unwell(f"backups are sealed under {', '.join(unknown)}, which BACKUP_KEYS does not have")
+    return f"seals under {newest}"
+
+
+def _check_backlog() -> str:
+    backlog = inspection.backlog()
+    waiting = ", ".join(f"{count} {status}" for status, count in sorted(backlog.by_status.items())) or "nothing waiting"
+    if backlog.open_dead_letters:
+        raise _Unwell(f"open dead letters: {backlog.open_dead_letters}, see mailfleet dlq list ({waiting})")
+    return waiting
+
+
+_SERVERS = {"PostgreSQL": _check_postgresql, "RabbitMQ": _reach_rabbitmq, "Redis": _reach_redis}
+_CHECKS: dict[str, Callable[[], str]] = {
+    "PostgreSQL": _check_postgresql,
+    "RabbitMQ": _check_rabbitmq,
+    "Redis": _check_redis,
+    "Graph": _check_graph,
+    "Archive": _check_archive,
+    "Backlog": _check_backlog,
+}

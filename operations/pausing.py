@@ -1,0 +1,78 @@
+"""Pauses: nothing is sent from a mailbox, by a route, or at all, until an operator or the clock ends it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import models
+import runtime
+from limiter import Unavailable
+from models import Route, audit, mailboxes
+from models.mailboxes import EVERY, Pause
+
+_ROUTES = {route.value for route in Route}
+
+
+class Resumed(NamedTuple):
+    """What a resumption ended.
+
+    Attributes:
+        stood: Whether there was a pause, or a mailbox that was probed.
+        told: Whether Redis answered. If not, a pause of Graph's that it remembers ends by itself.
+    """
+
+    stood: bool
+    told: bool
+
+
+def pause(subject: str, *, why: str, who: str, wait: timedelta | None = None) -> Pause:
+    """Dispatch nothing from a mailbox, by a route, or at all. Mail that a worker has in hand goes out.
+
+    Args:
+        subject: A mailbox's address, a route, or `EVERY` mailbox.
+        wait: For so long; None: until it is resumed.
+
+    Returns:
+        The pause that stands now: one that ends later than this one is kept.
+    """
+    with models.transaction():
+        if subject in _ROUTES:
+            standing = mailboxes.pause_route(Route(subject), why=why, who=who, wait=wait)
+        else:
+            standing = mailboxes.pause_by_hand(subject, why=why, who=who, wait=wait)
+        seconds = wait.total_seconds() if wait else None
+        audit.record(who, "pause", subject.lower(), why=why, seconds=seconds)
+    return standing
+
+
+def resume(subject: str, *, who: str) -> Resumed:
+    """End a pause, the operator's or Graph's. What is paused by itself besides stays paused."""
+    with models.transaction():
+        stood = mailboxes.resume_route(Route(subject)) if subject in _ROUTES else mailboxes.resume(subject)
+        audit.record(who, "resume", subject.lower())
+    told = subject in _ROUTES or _end_graphs_pause(subject)
+    runtime.wake("schedule_emails")
+    return Resumed(stood, told)
+
+
+def _end_graphs_pause(mailbox: str) -> bool:
+    try:
+        if mailbox == EVERY:
+            runtime.limiter.resume_all()
+        else:
+            runtime.limiter.resume(mailbox)
+    except Unavailable:
+        return False
+    return True
+
+
+def pauses() -> list[Pause]:
+    """Return every pause that stands, the tenant's first.
+
+    Raises:
+        Unavailable: Redis does not answer.
+    """
+    until = runtime.limiter.tenant_paused_until()
+    tenants = [Pause(EVERY, until, "Graph asked to wait or refused us", "mailfleet")] if until else []
+    return tenants + mailboxes.pauses()

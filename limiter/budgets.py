@@ -107,8 +107,8 @@ class Spent:
 class BudgetUsage(NamedTuple):
     """How much of a budget is used, in its unit.
 
-    ``limit`` is what counts now (0: no limit), ``configured`` what is set; ``why`` tells who set it or lowered it,
-    None: the settings. ``next_free_in`` is when a part of what is used comes back, if any is used. What is not limited
+    ``limit`` is what counts now (0: no limit), ``configured`` what the settings say; ``why`` tells who set it or
+    lowered it, None: the settings. ``next_free_in`` is when a part of what is used comes back, if any is used. What is not limited
     is counted too, so that a limit that is set later is kept from its first moment on.
     """
 

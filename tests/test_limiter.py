@@ -1,124 +1,46 @@
 """The limiter against a real Redis: what the fleet may do together, whichever process asks."""
 
-import multiprocessing
-import os
-import secrets
+from __future__ import annotations
+
 import signal
-import socket
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from typing import Any
 
+import limiter_support
 import pyrate_limiter
 import pytest
+from limiter_support import (
+    LEASE,
+    LONG,
+    MAILBOX,
+    MILLISECOND,
+    MINUTE,
+    SECOND,
+    UNLIMITED,
+    WINDOWS,
+    busiest,
+    eventually,
+    keys_of,
+    let_pass,
+    run_all,
+    usage_of,
+    used,
+    worker,
+)
 from redis import Redis
-from redis.exceptions import ConnectionError as RedisAway
 
-from limiter import Budgets, Exhausted, Limiter, NeverFits, Refused, Unavailable
-from limiter.bucket import FleetBucket
+from limiter import Budgets, Exhausted, FleetBucket, Limiter, NeverFits, Refused, Wanted
 from limiter.ledger import Ledger
 
-LEASE = timedelta(seconds=30)
-SECOND = timedelta(seconds=1)
-UNLIMITED = Budgets(0, 0, 0, 0, 0, 0)
+limiter_redis, client = limiter_support.limiter_redis, limiter_support.client
+prefix, make = limiter_support.prefix, limiter_support.make
 
-#: Graph's windows, short enough for a test.
-WINDOWS = {"requests": 600, "upload_bytes": 500, "sends": 400, "recipients": 700, "tenant_requests": 300}
-
-processes = multiprocessing.get_context("spawn")
-
-
-class RedisServer:
-    """A Redis of the tests' own, which may be stopped."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder)]
-        self.process = subprocess.Popen([*command, "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL)
-        with Redis.from_url(self.url) as client:
-            eventually(lambda: answers(client))
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def answers(client: Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except RedisAway:
-        return False
-
-
-def eventually(holds: Callable[[], bool], within: timedelta = timedelta(seconds=10)) -> None:
-    deadline = time.monotonic() + within.total_seconds()
-    while not holds():
-        assert time.monotonic() < deadline, "did not come true in time"
-        let_pass(timedelta(milliseconds=10))
-
-
-def let_pass(duration: timedelta) -> None:
-    threading.Event().wait(duration.total_seconds())
-
-
-@pytest.fixture(scope="module")
-def limiter_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Redis, which may be someone else's: tests keep to keys of their own."""
-    if url := os.environ.get("REDIS_URL"):
-        yield url
-        return
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server.url
-    server.stop()
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A Redis for this test alone, to be stopped and emptied."""
-    server = RedisServer(tmp_path)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def client(limiter_redis: str) -> Iterator[Redis]:
-    with Redis.from_url(limiter_redis, decode_responses=True) as client:
-        yield client
-
-
-@pytest.fixture
-def prefix() -> str:
-    return f"test-{secrets.token_hex(6)}"
-
-
-@pytest.fixture
-def make(limiter_redis: str, prefix: str) -> Callable[..., Limiter]:
-    """Make a worker's limiter; those of one test share the prefix, as a fleet does."""
-
-    def make(budgets: Budgets = UNLIMITED, slot_lease: timedelta = LEASE, **more: object) -> Limiter:
-        return Limiter(limiter_redis, budgets, slot_lease, **{"windows": WINDOWS, "prefix": prefix, **more})
-
-    return make
-
-
-def keys_of(client: Redis, prefix: str) -> list[str]:
-    return sorted(client.scan_iter(f"{prefix}:*"))
-
-
-def used(limiter: Limiter, mailbox: str) -> dict[str, int]:
-    return {usage.budget: usage.used for usage in limiter.usage(mailbox)}
+Make = Callable[..., Limiter]
+ONE = Wanted(1, 0)
 
 
 # ---- the fleet: several processes, several threads ----
@@ -147,28 +69,18 @@ def hammer(url: str, prefix: str, budgets: Budgets, skew: float, lasts: timedelt
             done.result()
 
 
-def run_all(target: Callable[..., None], arguments: list[tuple[object, ...]]) -> None:
-    workers = [processes.Process(target=target, args=each) for each in arguments]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * len(workers)
-
-
 def test_fleet_uses_a_limit_fully_but_never_exceeds_it_in_any_window_whatever_its_clocks_say(
     limiter_redis: str, prefix: str, client: Redis
 ) -> None:
     # Given 4 processes of 4 threads, whose clocks are up to an hour apart
-    budgets = Budgets(10**9, 50, 0, 0, 0, 0)
+    budgets = Budgets(10**9, 50, 0, 0, 0, 0, 0)
     skews = (0.0, 0.7, -0.7, 3600.0)
     # When all of them ask for one mailbox as fast as they can
     run_all(hammer, [(limiter_redis, prefix, budgets, skew, 4 * SECOND) for skew in skews])
     # Then no second has more than 50 admissions by Redis's clock, which each slot's lease counts from
     (slots,) = (key for key in keys_of(client, prefix) if key.endswith(":slots"))
     times = [int(score) for _, score in client.zrange(slots, 0, -1, withscores=True)]
-    busiest = max(sum(start <= each < start + 1000 for each in times) for start in times)
-    assert busiest == 50
+    assert busiest([(at, 1) for at in times], 1000) == 50
     # And each further 50 come hardly later: counted from burst to burst, as the end may cut one short
     bursts = (len(times) - 1) // 50
     assert bursts >= 2
@@ -176,7 +88,7 @@ def test_fleet_uses_a_limit_fully_but_never_exceeds_it_in_any_window_whatever_it
 
 
 def hold_slots(url: str, prefix: str, rounds: int) -> None:
-    limiter = Limiter(url, Budgets(4, 0, 0, 0, 0, 0), LEASE, prefix=prefix)
+    limiter = Limiter(url, Budgets(4, 0, 0, 0, 0, 0, 0), LEASE, prefix=prefix)
     client = Redis.from_url(url)
 
     def work() -> None:
@@ -191,7 +103,7 @@ def hold_slots(url: str, prefix: str, rounds: int) -> None:
 
 
 def test_fleet_never_holds_more_slots_of_a_mailbox_than_its_concurrency(
-    limiter_redis: str, prefix: str, client: Redis, make: Callable[..., Limiter]
+    limiter_redis: str, prefix: str, client: Redis, make: Make
 ) -> None:
     # When 16 threads in 4 processes take and return slots
     run_all(hold_slots, [(limiter_redis, prefix, 200)] * 4)
@@ -202,22 +114,19 @@ def test_fleet_never_holds_more_slots_of_a_mailbox_than_its_concurrency(
 
 
 def hold_until_killed(url: str, prefix: str, lease: timedelta) -> None:
-    limiter = Limiter(url, Budgets(4, 0, 0, 0, 0, 0), lease, prefix=prefix)
+    limiter = Limiter(url, Budgets(4, 0, 0, 0, 0, 0, 0), lease, prefix=prefix)
     for _ in range(4):
         limiter.acquire("busy@example.com")
     signal.pause()
 
 
 def test_slots_of_a_killed_worker_come_back_when_their_lease_runs_out(
-    limiter_redis: str, prefix: str, make: Callable[..., Limiter]
+    limiter_redis: str, prefix: str, make: Make
 ) -> None:
     # Given a worker that is killed while it holds all slots
-    limiter, lease = make(Budgets(4, 0, 0, 0, 0, 0)), 2 * SECOND
-    worker = processes.Process(target=hold_until_killed, args=(limiter_redis, prefix, lease))
-    worker.start()
-    eventually(lambda: used(limiter, "busy@example.com")["concurrency"] == 4)
-    worker.kill()
-    worker.join()
+    limiter, lease = make(Budgets(4, 0, 0, 0, 0, 0, 0)), 3 * SECOND
+    with worker(hold_until_killed, limiter_redis, prefix, lease):
+        eventually(lambda: used(limiter, "busy@example.com")["concurrency"] == 4)
     with pytest.raises(Exhausted):
         limiter.acquire("busy@example.com")
     # When the lease runs out
@@ -231,7 +140,7 @@ def pause_from_elsewhere(url: str, prefix: str) -> None:
     Limiter(url, UNLIMITED, LEASE, prefix=prefix).pause("throttled@example.com", timedelta(minutes=1))
 
 
-def test_pause_binds_every_process(limiter_redis: str, prefix: str, make: Callable[..., Limiter]) -> None:
+def test_pause_binds_every_process(limiter_redis: str, prefix: str, make: Make) -> None:
     # When another process pauses a mailbox
     limiter = make()
     run_all(pause_from_elsewhere, [(limiter_redis, prefix)])
@@ -246,17 +155,18 @@ def test_pause_binds_every_process(limiter_redis: str, prefix: str, make: Callab
 # ---- budgets ----
 
 CHARGES = [
-    (Budgets(0, 3, 0, 0, 0, 0), {}, "requests"),
-    (Budgets(0, 0, 3, 0, 0, 0), {"upload_bytes": 1_000_000}, "upload_bytes"),
-    (Budgets(0, 0, 0, 3, 0, 0), {"sends": 1}, "sends"),
-    (Budgets(0, 0, 0, 0, 3, 0), {"recipients": 1}, "recipients"),
-    (Budgets(0, 0, 0, 0, 0, 3), {}, "tenant_requests"),
+    (Budgets(0, 3, 0, 0, 0, 0, 0), {}, "requests"),
+    (Budgets(0, 0, 3, 0, 0, 0, 0), {"upload_bytes": 1_000_000}, "upload_bytes"),
+    (Budgets(0, 0, 0, 3, 0, 0, 0), {"send": Wanted(5, 5)}, "sends"),
+    (Budgets(0, 0, 0, 0, 3, 0, 0), {"send": ONE}, "recipients"),
+    (Budgets(0, 0, 0, 0, 0, 3, 0), {}, "tenant_requests"),
+    (Budgets(0, 0, 0, 0, 0, 0, 3), {"send": Wanted(2, 1)}, "tenant_external_recipients"),
 ]
 
 
 @pytest.mark.parametrize(("budgets", "charge", "budget"), CHARGES, ids=[budget for _, _, budget in CHARGES])
 def test_budget_admits_its_limit_exactly_and_again_after_the_wait_it_names(
-    make: Callable[..., Limiter], budgets: Budgets, charge: dict[str, int], budget: str
+    make: Make, budgets: Budgets, charge: dict[str, Any], budget: str
 ) -> None:
     # Given a budget of three that is used up
     limiter = make(budgets)
@@ -273,9 +183,9 @@ def test_budget_admits_its_limit_exactly_and_again_after_the_wait_it_names(
     limiter.acquire("a@example.com", **charge)
 
 
-def test_waiting_less_than_told_is_refused_again(make: Callable[..., Limiter]) -> None:
+def test_waiting_less_than_told_is_refused_again(make: Make) -> None:
     # Given a window of some seconds that is full
-    limiter = make(Budgets(0, 1, 0, 0, 0, 0), windows={**WINDOWS, "requests": 2_000})
+    limiter = make(Budgets(0, 1, 0, 0, 0, 0, 0), windows={**WINDOWS, "requests": 2_000})
     limiter.acquire("a@example.com")
     with pytest.raises(Exhausted) as first:
         limiter.acquire("a@example.com")
@@ -287,9 +197,9 @@ def test_waiting_less_than_told_is_refused_again(make: Callable[..., Limiter]) -
     assert first.value.retry_after * 0.5 < second.value.retry_after < first.value.retry_after
 
 
-def test_refusal_costs_nothing(make: Callable[..., Limiter]) -> None:
+def test_refusal_costs_nothing(make: Make) -> None:
     # Given a mailbox with two sends left and one recipient too few
-    limiter = make(Budgets(4, 100, 1, 2, 10, 100), windows={**WINDOWS, **dict.fromkeys(WINDOWS, 60_000)})
+    limiter = make(Budgets(4, 100, 1, 2, 10, 100, 0), windows={**WINDOWS, **dict.fromkeys(WINDOWS, 60_000)})
     limiter.release(limiter.acquire("a@example.com", recipients=8))
     before, tenant_before = used(limiter, "a@example.com"), limiter.tenant_usage()[0].used
     # When a send to three asks
@@ -301,9 +211,9 @@ def test_refusal_costs_nothing(make: Callable[..., Limiter]) -> None:
     limiter.acquire("a@example.com", sends=1, recipients=2, upload_bytes=10)
 
 
-def test_refusal_names_the_longest_of_several_waits(make: Callable[..., Limiter]) -> None:
+def test_refusal_names_the_longest_of_several_waits(make: Make) -> None:
     # Given a mailbox whose requests and recipients are used up
-    limiter = make(Budgets(0, 1, 0, 0, 1, 0), windows={**WINDOWS, "requests": 300, "recipients": 900})
+    limiter = make(Budgets(0, 1, 0, 0, 1, 0, 0), windows={**WINDOWS, "requests": 300, "recipients": 900})
     limiter.acquire("a@example.com", recipients=1)
     # When asked again
     with pytest.raises(Exhausted) as refused:
@@ -314,9 +224,9 @@ def test_refusal_names_the_longest_of_several_waits(make: Callable[..., Limiter]
     limiter.acquire("a@example.com", recipients=1)
 
 
-def test_usage_tells_what_is_used_and_when_it_comes_back(make: Callable[..., Limiter]) -> None:
+def test_usage_tells_what_is_used_and_when_it_comes_back(make: Make) -> None:
     # When a mailbox holds a slot and has sent
-    limiter = make(Budgets(4, 10, 2, 10, 10, 100))
+    limiter = make(Budgets(4, 10, 2, 10, 10, 100, 0))
     limiter.acquire("a@example.com", requests=2, sends=1, recipients=3, upload_bytes=500)
     # Then each budget says so
     usages = limiter.usage("a@example.com") + limiter.tenant_usage()
@@ -336,7 +246,7 @@ def test_usage_tells_what_is_used_and_when_it_comes_back(make: Callable[..., Lim
     assert [each.next_free_in for each in after[1:]] == [None] * 5
 
 
-def test_zero_switches_a_limit_off(make: Callable[..., Limiter], client: Redis, prefix: str) -> None:
+def test_zero_switches_a_limit_off(make: Make, client: Redis, prefix: str) -> None:
     # When nothing is limited
     limiter = make(UNLIMITED)
     for _ in range(20):
@@ -345,9 +255,9 @@ def test_zero_switches_a_limit_off(make: Callable[..., Limiter], client: Redis, 
     assert (limiter.usage("a@example.com"), limiter.tenant_usage(), keys_of(client, prefix)) == ([], [], [])
 
 
-def test_mailbox_may_have_limits_of_its_own(make: Callable[..., Limiter]) -> None:
+def test_mailbox_may_have_limits_of_its_own(make: Make) -> None:
     # Given a fleet whose mailboxes may send twice
-    limiter, own = make(Budgets(0, 0, 0, 2, 0, 0)), Budgets(0, 0, 0, 3, 0, 0)
+    limiter, own = make(Budgets(0, 0, 0, 2, 0, 0, 0)), Budgets(0, 0, 0, 3, 0, 0, 0)
     # When one with a limit of three has sent three
     for _ in range(3):
         limiter.acquire("own@example.com", sends=1, budgets=own)
@@ -357,22 +267,22 @@ def test_mailbox_may_have_limits_of_its_own(make: Callable[..., Limiter]) -> Non
             limiter.acquire("own@example.com", sends=1, budgets=budgets)
 
 
-def test_charge_above_a_whole_limit_is_an_error_not_an_endless_wait(make: Callable[..., Limiter]) -> None:
+def test_charge_above_a_whole_limit_is_an_error_not_an_endless_wait(make: Make) -> None:
     with pytest.raises(NeverFits, match="recipients: 11 asked for, the limit is 10"):
         make(Budgets(mailbox_recipients_per_day=10)).acquire("a@example.com", recipients=11)
 
 
 @pytest.mark.parametrize("charge", [{"requests": 0}, {"sends": -1}, {"recipients": -1}, {"upload_bytes": -1}])
-def test_charge_that_would_free_a_budget_is_an_error(make: Callable[..., Limiter], charge: dict[str, int]) -> None:
+def test_charge_that_would_free_a_budget_is_an_error(make: Make, charge: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="negative"):
         make().acquire("a@example.com", **charge)
 
 
 def test_bucket_can_be_waited_for_with_pyrates_limiter(
-    limiter_redis: str, prefix: str, make: Callable[..., Limiter]
+    limiter_redis: str, prefix: str, make: Make
 ) -> None:
     # Given a mailbox with no send left
-    budgets = Budgets(4, 0, 0, 1, 0, 0)
+    budgets = Budgets(4, 0, 0, 1, 0, 0, 0)
     limiter = make(budgets)
     limiter.acquire("a@example.com", sends=1)
     ledger = Ledger(Redis.from_url(limiter_redis), LEASE, SECOND, WINDOWS, prefix)
@@ -390,19 +300,19 @@ def test_bucket_can_be_waited_for_with_pyrates_limiter(
 # ---- slots ----
 
 
-def test_slot_is_returned_when_the_block_fails(make: Callable[..., Limiter]) -> None:
-    limiter = make(Budgets(1, 0, 0, 0, 0, 0))
+def test_slot_is_returned_when_the_block_fails(make: Make) -> None:
+    limiter = make(Budgets(1, 0, 0, 0, 0, 0, 0))
     with pytest.raises(ZeroDivisionError), limiter.slot("a@example.com"):
         _ = 1 / 0
     assert used(limiter, "a@example.com") == {"concurrency": 0}
 
 
-def test_returning_a_slot_late_or_twice_takes_none_from_its_next_holder(make: Callable[..., Limiter]) -> None:
+def test_returning_a_slot_late_or_twice_takes_none_from_its_next_holder(make: Make) -> None:
     # Given a slot whose lease ran out and which another holds now
-    limiter = make(Budgets(1, 0, 0, 0, 0, 0), slot_lease=timedelta(milliseconds=50))
+    limiter = make(Budgets(1, 0, 0, 0, 0, 0, 0), slot_lease=timedelta(milliseconds=50))
     late = limiter.acquire("a@example.com")
     let_pass(timedelta(milliseconds=60))
-    make(Budgets(1, 0, 0, 0, 0, 0)).acquire("a@example.com")
+    make(Budgets(1, 0, 0, 0, 0, 0, 0)).acquire("a@example.com")
     # When the first holder returns it, twice
     limiter.release(late)
     limiter.release(late)
@@ -410,9 +320,9 @@ def test_returning_a_slot_late_or_twice_takes_none_from_its_next_holder(make: Ca
     assert used(limiter, "a@example.com") == {"concurrency": 1}
 
 
-def test_short_lease_does_not_shorten_a_long_one(make: Callable[..., Limiter]) -> None:
+def test_short_lease_does_not_shorten_a_long_one(make: Make) -> None:
     # Given a slot with a long lease and one with a short lease
-    budgets = Budgets(2, 0, 0, 0, 0, 0)
+    budgets = Budgets(2, 0, 0, 0, 0, 0, 0)
     limiter = make(budgets)
     limiter.acquire("a@example.com")
     make(budgets, slot_lease=timedelta(milliseconds=50)).acquire("a@example.com")
@@ -425,7 +335,7 @@ def test_short_lease_does_not_shorten_a_long_one(make: Callable[..., Limiter]) -
 # ---- pauses ----
 
 
-def test_pause_is_never_shortened(make: Callable[..., Limiter]) -> None:
+def test_pause_is_never_shortened(make: Make) -> None:
     # Given a mailbox paused for a minute
     limiter = make()
     ends = limiter.pause("a@example.com", timedelta(minutes=1))
@@ -438,7 +348,7 @@ def test_pause_is_never_shortened(make: Callable[..., Limiter]) -> None:
     assert limiter.pause("a@example.com", later) == later == limiter.paused_until("a@example.com")
 
 
-def test_pause_that_is_over_already_pauses_nothing(make: Callable[..., Limiter]) -> None:
+def test_pause_that_is_over_already_pauses_nothing(make: Make) -> None:
     limiter = make()
     limiter.pause("a@example.com", datetime(2020, 1, 1, tzinfo=UTC))
     limiter.pause("a@example.com", timedelta())
@@ -446,7 +356,7 @@ def test_pause_that_is_over_already_pauses_nothing(make: Callable[..., Limiter])
     assert limiter.paused_until("a@example.com") is None
 
 
-def test_pause_of_the_tenant_binds_every_mailbox_and_outlasts_a_resumed_mailbox(make: Callable[..., Limiter]) -> None:
+def test_pause_of_the_tenant_binds_every_mailbox_and_outlasts_a_resumed_mailbox(make: Make) -> None:
     # Given a mailbox and the tenant paused
     limiter = make()
     limiter.pause("a@example.com", SECOND)
@@ -465,17 +375,17 @@ def test_pause_of_the_tenant_binds_every_mailbox_and_outlasts_a_resumed_mailbox(
 
 
 @pytest.mark.parametrize("name", ["tenant", "", "limits"])
-def test_mailbox_of_any_name_is_only_a_mailbox(make: Callable[..., Limiter], name: str) -> None:
+def test_mailbox_of_any_name_is_only_a_mailbox(make: Make, name: str) -> None:
     limiter = make()
     limiter.pause(name, timedelta(minutes=1))
     limiter.acquire("a@example.com")
     assert limiter.tenant_paused_until() is None
 
 
-def test_concurrency_ramps_up_after_a_pause_instead_of_bursting(make: Callable[..., Limiter]) -> None:
+def test_concurrency_ramps_up_after_a_pause_instead_of_bursting(make: Make) -> None:
     # Given a pause that has ended
     step = timedelta(milliseconds=500)
-    limiter = make(Budgets(4, 0, 0, 0, 0, 0), ramp_step=step)
+    limiter = make(Budgets(4, 0, 0, 0, 0, 0, 0), ramp_step=step)
     limiter.pause("a@example.com", timedelta(milliseconds=50))
     let_pass(timedelta(milliseconds=60))
     # When slots are asked for, step by step
@@ -501,10 +411,10 @@ def take_all(limiter: Limiter, block: ExitStack) -> int:
 
 
 def test_no_key_shows_an_address_or_outlives_its_use_or_leaves_the_hash_slot(
-    make: Callable[..., Limiter], client: Redis, prefix: str
+    make: Make, client: Redis, prefix: str
 ) -> None:
     # When everything that has a key is used
-    limiter = make(Budgets(4, 10, 2, 10, 10, 100), windows={**WINDOWS, **dict.fromkeys(WINDOWS, 60_000)})
+    limiter = make(Budgets(4, 10, 2, 10, 10, 100, 0), windows={**WINDOWS, **dict.fromkeys(WINDOWS, 60_000)})
     limiter.acquire("a@example.com", sends=1, recipients=3, upload_bytes=500)
     limiter.pause("a@example.com", SECOND)
     limiter.pause_all(SECOND)
@@ -515,8 +425,8 @@ def test_no_key_shows_an_address_or_outlives_its_use_or_leaves_the_hash_slot(
     assert not [key for key in keys if "example" in key or f"{prefix}:{{limits}}:" not in key]
 
 
-def test_refusal_and_slot_do_not_show_the_address(make: Callable[..., Limiter]) -> None:
-    limiter = make(Budgets(1, 0, 0, 0, 0, 0))
+def test_refusal_and_slot_do_not_show_the_address(make: Make) -> None:
+    limiter = make(Budgets(1, 0, 0, 0, 0, 0, 0))
     slot = limiter.acquire("someone@example.com")
     with pytest.raises(Refused) as refused:
         limiter.acquire("someone@example.com")
@@ -524,7 +434,7 @@ def test_refusal_and_slot_do_not_show_the_address(make: Callable[..., Limiter]) 
 
 
 def test_memory_of_a_mailbox_does_not_grow_with_its_traffic(
-    make: Callable[..., Limiter], client: Redis, prefix: str
+    make: Make, client: Redis, prefix: str
 ) -> None:
     # Given a mailbox
     limiter = make(Budgets(0, 10**9, 0, 0, 0, 0))

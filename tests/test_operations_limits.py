@@ -15,7 +15,7 @@ from support import Fleet, email_row, rows, store, table
 
 import operations
 import runtime
-from limiter import Unavailable
+from limiter import Unavailable, Wanted
 from models import mailboxes, scheduling
 from operations import EVERY, NotALimit
 from sandbox.processes import free_port
@@ -235,7 +235,7 @@ def test_what_waits_for_budget_and_what_refuses_us_is_told() -> None:
 
 
 def test_limits_show_what_a_mailbox_and_the_tenant_have_used() -> None:
-    with runtime.limiter.slot(ANN, requests=2, recipients=3):
+    with runtime.limiter.slot(ANN, requests=2, send=Wanted(3, 0)):
         used = {budget.budget: budget.used for budget in operations.limits(ANN)}
         assert (used["concurrency"], used["requests"], used["recipients"]) == (1, 2, 3)
     assert ("tenant_requests", 2) in [(budget.budget, budget.used) for budget in operations.limits(None)]

@@ -231,7 +231,7 @@ OUTCOMES: dict[CrashPoint, Callable[[Story], bool]] = {
     CrashPoint.RETRY_RECORDED: lambda mail: mail.fate.status in ("processed", "expired"),
     CrashPoint.SETTLE_FOUND: lambda mail: mail.asked["find"] > 1 and mail.fate.status == "processed",
     CrashPoint.SETTLE_RECORDED: lambda mail: ABSENT in mail.seen and mail.seen[-1] in ("202", FOUND),
-    CrashPoint.BACKUP_CLAIMED: lambda mail: mail.fate.archived,
+    CrashPoint.BACKUP_CLAIMED: lambda mail: mail.letters == 1 or mail.fate.archived,
     CrashPoint.BACKUP_FETCHED: lambda mail: mail.fate.archived and mail.asked["mime"] > 1,
     CrashPoint.BACKUP_STORED: lambda mail: mail.fate.archived,
     CrashPoint.BACKUP_POSTPONED: lambda mail: mail.letters == 1 or mail.fate.archived,

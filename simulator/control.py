@@ -80,7 +80,10 @@ class Simulator:
         operation: str = "any",
         **details: Any,
     ) -> None:
-        """Answer 429 with this literal Retry-After (None leaves it out); nothing is executed."""
+        """Answer 429 with this literal Retry-After (None leaves it out); nothing is executed.
+
+        For ``retry_after_date_seconds`` see ``fail``.
+        """
         given = {
             "code": "ApplicationThrottled",
             "message": "Application is over its MailboxConcurrency limit.",
@@ -111,9 +114,14 @@ class Simulator:
         message: str = "",
         body: Literal["json", "empty", "html"] = "json",
         retry_after: str | None = None,
+        retry_after_date_seconds: float | None = None,
         probability: float = 1.0,
     ) -> None:
-        """Answer with an error, after executing the call or instead of it."""
+        """Answer with an error, after executing the call or instead of it.
+
+        With ``retry_after_date_seconds`` the Retry-After is an HTTP date, so many seconds ahead of the answer or, since
+        a date has no fractions, up to one more.
+        """
         self._add_fault(
             "error",
             operation,
@@ -125,6 +133,7 @@ class Simulator:
             message=message,
             body=body,
             retry_after=retry_after,
+            retry_after_date_seconds=retry_after_date_seconds,
             executed=executed,
         )
 
@@ -301,9 +310,16 @@ class Simulator:
         found: dict[str, int] = self._ask("delivery-counts")
         return found
 
-    def requests(self, mailbox: str | None = None, operation: str | None = None) -> list[dict[str, Any]]:
-        """The latest requests, the oldest first. The status of one that got no answer is ``none``."""
-        found: list[dict[str, Any]] = self._ask("requests", {"mailbox": mailbox, "operation": operation})
+    def requests(
+        self, mailbox: str | None = None, operation: str | None = None, after: int = 0, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The latest requests (see ``journal.Request``) in the order of their answers, the oldest first.
+
+        The status of one that got no answer is ``none``. Each has a ``number``, and ``after`` asks for what came behind
+        that of the last one seen: so whoever asks often sees all, though the simulator remembers only the latest.
+        """
+        given = {"mailbox": mailbox, "operation": operation, "after": after, "limit": limit}
+        found: list[dict[str, Any]] = self._ask("requests", given)
         return found
 
     def request_counts(self) -> dict[str, Any]:

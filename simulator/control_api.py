@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -121,11 +122,12 @@ def _delivery_counts(world: World, _: dict[str, Any]) -> Any:
 
 def _requests(world: World, given: dict[str, Any]) -> Any:
     mailbox = given["mailbox"].lower() if given.get("mailbox") else None
-    return [
-        asdict(each)
-        for each in world.journal.requests
+    found = (
+        {"number": number, **each.as_json()}
+        for number, each in world.journal.requests_after(int(given.get("after") or 0))
         if mailbox in (None, each.mailbox) and given.get("operation") in (None, each.operation)
-    ]
+    )
+    return list(islice(found, given.get("limit")))
 
 
 def _request_counts(world: World, _: dict[str, Any]) -> Any:

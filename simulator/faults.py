@@ -7,10 +7,12 @@ which it is. A call that Graph itself refuses does not use a fault up.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from email.utils import formatdate
 from itertools import count
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -71,15 +73,23 @@ class ErrorAnswer(Fault):
     message: str = "An internal server error occurred. The operation failed."
     body: errors.BodyForm = "json"
     retry_after: str | None = None
+    #: Instead: a date so many seconds ahead of the answer, or, since it has no fractions, up to one more.
+    retry_after_date_seconds: float | None = None
     executed: bool = False
 
     async def strike(self, struck: StruckCall) -> Answer:
         if self.executed:
             struck.execute()
+        retry_after = self._retry_after()
         if self.status in (429, 503):
-            struck.shut_out(self.retry_after)
-        headers = {} if self.retry_after is None else {"Retry-After": self.retry_after}
+            struck.shut_out(retry_after)
+        headers = {} if retry_after is None else {"Retry-After": retry_after}
         raise errors.GraphError(self.status, self.code, self.message, headers, self.body)
+
+    def _retry_after(self) -> str | None:
+        if self.retry_after_date_seconds is None:
+            return self.retry_after
+        return formatdate(math.ceil(time.time() + self.retry_after_date_seconds), usegmt=True)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 from .mailboxes import Message
@@ -52,13 +53,28 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """One request and its answer, of which the last byte had been written ``at`` that instant.
+
+    ``arrived_monotonic`` (its headers were read) and ``answered_monotonic`` (the same instant as ``at``) are seconds of
+    the machine's monotonic clock, which all its processes share and nobody sets: for windows and concurrency.
+    """
+
     at: datetime
+    arrived_monotonic: float
+    answered_monotonic: float
     operation: str
     mailbox: str
     status: str
     code: str
     request_bytes: int
     client_request_id: str | None
+    #: Of the answer, as it was written.
+    retry_after: str | None
+    #: For how long that asked to be left alone; None if there was none, or it made no sense.
+    wait_seconds: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Journal:
@@ -67,6 +83,7 @@ class Journal:
         self.delivered_tags: Counter[str] = Counter()
         self.requests: deque[Request] = deque(maxlen=REMEMBERED_REQUESTS)
         self.request_counts: Counter[tuple[str, str, str]] = Counter()
+        self._noted = 0
 
     def deliver(self, mailbox: str, message: Message) -> None:
         tags = tuple(message.properties.values())
@@ -76,6 +93,13 @@ class Journal:
     def note(self, request: Request) -> None:
         self.request_counts[request.operation, request.status, request.mailbox] += 1
         self.requests.append(request)
+        self._noted += 1
+
+    def requests_after(self, number: int) -> Iterator[tuple[int, Request]]:
+        """Yield the remembered requests behind the one of that number, each with its own, counted from 1."""
+        forgotten = self._noted - len(self.requests)
+        first = max(number, forgotten)
+        return enumerate(islice(self.requests, first - forgotten, None), first + 1)
 
     def deliveries_of(self, mailbox: str | None, tag: str | None) -> Iterator[Delivery]:
         return (

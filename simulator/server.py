@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl
 
@@ -22,6 +23,7 @@ from .calls import JSON, Answer, Call
 from .faults import Fault
 from .journal import NO_ANSWER, Request
 from .mailboxes import Mailbox
+from .throttling import wait_seconds
 from .uploads import PREFIX as UPLOAD_PREFIX
 from .world import World
 
@@ -39,6 +41,8 @@ class Trace:
     request_bytes: int = 0
     status: str = NO_ANSWER
     code: str = ""
+    retry_after: str | None = None
+    arrived_monotonic: float = field(default_factory=time.monotonic)
 
 
 class GraphServer:
@@ -89,6 +93,7 @@ class GraphServer:
                 answer = _refusal(refusal, request, request_id)
             response = await _respond(request, answer, request_id)
             trace.status, trace.code = str(answer.status), answer.code
+            trace.retry_after = answer.headers.get("Retry-After")
             return response
         except errors.ConnectionDropped as drop:
             return _drop(request, hard=drop.hard)
@@ -96,12 +101,16 @@ class GraphServer:
             self.world.journal.note(
                 Request(
                     at=datetime.now(UTC),
+                    arrived_monotonic=trace.arrived_monotonic,
+                    answered_monotonic=time.monotonic(),
                     operation=trace.operation,
                     mailbox=trace.mailbox,
                     status=trace.status,
                     code=trace.code,
                     request_bytes=trace.request_bytes,
                     client_request_id=request.headers.get("client-request-id"),
+                    retry_after=trace.retry_after,
+                    wait_seconds=wait_seconds(trace.retry_after),
                 )
             )
 
@@ -248,7 +257,11 @@ async def _respond(request: web.BaseRequest, answer: Answer, request_id: str) ->
         **answer.headers,
     }
     if answer.stream is None:
-        return web.Response(status=answer.status, body=answer.body, headers=headers)
+        complete = web.Response(status=answer.status, body=answer.body, headers=headers)
+        # Here rather than by aiohttp afterwards, so that the journal's instant is that at which the answer left.
+        await complete.prepare(request)
+        await complete.write_eof()
+        return complete
     response = web.StreamResponse(status=answer.status, headers=headers)
     response.enable_chunked_encoding()
     await response.prepare(request)

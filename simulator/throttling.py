@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 
 from . import errors
 from .behaviour import MEBIBYTE, Settable
@@ -44,11 +45,9 @@ class _Usage:
     shut_until: float = 0.0
 
     def shut(self, retry_after: str | None) -> None:
-        try:
-            seconds = float(retry_after or "")
-        except ValueError:
-            return
-        self.shut_until = max(self.shut_until, time.monotonic() + seconds)
+        seconds = wait_seconds(retry_after)
+        if seconds is not None:
+            self.shut_until = max(self.shut_until, time.monotonic() + seconds)
 
 
 class Throttle:
@@ -134,6 +133,23 @@ class Throttle:
         self.provoked[mailbox, limit] += 1
         usage.shut(retry_after)
         return errors.throttled(limit, retry_after)
+
+
+def wait_seconds(retry_after: str | None) -> float | None:
+    """Return how long from now a Retry-After asks to be left alone; None if there is none, or it makes no sense.
+
+    Seconds, with or without fractions; of a list the longest; or an HTTP date.
+    """
+    if retry_after is None:
+        return None
+    try:
+        return max(map(float, retry_after.split(",")))
+    except ValueError:
+        pass
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return None
 
 
 def _seconds_until(seconds: float) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 import pytest
 from simulator_support import ANN, GraphClient, code, message, wait_until
@@ -110,3 +113,56 @@ def test_an_unknown_limit_or_choice_is_a_mistake_of_the_test(graph: GraphClient)
         graph.simulator.set_limits(colour=1)
     with pytest.raises(ValueError, match="not_found, invalid, accepted"):
         graph.simulator.set_behaviour(second_send="perhaps")
+
+
+@pytest.mark.parametrize("retry_after", ["100", "99.5", "0,100"])
+def test_a_retry_before_its_time_is_counted_however_the_time_was_told(graph: GraphClient, retry_after: str) -> None:
+    graph.simulator.throttle(ANN, retry_after=retry_after)
+
+    assert graph.send().headers["Retry-After"] == retry_after
+    graph.send()
+
+    assert graph.simulator.request_counts()["early_retries"] == {ANN: 1}
+
+
+def test_a_date_to_retry_after_is_so_far_ahead_of_each_answer(graph: GraphClient) -> None:
+    graph.simulator.throttle(ANN, retry_after=None, retry_after_date_seconds=100, times=2)
+
+    answers = [graph.send(), graph.send()]
+
+    for answer, noted in zip(answers, graph.simulator.requests(ANN), strict=True):
+        date = parsedate_to_datetime(answer.headers["Retry-After"])
+        ahead = date - datetime.fromisoformat(noted["at"])
+        assert timedelta(seconds=99.5) < ahead <= timedelta(seconds=101)
+        assert abs(noted["wait_seconds"] - ahead.total_seconds()) < 0.5
+    assert graph.simulator.request_counts()["early_retries"] == {ANN: 1}
+
+
+def test_the_journal_tells_when_each_request_came_and_how_long_it_was_kept(graph: GraphClient) -> None:
+    # Given an operation that takes half a second, and one answer that asks to wait
+    graph.simulator.set_latency(0.5, "send_mail")
+    graph.simulator.throttle(ANN, retry_after="0.2")
+    # When it is called between two looks at the clock that all processes share
+    before = time.monotonic()
+    graph.send()
+    graph.send()
+    after = time.monotonic()
+    # Then both times lie between them
+    refused, sent = graph.simulator.requests(ANN)
+    assert before < refused["arrived_monotonic"] <= refused["answered_monotonic"] - 0.5
+    assert refused["answered_monotonic"] < sent["arrived_monotonic"] <= sent["answered_monotonic"] - 0.5 < after - 0.5
+    # And what was asked for is kept as it was said, and as it was meant
+    assert (refused["retry_after"], refused["wait_seconds"]) == ("0.2", 0.2)
+    assert (sent["retry_after"], sent["wait_seconds"]) == (None, None)
+
+
+def test_the_journal_is_read_on_from_the_request_seen_last(graph: GraphClient) -> None:
+    for _ in range(3):
+        graph.send()
+
+    first_two = graph.simulator.requests(operation="send_mail", limit=2)
+    rest = graph.simulator.requests(operation="send_mail", after=first_two[-1]["number"])
+
+    assert len(rest) == 1
+    assert rest[0]["number"] == first_two[-1]["number"] + 1
+    assert graph.simulator.requests(after=rest[0]["number"]) == []

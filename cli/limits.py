@@ -89,7 +89,8 @@ def _why(budget: Limit) -> str:
     if budget.why is None:
         return ""
     set_by = f" by {budget.set_by}, {budget.set_at:%Y-%m-%d %H:%M}" if budget.set_at else ""
-    return f"{budget.why}{set_by}; configured: {budget.configured or 'none'}"
+    slowed = f"; else {budget.configured}" if budget.limit != budget.configured else ""
+    return f"{budget.why}{slowed}{set_by}"
 
 
 def _held_rows(held: list[Held]) -> Iterator[list[Any]]:

@@ -8,6 +8,7 @@ from before could miss that the email has been in a worker's hands, and in doubt
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from contracts import Event, EventType, event_body, event_id
 from models.database import rows, transaction
@@ -26,25 +27,30 @@ class NotCancellable(Exception):
     """Raised when an email is, or may be, sent already, or has ended otherwise; the text says which."""
 
 
-def cancel(incoming_email_id: str, *, publish_within: timedelta) -> Event | None:
+class Cancelled(NamedTuple):
+    """An email that was cancelled: the event to publish, and the send budget that was reserved for its dispatch."""
+
+    event: Event
+    mailbox: str
+    recipient_count: int
+    external_recipient_count: int
+    #: By Redis's clock; None: none was reserved.
+    reserved_at_ms: int | None
+
+
+def cancel(incoming_email_id: str, *, publish_within: timedelta) -> Cancelled | None:
     """Settle an email that no worker has in hand as cancelled, in the transaction that is open or its own.
 
     Safe to repeat. A dispatch that is on its way claims nothing any more. A draft that was made for it stays.
 
     Returns:
-        The event, to be published for ``publish_within``; None if the email was cancelled before.
+        What the caller has to publish for ``publish_within``, and to give back; None if it was cancelled before.
 
     Raises:
         NotCancellable: Nothing was changed.
     """
     with transaction():
-        ((status, held, *delivery),) = rows(
-            """
-            SELECT status, lease_token IS NOT NULL, publisher_message_id, correlation_id, reply_to, traceparent
-            FROM incoming_emails WHERE id = %(id)s FOR UPDATE
-            """,
-            {"id": incoming_email_id},
-        )
+        ((status, held, *told),) = rows(_LOCK, {"id": incoming_email_id})
         if status == Status.CANCELLED:
             return None
         if refusal := _refusal(incoming_email_id, Status(status), held):
@@ -58,9 +64,20 @@ def cancel(incoming_email_id: str, *, publish_within: timedelta) -> Event | None
             """,
             {"id": incoming_email_id},
         )
+        mailbox, recipients, external_recipients, reserved_at_ms, *delivery = told
         event = _cancelled(incoming_email_id, *delivery)
         append([event], publish_within)
-        return event
+    return Cancelled(event, mailbox, recipients, external_recipients, reserved_at_ms)
+
+
+# What is reserved belongs to a dispatch; when that has ended it was given back, or has left its window.
+_LOCK = """
+    SELECT status, lease_token IS NOT NULL, mailbox, recipient_count,
+           coalesce(external_recipient_count, recipient_count),
+           CASE WHEN status = 'dispatched' THEN round(extract(epoch FROM reserved_at) * 1000)::bigint END,
+           publisher_message_id, correlation_id, reply_to, traceparent
+    FROM incoming_emails WHERE id = %(id)s FOR UPDATE
+"""
 
 
 def _refusal(incoming_email_id: str, status: Status, held: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Limits that operators set at run time: a mailbox's own, and those for every mailbox and the tenant.
 
 They stand in ``mailboxes.limits`` by the names of the limiter's budgets, in its units; those for every mailbox in the
-row `mailboxes.EVERY`. Redis is told of them afterwards, and again whenever it has forgotten: the table is the truth.
+row `turns.EVERY`. Redis is told of them afterwards, and again whenever it has forgotten: the table is the truth.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import orjson
 
 from models.database import rows, transaction
-from models.mailboxes import EVERY
+from models.turns import EVERY
 
 Limits = dict[str, int]
 
@@ -29,7 +29,7 @@ class SetLimit(NamedTuple):
 
 
 def of(mailbox: str) -> Limits:
-    """Return the limits that were set for this mailbox, or for every one (`mailboxes.EVERY`)."""
+    """Return the limits that were set for this mailbox, or for every one (`EVERY`)."""
     found = rows("SELECT limits FROM mailboxes WHERE mailbox = %(mailbox)s", {"mailbox": mailbox.lower()})
     return dict(found[0][0]) if found else {}
 

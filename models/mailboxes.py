@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from models.database import rows
 from models.states import Route
+from models.turns import BATCH, EVERY
 
-#: Stands for every mailbox, where a mailbox is named.
-EVERY = "*"
 #: An operator's pause ends when the operator ends it. (PostgreSQL's 'infinity' has no Python value.)
 FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
 _MAILFLEET = "mailfleet"
@@ -161,11 +160,33 @@ def held(mailbox: str | None = None) -> list[Held]:
 
 
 def look_anew(mailbox: str) -> None:
-    """Have the scheduler ask again whether the mailbox has budget: its limits are others now. `EVERY`: all of them."""
-    rows(
-        """
-        UPDATE mailboxes SET full_until = NULL, full_reason = NULL, updated_at = now()
-        WHERE full_until IS NOT NULL AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
-        """,
-        {"mailbox": mailbox.lower(), "every": EVERY},
+    """Have the scheduler ask again for what the mailbox has waited for budget: its limits are others now.
+
+    Its mail too: what was too large for what was left, and what a worker had in hand when nothing was left.
+
+    Args:
+        mailbox: `EVERY`: all of them.
+    """
+    concerned = {"mailbox": mailbox.lower(), "every": EVERY, "us": _MAILFLEET, "batch": BATCH}
+    rows(_NO_LONGER_FULL, concerned)
+    while len(rows(_NO_LONGER_DEFERRED, concerned)) == BATCH:
+        pass
+
+
+_NO_LONGER_FULL = """
+    UPDATE mailboxes
+    SET full_until = NULL, full_reason = NULL,
+        paused_until = CASE WHEN paused_by = %(us)s AND pause_reason LIKE 'limit: %%' THEN NULL ELSE paused_until END
+    WHERE (full_until IS NOT NULL OR paused_until IS NOT NULL) AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
+"""
+_NO_LONGER_DEFERRED = """
+    WITH deferred AS MATERIALIZED (
+        SELECT id FROM incoming_emails
+        WHERE next_attempt_at IS NOT NULL AND status = 'received'
+          AND (last_error LIKE 'limit: %%' OR last_error LIKE '%%: none left, try again in %%')
+          AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
+        ORDER BY next_attempt_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
     )
+    UPDATE incoming_emails e SET next_attempt_at = NULL, updated_at = now()
+    FROM deferred WHERE e.id = deferred.id RETURNING 1
+"""

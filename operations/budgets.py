@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import models
 import runtime
 from limiter import Unavailable
-from models import audit, mailboxes, scheduling
+from models import audit, mailboxes
 from models import limits as set_by_operators
 from models.limits import SetLimit
-from models.mailboxes import EVERY, Held
+from models.mailboxes import Held
+from models.turns import EVERY
 from operations.errors import NotALimit
 
 
@@ -22,6 +25,10 @@ class Bounds(NamedTuple):
     least: int
     most: int
 
+
+#: As long as a scheduler's.
+_LONGEST_TURN = timedelta(seconds=3)
+_NEXT_IN_TURN = timedelta(milliseconds=10)
 
 _COUNT = Bounds(1, 1_000_000_000)
 #: One call charges up to two requests; a limit below what one call charges would have all mail given up.
@@ -46,8 +53,8 @@ class Limit(NamedTuple):
         limit: The effective limit, in the budget's unit.
         used: As much of it as is used now.
         next_free_in: When a part of what is used comes back; None: nothing is used.
-        configured: What the settings say; 0: no limit.
-        why: Why ``limit`` is another than that, None if it is not.
+        configured: What is set; ``limit`` is less while it is slowed.
+        why: Why ``limit`` is another than the settings', None if it is not.
         set_by: The operator who set it, where one has,
         set_at: and when.
     """
@@ -144,20 +151,32 @@ def _change(mailbox: str | None, changes: Mapping[str, int | None], action: str,
         if any(values["old"] != values["new"] for values in changed.values()):
             audit.record(who, action, subject, **changed)
     told = _tell(mailbox)
-    # Not while a sweep that still knows the former limits is at it.
-    with scheduling.sweep():
-        mailboxes.look_anew(subject)
+    mailboxes.look_anew(subject)
     runtime.wake("schedule_emails")
     return LimitsChange({name: before.get(name) for name in changes}, {name: after.get(name) for name in changes}, told)
 
 
 def _tell(mailbox: str | None) -> bool:
-    """Tell Redis what stands in the table, until it has been told the last of several changes at the same time."""
-    told = None
-    while (limits := set_by_operators.of(mailbox or EVERY)) != told:
-        try:
-            runtime.limiter.set_limits(mailbox, limits)
-        except Unavailable:
-            return False
-        told = limits
+    """Tell Redis what stands in the table."""
+    try:
+        with _schedulers_turn():
+            runtime.limiter.set_limits(mailbox, set_by_operators.of(mailbox or EVERY))
+    except Unavailable:
+        return False
     return True
+
+
+@contextmanager
+def _schedulers_turn() -> Iterator[None]:
+    """Do something while no scheduler hands out mail, unless one stands still.
+
+    One that still knows the former limits has then noted for what it found no budget; and none tells Redis of the
+    limits that it has read before.
+    """
+    deadline = time.monotonic() + _LONGEST_TURN.total_seconds()
+    while True:
+        with runtime.limiter.turn("scheduler", _LONGEST_TURN) as mine:
+            if mine or time.monotonic() > deadline:
+                yield
+                return
+        time.sleep(_NEXT_IN_TURN.total_seconds())

@@ -9,6 +9,7 @@ import pika
 import contracts
 import models
 import runtime
+from limiter import Reservation, Wanted
 from models import audit, cancelling, inspection
 from operations.errors import NotFound
 from outbox import PUBLISH_WITHIN, Outgoing
@@ -45,11 +46,14 @@ def cancel(id: str, *, who: str) -> bool:
     """
     incoming_email_id = _found(id)
     with models.transaction():
-        event = cancelling.cancel(incoming_email_id, publish_within=PUBLISH_WITHIN)
-        if event is None:
+        cancelled = cancelling.cancel(incoming_email_id, publish_within=PUBLISH_WITHIN)
+        if cancelled is None:
             return False
         audit.record(who, "cancel", incoming_email_id)
-    runtime.events.add([event])
+    runtime.events.add([cancelled.event])
+    if cancelled.reserved_at_ms is not None:
+        send = Wanted(cancelled.recipient_count, cancelled.external_recipient_count)
+        runtime.limiter.refund(cancelled.mailbox, Reservation(cancelled.reserved_at_ms), send)
     mail_log(Step.CANCELLED, incoming_email_id=incoming_email_id)
     return True
 

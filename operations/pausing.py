@@ -9,7 +9,8 @@ import models
 import runtime
 from limiter import Unavailable
 from models import Route, audit, mailboxes
-from models.mailboxes import EVERY, Pause
+from models.mailboxes import Pause
+from models.turns import EVERY
 
 _ROUTES = {route.value for route in Route}
 
@@ -68,11 +69,13 @@ def _end_graphs_pause(mailbox: str) -> bool:
 
 
 def pauses() -> list[Pause]:
-    """Return every pause that stands, the tenant's first.
+    """Return every pause that stands, the tenant's first where Redis alone knows of it.
 
     Raises:
         Unavailable: Redis does not answer.
     """
     until = runtime.limiter.tenant_paused_until()
-    tenants = [Pause(EVERY, until, "Graph asked to wait or refused us", "mailfleet")] if until else []
-    return tenants + mailboxes.pauses()
+    known = mailboxes.pauses()
+    if until is None or any(pause.mailbox == EVERY and pause.route is None for pause in known):
+        return known
+    return [Pause(EVERY, until, "Graph asked to wait or refused us", "mailfleet"), *known]

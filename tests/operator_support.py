@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +22,8 @@ import support
 from click.testing import CliRunner
 
 import runtime
+from actors.budgets import keep_counts
 from cli import main
-from limiter import Budgets, Limiter
 from models import ClaimedBackup, Sealed, backups, dead_letters, rows
 from models.dead_letters import Copy
 from sandbox.processes import free_port
@@ -190,49 +190,10 @@ def _end(connection: socket.socket) -> None:
         pass  # ended before
 
 
-#: Whether the limiter and the scheduler know limits and pauses that are set at run time.
-RUN_TIME_LIMITS = hasattr(runtime.limiter, "set_limits")
-with_run_time_limits = pytest.mark.skipif(not RUN_TIME_LIMITS, reason="the limiter does not know such limits yet")
-
-
-class _Usage(NamedTuple):
-    budget: str
-    limit: int
-    used: int
-    next_free_in: timedelta | None
-    configured: int
-    why: str | None
-
-
-class _RunTimeLimiter(Limiter):
-    """The limiter, as far as operators see limits that are set at run time: it remembers them, and keeps none."""
-
-    def __init__(self) -> None:
-        super().__init__(runtime.redis, Budgets(), timedelta(minutes=1))
-        self.own: dict[str | None, dict[str, int]] = {}
-
-    def set_limits(self, mailbox: str | None, limits: Mapping[str, int]) -> None:
-        self._ledger.paused_until(None)  # raises Unavailable while Redis is away
-        self.own[mailbox.lower() if mailbox else None] = dict(limits)
-
-    def usage(self, mailbox: str, budgets: Budgets | None = None) -> list[Any]:
-        return [self._with_own(mailbox.lower(), usage) for usage in super().usage(mailbox, budgets)]
-
-    def tenant_usage(self) -> list[Any]:
-        return [self._with_own(None, usage) for usage in super().tenant_usage()]
-
-    def _with_own(self, mailbox: str | None, usage: Any) -> _Usage:
-        for owner, why in ((mailbox, "set for this mailbox"), (None, "set for every mailbox")):
-            if usage.budget in self.own.get(owner, {}):
-                return _Usage(usage.budget, self.own[owner][usage.budget], *usage[2:4], usage.limit, why)
-        return _Usage(*usage[:4], usage.limit, None)
-
-
 @pytest.fixture
-def run_time_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Empty Redis, before and after, and see to it that the limiter can be told limits."""
+def run_time_limits() -> Iterator[None]:
+    """Counts, limits and pauses in Redis that begin at nothing, and are gone afterwards."""
     runtime.redis.flushdb()
-    if not RUN_TIME_LIMITS:
-        monkeypatch.setattr(runtime, "limiter", _RunTimeLimiter())
+    keep_counts()
     yield
     runtime.redis.flushdb()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import operator_support
@@ -12,10 +13,11 @@ from operator_support import Ended, audited, mailfleet
 from support import rows, seconds_until, table
 
 import runtime
-from limiter import Unavailable
+from limiter import Slowed
 from models import mailboxes
+from sandbox.processes import free_port
 
-shared_database, tables = support.shared_database, support.tables
+shared_database, tables, limit = support.shared_database, support.tables, support.limit
 run_time_limits = operator_support.run_time_limits
 pytestmark = pytest.mark.usefixtures("tables", "run_time_limits")
 
@@ -46,14 +48,13 @@ def test_limits_are_set_shown_with_who_set_them_and_unset() -> None:
     assert own_limits() == {ANN: {"sends": 40, "upload_bytes": 20_000_000}, "*": {"sends": 20, "tenant_requests": 0}}
     shown = mailfleet("limits", "show", ANN).output
     assert "set for this mailbox by cli:" in shown
-    assert "configured: 30" in shown
     overview = mailfleet("limits", "show").output
     for fact in ("every mailbox", "tenant_requests", "none", ANN, "20000000", "cli:"):
         assert fact in overview
     budgets = {budget["budget"]: budget for budget in answer("limits", "show", ANN)["budgets"]}
     assert {name: budgets["sends"][name] for name in ("limit", "configured", "why")} == {
         "limit": 40,
-        "configured": 30,
+        "configured": 40,
         "why": "set for this mailbox",
     }
     assert budgets["sends"]["set_by"].startswith("cli:")
@@ -100,17 +101,21 @@ def test_a_limit_that_cannot_be_set_is_wrong_usage_and_changes_nothing(arguments
     assert (table("mailboxes"), audited()) == ([], [])
 
 
-def test_while_redis_is_away_the_limit_stands_and_the_command_says_when_it_takes_effect(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def away(*_: Any) -> None:
-        raise Unavailable
-
-    monkeypatch.setattr(runtime.limiter, "set_limits", away, raising=False)
+def test_while_redis_is_away_the_limit_stands_and_the_command_says_when_it_takes_effect(limit: Any) -> None:
+    limit(url=f"redis://127.0.0.1:{free_port()}")
     ended = mailfleet("limits", "set", ANN, "sends=40")
     assert ended.status == 0
     assert "Redis is away: this takes effect within a minute after it is back." in ended.complaint
     assert own_limits() == {ANN: {"sends": 40}}
+    mailfleet("pause", ANN)
+    assert mailfleet("resume", ANN).complaint == "Redis is away: a pause of Graph's that it remembers ends by itself.\n"
+
+
+def test_a_limit_that_graph_keeps_below_what_is_set_is_shown_with_the_reason() -> None:
+    mailfleet("limits", "set", ANN, "sends=40")
+    slowed = Slowed("sends", 18, datetime.now(UTC), 40, 3)
+    runtime.limiter.set_slowed(ANN, [slowed])
+    assert f"{slowed}; else 40 by cli:" in mailfleet("limits", "show", ANN).output
 
 
 def test_what_holds_a_mailbox_back_is_shown() -> None:

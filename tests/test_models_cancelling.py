@@ -15,9 +15,9 @@ from operator_support import give_up
 from support import LEASE, WITHIN, claim, dispatch, email_row, everything, make_due, rows, sending, store, table
 
 import models
-from contracts import Event
 from models import ClaimedEmail, Route, cancelling, scheduling
-from models.cancelling import NotCancellable
+from models.cancelling import Cancelled, NotCancellable
+from models.scheduling import Pick
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("tables")
 HOUR = timedelta(hours=1)
 
 
-def cancel(id: str) -> Event | None:
+def cancel(id: str) -> Cancelled | None:
     return cancelling.cancel(id, publish_within=WITHIN)
 
 
@@ -84,9 +84,10 @@ def test_what_waits_is_cancelled_its_publisher_told_and_never_dispatched_again(s
     id = store()
     WAITING[state](id)
     # When
-    event = cancel(id)
+    cancelled = cancel(id)
     # Then
-    assert event is not None
+    assert cancelled is not None
+    event = cancelled.event
     assert (event.type, event.incoming_email_id) == ("SendEmailCancelled", id)
     told = orjson.loads(event.body)
     assert (told["publisher_message_id"], told["status"], "cancelled_at" in told) == ("order-1", "cancelled", True)
@@ -115,6 +116,25 @@ def test_a_dispatch_that_comes_late_claims_nothing() -> None:
     before = everything()
     assert ClaimedEmail.claim(id, 1, route=Route.PLAIN, lease=LEASE, intent=True) is None
     assert everything() == before
+
+
+def test_the_send_budget_of_a_dispatch_is_told_so_that_it_can_be_given_back() -> None:
+    id = store(cc=["carl@example.org"])
+    with scheduling.sweep():
+        scheduling.claim(Route.PLAIN, [Pick(id, support.SENDER, 1_760_000_000_123)], capacity=1, lease=LEASE)
+    cancelled = cancel(id)
+    assert cancelled is not None
+    assert cancelled[1:] == (support.SENDER, 2, 2, 1_760_000_000_123)
+
+
+def test_what_a_former_dispatch_had_reserved_is_not_given_back_twice() -> None:
+    id = store()
+    with scheduling.sweep():
+        scheduling.claim(Route.PLAIN, [Pick(id, support.SENDER, 1_760_000_000_123)], capacity=1, lease=LEASE)
+    support.lapse(id)
+    cancelled = cancel(id)
+    assert cancelled is not None
+    assert cancelled.reserved_at_ms is None
 
 
 def test_a_look_back_at_an_absent_mail_stays_as_evidence_and_its_draft_in_the_mailbox() -> None:

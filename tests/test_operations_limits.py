@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import operator_support
 import pytest
 import support
-from operator_support import RUN_TIME_LIMITS, audited, with_run_time_limits
+from operator_support import audited
 from support import Fleet, email_row, rows, store, table
 
 import operations
 import runtime
-from limiter import Unavailable, Wanted
-from models import mailboxes, scheduling
-from operations import EVERY, NotALimit
+from limiter import Exhausted, Wanted
+from models import mailboxes
+from operations import EVERY, NotALimit, budgets
 from sandbox.processes import free_port
 
 shared_database, tables, fleet, limit = support.shared_database, support.tables, support.fleet, support.limit
@@ -35,6 +35,7 @@ def full(*names: str) -> None:
             """
             INSERT INTO mailboxes (mailbox, full_until, full_reason)
             VALUES (%(mailbox)s, now() + interval '1 hour', 'sends: 30 per minute')
+            ON CONFLICT (mailbox) DO UPDATE SET full_until = excluded.full_until, full_reason = excluded.full_reason
             """,
             {"mailbox": name},
         )
@@ -64,7 +65,7 @@ def test_a_limit_that_is_set_stands_is_shown_with_who_set_it_and_is_written_down
     }
     assert own(ANN) == {"sends": 50, "requests": 0}
     sends = shown(ANN, "sends")
-    assert (sends.limit, sends.configured, sends.why, sends.set_by) == (50, 30, "set for this mailbox", "tests:ben")
+    assert (sends.limit, sends.configured, sends.why, sends.set_by) == (50, 50, "set for this mailbox", "tests:ben")
     assert abs((datetime.now(UTC) - sends.set_at).total_seconds()) < 60  # type: ignore[operator]
     assert [(entry["who"], entry["action"], entry["subject"], entry["detail"]) for entry in table("audit_log")] == [
         (WHO, "limits.set", ANN, {"sends": {"old": None, "new": 40}}),
@@ -143,8 +144,7 @@ def test_an_unknown_limit_is_not_unset() -> None:
 def test_the_limits_that_may_be_set_are_those_that_the_limiter_has() -> None:
     assert {each.budget for each in operations.limits(ANN)} == operations.MAILBOX_LIMITS.keys()
     operations.set_limits(None, dict.fromkeys(operations.TENANT_LIMITS, 10), who=WHO)
-    if RUN_TIME_LIMITS:
-        assert {each.budget for each in operations.limits(None)} == operations.TENANT_LIMITS.keys()
+    assert {each.budget for each in operations.limits(None)} == operations.TENANT_LIMITS.keys()
 
 
 @pytest.mark.parametrize(("mailbox", "still_waiting"), [("ANN@example.com", {BO, EVERY}), (None, set())])
@@ -158,31 +158,35 @@ def test_mail_that_waits_for_budget_is_looked_at_anew_and_the_scheduler_woken(
     assert [message.actor_name for message in fleet.take("scheduler")] == ["schedule_emails"]
 
 
-def test_a_sweep_that_still_knows_the_former_limit_does_not_have_the_last_word() -> None:
+def test_a_scheduler_that_still_knows_the_former_limit_does_not_have_the_last_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    minute = timedelta(minutes=1)
+    monkeypatch.setattr(budgets, "_LONGEST_TURN", minute)
     with ThreadPoolExecutor(1) as threads:
-        # Given a sweep that has asked the limiter and not yet noted what it said
-        with scheduling.sweep():
+        # Given a scheduler that has asked the limiter and not yet noted what it said
+        with runtime.limiter.turn("scheduler", minute):
             change = threads.submit(operations.set_limits, ANN, {"sends": 40}, who=WHO)
-            support.wait_until("the limit is set", lambda: change.done() or waits_for_the_sweep())
-            rows("UPDATE mailboxes SET full_until = now() + interval '1 hour', full_reason = 'sends'")
+            support.wait_until("the limit stands", lambda: own(ANN))
+            full(ANN)
+            assert shown(ANN, "sends").limit == 30
         # Then
         assert change.result(timeout=10).told
-    assert waiting_for_budget() == set()
+    assert (waiting_for_budget(), shown(ANN, "sends").limit) == (set(), 40)
 
 
-def waits_for_the_sweep() -> bool:
-    return bool(rows("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+def test_a_scheduler_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "_LONGEST_TURN", timedelta(milliseconds=50))
+    with runtime.limiter.turn("scheduler", HOUR):
+        assert operations.set_limits(ANN, {"sends": 40}, who=WHO).told
+    assert shown(ANN, "sends").limit == 40
 
 
 def test_while_redis_is_away_a_limit_stands_and_is_not_told(
-    limit: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    limit: Callable[..., None],
 ) -> None:
     full(ANN)
-
-    def away(_mailbox: str | None, _limits: Mapping[str, int]) -> None:
-        raise Unavailable
-
-    monkeypatch.setattr(runtime.limiter, "set_limits", away, raising=False)
+    limit(url=f"redis://127.0.0.1:{free_port()}")
     assert operations.set_limits(ANN, {"sends": 40}, who=WHO) == ({"sends": None}, {"sends": 40}, False)
     assert own(ANN) == {"sends": 40}
     assert waiting_for_budget() == set()
@@ -204,20 +208,6 @@ def test_of_two_that_set_limits_at_once_neither_is_lost() -> None:
             operations.unset_limits(ANN, ["sends", "recipients"], who=WHO)
 
 
-def test_redis_is_told_the_last_of_several_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another operator's change is committed and told while this one's is on its way: it must not be untold."""
-    told: list[dict[str, int]] = []
-
-    def remember(_mailbox: str | None, limits: Mapping[str, int]) -> None:
-        if not told:
-            rows("""UPDATE mailboxes SET limits = '{"sends": 40, "requests": 500}'""")
-        told.append(dict(limits))
-
-    monkeypatch.setattr(runtime.limiter, "set_limits", remember, raising=False)
-    operations.set_limits(ANN, {"sends": 40}, who=WHO)
-    assert told == [{"sends": 40}, {"sends": 40, "requests": 500}]
-
-
 # What is held back
 
 
@@ -235,7 +225,7 @@ def test_what_waits_for_budget_and_what_refuses_us_is_told() -> None:
 
 
 def test_limits_show_what_a_mailbox_and_the_tenant_have_used() -> None:
-    with runtime.limiter.slot(ANN, requests=2, send=Wanted(3, 0)):
+    with runtime.limiter.slot(ANN, requests=2, send=Wanted(3, 1)):
         used = {budget.budget: budget.used for budget in operations.limits(ANN)}
         assert (used["concurrency"], used["requests"], used["recipients"]) == (1, 2, 3)
     assert ("tenant_requests", 2) in [(budget.budget, budget.used) for budget in operations.limits(None)]
@@ -284,8 +274,11 @@ def test_resuming_ends_graphs_pause_too_and_the_tenants_is_shown() -> None:
     assert runtime.limiter.paused_until(ANN) is None
     runtime.limiter.pause_all(support.WITHIN)
     assert [(pause.mailbox, pause.paused_by) for pause in operations.pauses()] == [(EVERY, "mailfleet")]
+    mailboxes.pause(EVERY, HOUR, why="Graph asked everybody to wait")
+    assert [pause.pause_reason for pause in operations.pauses()] == ["Graph asked everybody to wait"]
     operations.resume(EVERY, who=WHO)
     assert operations.pauses() == []
+    assert runtime.limiter.tenant_paused_until() is None
 
 
 def test_a_resumption_that_redis_does_not_hear_of_holds_in_the_tables_and_says_so(
@@ -311,16 +304,57 @@ def stepwise(fleet: Fleet) -> Fleet:
     return fleet
 
 
-@with_run_time_limits
 def test_mail_that_waited_for_a_limit_goes_out_as_soon_as_it_is_raised(stepwise: Fleet) -> None:
     assert stepwise.send() == ["done"]
     assert stepwise.send() == []
-    assert {each.mailbox for each in operations.held(None)} == {ANN}
+    assert [(each.mailbox, each.full_reason) for each in operations.held(None)] == [(ANN, "limit: sends")]
     operations.set_limits(ANN, {"sends": 0}, who=WHO)
     assert stepwise.send() == ["done", "done"]
 
 
-@with_run_time_limits
+def test_mail_too_large_for_what_was_left_goes_out_as_soon_as_there_is_room(fleet: Fleet) -> None:
+    # Given room for two recipients, and a mail with three that waits behind one with one
+    operations.set_limits(ANN, {"recipients": 3}, who=WHO)
+    store()
+    large = store(publisher_message_id="order-2", to=[f"{name}@example.org" for name in "abc"])
+    assert fleet.send() == ["done"]
+    assert email_row(large)["last_error"] == "limit: recipients"
+    assert fleet.send() == []
+    # When
+    operations.set_limits(None, {"recipients": 5}, who=WHO)
+    operations.unset_limits(ANN, ["recipients"], who=WHO)
+    # Then
+    assert fleet.send() == ["done"]
+
+
+def test_what_a_worker_put_back_for_a_limit_is_looked_at_anew_and_nothing_else_is() -> None:
+    refused = Exhausted("recipients", HOUR, mailbox_wide=True)
+    for number, why in enumerate((str(refused), "503: try again in an hour", "limit: recipients")):
+        support.claim(store(publisher_message_id=f"order-{number}")).snooze(HOUR, why)
+    other = store(**{"publisher_message_id": "other", "from": BO})
+    support.claim(other).snooze(HOUR, str(refused))
+    rows("UPDATE incoming_emails SET status = 'failed' WHERE publisher_message_id = 'order-2'")
+    operations.set_limits(ANN, {"recipients": 500}, who=WHO)
+    waiting = {row["publisher_message_id"] for row in table("incoming_emails") if row["next_attempt_at"]}
+    assert waiting == {"order-1", "order-2", "other"}
+
+
+def test_a_pause_for_a_limit_ends_with_the_limit_and_no_other_pause_does() -> None:
+    for mailbox, why in ((ANN, "limit: requests"), (BO, "Graph asked to wait")):
+        mailboxes.pause(mailbox, HOUR, why=why)
+    operations.pause("carl@example.com", why="limit: my patience", who=WHO)
+    operations.set_limits(None, {"requests": 20_000}, who=WHO)
+    assert {pause.mailbox for pause in operations.pauses()} == {BO, "carl@example.com"}
+
+
+def test_more_than_a_batch_of_waiting_mail_is_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailboxes, "BATCH", 2)
+    for number in range(5):
+        support.claim(store(publisher_message_id=f"order-{number}")).snooze(HOUR, "limit: recipients")
+    operations.set_limits(ANN, {"recipients": 500}, who=WHO)
+    assert not [row for row in table("incoming_emails") if row["next_attempt_at"]]
+
+
 def test_limits_that_were_set_hold_again_after_redis_was_emptied(stepwise: Fleet) -> None:
     runtime.redis.flushdb()
     stepwise.schedule()
@@ -328,7 +362,17 @@ def test_limits_that_were_set_hold_again_after_redis_was_emptied(stepwise: Fleet
     assert (sends.limit, sends.why, sends.set_by) == (1, "set for this mailbox", WHO)
 
 
-@with_run_time_limits
+def test_a_cancelled_dispatch_leaves_its_budget_to_another(stepwise: Fleet) -> None:
+    stepwise.schedule()
+    (dispatched,) = [row for row in table("incoming_emails") if row["status"] == "dispatched"]
+    assert shown(ANN, "sends").used == 1
+    operations.cancel(dispatched["id"], who=WHO)
+    assert (shown(ANN, "sends").used, shown(ANN, "recipients").used) == (0, 0)
+    mailboxes.look_anew(ANN)
+    assert stepwise.send() == ["done", "done"]  # the first is the dispatch of what is cancelled
+    assert sorted(row["status"] for row in table("incoming_emails")) == ["cancelled", "processed", "received"]
+
+
 @pytest.mark.parametrize(("subject", "goes_out"), [(EVERY, []), ("attachment", ["no-attachment"])])
 def test_what_is_paused_is_not_dispatched_and_goes_out_when_it_is_resumed(
     subject: str, goes_out: list[str], fleet: Fleet

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from pyrate_limiter import Duration
 
 BYTES_PER_MB = 1_000_000
-#: No number in a budget is larger: Redis's scripts count exactly up to here.
-MOST_UNITS = 2**53
+#: No number in a budget is larger: Redis's scripts add up two such exactly, and no larger ones.
+MOST_UNITS = 2**52
 
 #: Counters per window. More use the limit better and cost memory: about 1 kB per full window. With the two that a ring
 #: holds besides they stay within the 128 fields that Redis stores compactly (hash-max-listpack-entries).
@@ -107,8 +107,8 @@ class Spent:
 class BudgetUsage(NamedTuple):
     """How much of a budget is used, in its unit.
 
-    ``limit`` is what counts now (0: no limit), ``configured`` what the settings say; ``why`` tells who set it or
-    lowered it, None: the settings. ``next_free_in`` is when a part of what is used comes back, if any is used. What is not limited
+    ``limit`` is what counts now (0: no limit), ``configured`` what is set; ``why`` tells who set it or lowered it,
+    None: the settings. ``next_free_in`` is when a part of what is used comes back, if any is used. What is not limited
     is counted too, so that a limit that is set later is kept from its first moment on.
     """
 

@@ -256,11 +256,7 @@ class Ledger:
         with _answering():
             answer = self._usage(keys, [*self._speed, *(a for window in windows for a in window.arguments(0))])
         found = zip([CONCURRENCY, *(window.budget for window in windows)], answer, strict=True)
-        return [
-            _usage(budget, self._limits[budget], *told)
-            for budget, told in found
-            if mailbox is not TENANT or budget != CONCURRENCY
-        ]
+        return [_usage(budget, *told) for budget, told in found if mailbox is not TENANT or budget != CONCURRENCY]
 
     # Pauses
 
@@ -413,13 +409,11 @@ class Ledger:
 _COUNTED = {"sends": 1, "recipients": 2, "tenant_external_recipients": 3}
 
 
-def _usage(
-    budget: str, configured: int, limit: int, used: int, wait_ms: int, set_to: int, by: int, slowed: bytes | str
-) -> BudgetUsage:
+def _usage(budget: str, limit: int, used: int, wait_ms: int, set_to: int, by: int, slowed: bytes | str) -> BudgetUsage:
     why = "set for the tenant" if by and budget.startswith("tenant_") else _SET_FOR[by]
     if limit != set_to:
         why = str(Slowed.parse(budget, _text(slowed)))
-    return BudgetUsage(budget, limit, used, None if wait_ms < 0 else wait_ms * MILLISECOND, configured, why)
+    return BudgetUsage(budget, limit, used, None if wait_ms < 0 else wait_ms * MILLISECOND, set_to, why)
 
 
 def connect(url: str) -> Redis:

@@ -4,8 +4,8 @@ Every script reads Redis's clock, so the workers' clocks may differ. ``KEYS`` be
 mailbox needs (`HEAD`), ``ARGV`` with what the settings say of concurrency and ramp; five arguments describe each window
 that follows (`Window.arguments`).
 
-Numbers are Lua's: exact up to 2**53, which bounds every number that is handed in. A name stands for what refuses: a
-budget, ``concurrency``, ``pause`` or ``tenant_pause``; none admits, and ``emptied`` says that the counts are lost.
+Numbers are Lua's, exact up to 2**53: none that is handed in is more than half of that. A name stands for what refuses:
+a budget, ``concurrency``, ``pause`` or ``tenant_pause``; none admits, and ``emptied`` says that the counts are lost.
 """
 
 #: The names of the first keys, in order. ``born`` is the run of Redis that holds the counts; the fleet's and the

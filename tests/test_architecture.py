@@ -25,6 +25,7 @@ LEAVES = {
     "broker",
     "contracts",
     "crash_points",
+    "forecast",
     "graph_client",
     "limiter",
     "orphans",

@@ -21,6 +21,7 @@ from operations.budgets import (
 from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
 from operations.emails import cancel, publish, status
 from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
+from operations.forecasting import forecast
 from operations.health import Finding, backlog, doctor, queue_depths, ready
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
 
@@ -44,6 +45,7 @@ __all__ = [
     "doctor",
     "export_backup",
     "find_dead_letters",
+    "forecast",
     "held",
     "limits",
     "limits_set",

@@ -1,0 +1,45 @@
+"""When the mail will be out: what waits and what may be used of the limits, put together for a forecast."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import runtime
+from forecast import Fleet, Forecast, Later, Workload, foresee, planned
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
+from models import workload
+from models.workload import Waiting
+
+#: Until the first call was made: nobody documents how long one takes, users tell of 0.2 to 1 s.
+_UNMEASURED_CALL = timedelta(milliseconds=300)
+_FILES = {"small_bytes": SMALL_ATTACHMENT_BYTES, "range_bytes": UPLOAD_RANGE_BYTES}
+
+
+def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes: int = 0) -> Forecast:
+    """Say when the waiting mail will be with Graph, or so many emails alone from mailboxes that have used nothing.
+
+    Raises:
+        Unavailable: Redis does not answer.
+    """
+    if emails is None:
+        workloads = [_workload(each) for each in workload.waiting(**_FILES)]
+    else:
+        unused = runtime.limiter.usage("a mailbox that nothing was sent from")
+        workloads = planned(emails, mailboxes, attachment_bytes=attachment_bytes, usage=unused, **_FILES)
+    paused_until = runtime.limiter.tenant_paused_until()
+    fleet = Fleet(
+        plain_concurrency=runtime.configuration.send_plain_concurrency,
+        attached_concurrency=runtime.configuration.send_attached_concurrency,
+        call=workload.send_duration() or _UNMEASURED_CALL,
+        plain_calls=(1, 2) if runtime.configuration.send_plain_via == "sendmail" else (2, 1),
+        usage=runtime.limiter.tenant_usage(),
+        paused_for=paused_until - datetime.now(UTC) if paused_until else timedelta(),
+    )
+    return foresee(workloads, fleet)
+
+
+def _workload(waiting: Waiting) -> Workload:
+    told = waiting._asdict()
+    later, due_in = told.pop("later"), told.pop("due_in")
+    usage = runtime.limiter.usage(waiting.mailbox)
+    return Workload(**told, later=Later(later, *due_in) if due_in else None, usage=usage)

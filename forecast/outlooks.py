@@ -18,8 +18,8 @@ ATTACHED_CONCURRENCY = "send_attached_concurrency"
 class Outlook(NamedTuple):
     """When the mail of a mailbox, or of each of ``alike`` mailboxes, is done, and what binds it.
 
-    ``done_in`` is None where nothing is done until somebody acts: what ``binds`` is an operator's `PAUSE`, or the budget
-    whose whole limit an email exceeds alone. ``paused`` emails are not among the others.
+    ``done_in`` is None where nothing is done until somebody acts: what ``binds`` is an operator's `PAUSE`, or the
+    budget whose whole limit an email exceeds alone. ``paused`` emails are not among the others.
     """
 
     mailbox: str

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from models.database import rows, transaction
 from models.mailboxes import FOREVER
 from models.states import Route
+from models.turns import EVERY
 
 #: Mailboxes that are told of, those with most mail first.
 MOST_MAILBOXES = 10_000
@@ -98,11 +99,12 @@ _WAITING = f"""
         WHERE lease_until IS NOT NULL AND (reserved_at IS NULL OR route = 'attachment') GROUP BY mailbox, route
     ), told AS (
         SELECT part.*, coalesce(pause.ends_at, now()) - now() AS paused_for,
-               coalesce(pause.ends_at >= %(forever)s OR r.route IS NOT NULL, false) AS paused
-        FROM part LEFT JOIN routes r ON r.route = part.route AND r.paused_until > now()
-        LEFT JOIN LATERAL (
-            SELECT max(paused_until) AS ends_at FROM mailboxes
-            WHERE mailbox IN (part.mailbox, '*') AND paused_until > now()
+               coalesce(pause.ends_at >= %(forever)s, false) AS paused
+        FROM part LEFT JOIN LATERAL (
+            SELECT max(paused_until) AS ends_at FROM (
+                SELECT paused_until FROM mailboxes WHERE mailbox IN (part.mailbox, %(every)s)
+                UNION ALL SELECT paused_until FROM routes WHERE route = part.route
+            ) pauses WHERE paused_until > now()
         ) pause ON true
     )
     SELECT mailbox, coalesce(round(sum(emails) FILTER (WHERE NOT paused AND route = %(plain)s)), 0),
@@ -111,7 +113,7 @@ _WAITING = f"""
            coalesce(round(sum(later) FILTER (WHERE NOT paused)), 0),
            min(first_at) - now(),
            to_timestamp((sum(later * extract(epoch FROM mean_at)) / nullif(sum(later), 0))::float) - now(),
-           max(last_at) - now(), max(paused_for)
+           max(last_at) - now(), coalesce(max(paused_for) FILTER (WHERE NOT paused), '0')
     FROM told GROUP BY mailbox ORDER BY sum(emails) DESC, mailbox LIMIT %(most)s
 """
 
@@ -137,6 +139,7 @@ def waiting(
         "most": most_mailboxes,
         "sample": sample,
         "forever": FOREVER,
+        "every": EVERY,
         "plain": Route.PLAIN,
         "attached": Route.ATTACHED,
     }

@@ -13,6 +13,7 @@ from support import LEASE, SENDER, claim, dispatch, rows, store, store_many
 
 from models import Route, mailboxes, workload
 from models.database import database as connection
+from models.turns import EVERY
 from models.workload import Waiting
 
 shared_database, tables = support.shared_database, support.tables
@@ -108,15 +109,22 @@ def test_a_pause_by_hand_holds_mail_and_one_with_an_end_delays_it() -> None:
     assert (only().plain, only().recipients, only().paused) == (0, 0, 2)
     mailboxes.resume(SENDER)
     assert (only().plain, only().paused, only().paused_for) == (2, 0, timedelta())
-    mailboxes.pause_by_hand("*", why="everything", who="tests")
-    assert (only().plain, only().paused) == (0, 2)
+    mailboxes.pause_by_hand(EVERY, why="everything", who="tests")
+    assert (only().plain, only().paused, only().paused_for) == (0, 2, timedelta())
 
 
 def test_a_paused_route_holds_its_mail_alone() -> None:
     store(publisher_message_id="a")
     store(publisher_message_id="b", attachments=[a_file(1)])
-    rows("INSERT INTO routes (route, paused_until) VALUES ('attachment', 'infinity')")
+    mailboxes.pause_route(Route.ATTACHED, why="a tunnel", who="tests")
     assert (only().plain, only().attached, only().paused, only().attach_requests) == (1, 0, 1, 0)
+
+
+def test_a_route_that_is_paused_for_a_while_delays_its_mail() -> None:
+    store(attachments=[a_file(1)])
+    mailboxes.pause_route(Route.ATTACHED, why="a tunnel", who="tests", wait=timedelta(hours=1))
+    assert (only().attached, only().paused) == (1, 0)
+    assert timedelta(minutes=59) < only().paused_for < timedelta(minutes=61)
 
 
 def test_from_a_sample_the_rest_is_taken_to_be_alike() -> None:

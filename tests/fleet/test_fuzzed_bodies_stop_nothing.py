@@ -124,7 +124,7 @@ def answers(world: World, published: dict[str, Body]) -> Answered:
 
     world.wait_until("the queue is empty", lambda: world.queue_depth("send_email") == 0, WITHIN)
     world.wait_until(f"{len(published)} bodies are answered", all_answered, WITHIN)
-    world.wait_until("their publishers are told", all_told)
+    world.wait_until("their publishers are told", all_told, WITHIN)
     return answered
 
 

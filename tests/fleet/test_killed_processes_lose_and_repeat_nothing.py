@@ -29,7 +29,8 @@ class Survivors(NamedTuple):
 @pytest.fixture(scope="module")
 def survivors(worlds: Worlds, way: str) -> Survivors:
     """What was published around the kills, and what became of it."""
-    world = worlds.get({"SEND_PLAIN_VIA": way}, supervise=True)
+    # A mail may lose its worker several times; each costs it an attempt.
+    world = worlds.get({"SEND_PLAIN_VIA": way, "MAX_ATTEMPTS": 8}, supervise=True)
     world.simulator.set_latency(0.1)
     mailboxes = [a_mailbox("killed") for _ in range(10)]
     given = [_killed_halfway_through_an_upload(world)]

@@ -12,7 +12,8 @@ Where the process may die, and what the next one does:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -21,15 +22,19 @@ import runtime
 from actors.waiting import after_refusal
 from crash_points import CrashPoint
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
-from models import spending, turns
+from models import mailboxes, spending, turns
 from models.scheduling import Pick
 from models.turns import EVERY, Candidate
 from telemetry import LIMITER_REFUSALS, RESTORED
 
-#: What an operator sets reaches Redis at once; if Redis was away then, within this.
+#: What an operator sets reaches Redis at once; if Redis was away then, within this of its return.
 _SYNC_EVERY = timedelta(seconds=30)
-#: Longer than Redis is expected to be away after an operator has changed a limit.
 _CHANGED_WITHIN = timedelta(hours=1)
+#: Longer than Redis can be away without anybody seeing to it.
+_CHANGED_MEANWHILE = timedelta(days=30)
+#: A scheduler hands out for no longer than this, unless it stands still.
+LONGEST_TURN = timedelta(seconds=3)
+_NEXT_IN_TURN = timedelta(milliseconds=10)
 #: What binds every mailbox is looked at again by whoever sweeps next, not noted for each.
 _OF_EVERYBODY = ("tenant_pause", "tenant_requests")
 
@@ -163,16 +168,42 @@ def _record(how: dict[str, int]) -> str:
     return ":".join(str(how[part]) for part in ("limit", "at", "whole", "strikes"))
 
 
+@contextmanager
+def turn() -> Iterator[None]:
+    """Hand out, or change limits, in one process at a time.
+
+    Two that hand out would reserve for the same mail and find mailboxes full that are not. A scheduler that stands
+    still is not waited for.
+    """
+    deadline = time.monotonic() + LONGEST_TURN.total_seconds()
+    while True:
+        with runtime.limiter.turn("scheduler", LONGEST_TURN) as mine:
+            if mine or time.monotonic() > deadline:
+                yield
+                return
+        time.sleep(_NEXT_IN_TURN.total_seconds())
+
+
+def limits_may_be_unknown() -> None:
+    """Note that Redis was away: what operators have set meanwhile it has to be told."""
+    _sync.missed = True
+
+
 class _Sync:
     """Has the limits that operators have set reach Redis even if it was away when they did."""
 
     def __init__(self) -> None:
+        self.missed = True
         self._next_at = float("-inf")
 
     def keep(self) -> None:
-        if time.monotonic() >= self._next_at:
-            _set_limits(spending.own_limits(_CHANGED_WITHIN))
-            self._next_at = time.monotonic() + _SYNC_EVERY.total_seconds()
+        if time.monotonic() < self._next_at:
+            return
+        _set_limits(spending.own_limits(_CHANGED_MEANWHILE if self.missed else _CHANGED_WITHIN))
+        if self.missed:
+            mailboxes.look_anew(EVERY)
+        self.missed = False
+        self._next_at = time.monotonic() + _SYNC_EVERY.total_seconds()
 
 
 _sync = _Sync()

@@ -21,8 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from periodiq import cron
 import limiter as limits
 import models
 import runtime
-from actors.budgets import keep_counts, refund, reserve
+from actors.budgets import keep_counts, limits_may_be_unknown, refund, reserve, turn
 from contracts import Event
 from crash_points import CrashPoint
 from models import Route, scheduling, turns
@@ -55,10 +54,6 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
-
-#: A scheduler hands out for no longer than this, unless it stands still.
-_LONGEST_TURN = timedelta(seconds=3)
-_NEXT_IN_TURN = timedelta(milliseconds=10)
 
 #: The mailbox that each route served last. Only fairness depends on it: a new process starts anywhere.
 _last_served = dict.fromkeys(Route, "")
@@ -108,27 +103,13 @@ def _sweep(*, hand_out: bool) -> _Sweep:
     if not hand_out:
         return _Sweep(swept_at, more, _AWAY_PAUSE)
     try:
-        with _turn():
+        with turn():
             keep_counts()
             handed_out, everybody_waits = _hand_out()
     except limits.Unavailable:
+        limits_may_be_unknown()
         return _Sweep(swept_at, more, _AWAY_PAUSE)
     return _Sweep(swept_at, more or handed_out, everybody_waits)
-
-
-@contextmanager
-def _turn() -> Iterator[None]:
-    """Hand out in one process at a time, or two would reserve for the same mail and find mailboxes full that are not.
-
-    A scheduler that stands still is not waited for.
-    """
-    deadline = time.monotonic() + _LONGEST_TURN.total_seconds()
-    while True:
-        with runtime.limiter.turn("scheduler", _LONGEST_TURN) as mine:
-            if mine or time.monotonic() > deadline:
-                yield
-                return
-        time.sleep(_NEXT_IN_TURN.total_seconds())
 
 
 def _hand_out() -> tuple[bool, timedelta | None]:

@@ -213,7 +213,10 @@ class Limiter:
         }
 
     def refund(self, mailbox: str, reservation: Reservation, send: Wanted) -> None:
-        """Take back a reservation that was not used. Harmless when it has left its windows; never raises."""
+        """Take back a reservation that was not used, once. Harmless when it has left its windows; never raises.
+
+        Reservations have no names: what is given back twice may be another's, if both were charged together.
+        """
         self._ledger.refund(mailbox, reservation.at_ms, send.charges())
 
     # Pauses

@@ -184,26 +184,21 @@ class Ledger:
             return Verdict.parse(self._admit(keys, arguments))
 
         with _answering():
-            verdict = ask(max(0, _ms(wait)))
-            if verdict.by != CONCURRENCY or wait <= timedelta():
-                return verdict
-            return self._wait_for(slot, time.monotonic() + wait.total_seconds(), ask)
+            return self._wait_for(slot, wait, ask) if wait > timedelta() else ask(0)
 
-    def _wait_for(self, slot: Slot, ends: float, ask: Callable[[int], Verdict]) -> Verdict:
-        """Ask again when woken, or by itself from time to time, until nothing or something else refuses."""
-        admitted = False
+    def _wait_for(self, slot: Slot, wait: timedelta, ask: Callable[[int], Verdict]) -> Verdict:
+        """Ask, again when woken, and by itself from time to time, until nothing or something else refuses."""
+        admitted, ends = False, time.monotonic() + wait.total_seconds()
         try:
             while True:
                 left = ends - time.monotonic()
-                if left > 0:
-                    woken_by = self._key("tenant", f"woken:{slot.token}")
-                    # Redis takes a wait of less than a millisecond for one without end.
-                    self._redis.blpop([woken_by], timeout=max(0.001, min(left, LOOK_AGAIN.total_seconds())))
-                    left = ends - time.monotonic()
                 verdict = ask(max(0, round(left * 1000)))
                 admitted = verdict.by == ""
                 if verdict.by != CONCURRENCY or left <= 0:
                     return verdict
+                # Redis takes a wait of less than a millisecond for one without end.
+                timeout = max(0.001, min(left, LOOK_AGAIN.total_seconds()))
+                self._redis.blpop([self._key("tenant", f"woken:{slot.token}")], timeout=timeout)
         finally:
             if not admitted:
                 # Whoever stops waiting, for whatever reason, must not be handed a slot, or hands it on.

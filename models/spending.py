@@ -95,6 +95,9 @@ def under_way() -> dict[str, list[str]]:
     return found
 
 
+_PAUSED_BY_GRAPH = "paused_until > now() AND paused_by = 'mailfleet' AND pause_reason LIKE 'Graph asked%%'"
+
+
 class OwnLimits(NamedTuple):
     """What binds a mailbox (``*``: every mailbox) besides the settings, as it is kept."""
 
@@ -111,11 +114,11 @@ def own_limits(changed_within: timedelta | None = None) -> list[OwnLimits]:
     return [
         OwnLimits(*row)
         for row in rows(
-            """
+            f"""
             SELECT mailbox, limits, slowed,
-                   CASE WHEN paused_until > now() AND pause_reason LIKE 'Graph asked%%' THEN paused_until END
+                   CASE WHEN {_PAUSED_BY_GRAPH} THEN paused_until END
             FROM mailboxes
-            WHERE limits <> '{}' OR slowed <> '{}' OR (paused_until > now() AND pause_reason LIKE 'Graph asked%%')
+            WHERE limits <> '{{}}' OR slowed <> '{{}}' OR ({_PAUSED_BY_GRAPH})
                OR updated_at > now() - %(changed_within)s::interval
             """,
             {"changed_within": changed_within},

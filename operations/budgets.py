@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import models
 import runtime
+from actors.budgets import turn
 from limiter import Unavailable
 from models import audit, mailboxes
 from models import limits as set_by_operators
@@ -25,10 +24,6 @@ class Bounds(NamedTuple):
     least: int
     most: int
 
-
-#: As long as a scheduler's.
-_LONGEST_TURN = timedelta(seconds=3)
-_NEXT_IN_TURN = timedelta(milliseconds=10)
 
 _COUNT = Bounds(1, 1_000_000_000)
 #: One call charges up to two requests; a limit below what one call charges would have all mail given up.
@@ -159,24 +154,9 @@ def _change(mailbox: str | None, changes: Mapping[str, int | None], action: str,
 def _tell(mailbox: str | None) -> bool:
     """Tell Redis what stands in the table."""
     try:
-        with _schedulers_turn():
+        # A scheduler that knows the former limits has then noted for what it found no budget.
+        with turn():
             runtime.limiter.set_limits(mailbox, set_by_operators.of(mailbox or EVERY))
     except Unavailable:
         return False
     return True
-
-
-@contextmanager
-def _schedulers_turn() -> Iterator[None]:
-    """Do something while no scheduler hands out mail, unless one stands still.
-
-    One that still knows the former limits has then noted for what it found no budget; and none tells Redis of the
-    limits that it has read before.
-    """
-    deadline = time.monotonic() + _LONGEST_TURN.total_seconds()
-    while True:
-        with runtime.limiter.turn("scheduler", _LONGEST_TURN) as mine:
-            if mine or time.monotonic() > deadline:
-                yield
-                return
-        time.sleep(_NEXT_IN_TURN.total_seconds())

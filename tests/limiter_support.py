@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisAway
 
-from limiter import Budgets, BudgetUsage, Limiter
+from limiter import Budgets, BudgetUsage, Limiter, Wanted
 
 LEASE = timedelta(seconds=30)
 SECOND = timedelta(seconds=1)
@@ -29,6 +30,8 @@ MINUTE = timedelta(minutes=1)
 MILLISECOND = timedelta(milliseconds=1)
 UNLIMITED = Budgets(0, 0, 0, 0, 0, 0, 0)
 MAILBOX = "a@example.com"
+#: A send to one recipient, internal.
+ONE = Wanted(1, 0)
 
 #: Graph's windows, short enough for a test.
 WINDOWS = {
@@ -42,7 +45,13 @@ WINDOWS = {
 #: Windows that no test outlasts.
 LONG = dict.fromkeys(WINDOWS, 60_000)
 
+Make = Callable[..., Limiter]
 processes = multiprocessing.get_context("spawn")
+
+
+def only(**limits: int) -> Budgets:
+    """Budgets that limit nothing else."""
+    return replace(UNLIMITED, **limits)
 
 
 class RedisServer:
@@ -123,7 +132,7 @@ def prefix(limiter_redis: str) -> str:
 
 
 @pytest.fixture
-def make(limiter_redis: str, prefix: str) -> Callable[..., Limiter]:
+def make(limiter_redis: str, prefix: str) -> Make:
     """Make a worker's limiter; those of one test share the prefix, as a fleet does."""
 
     def make(budgets: Budgets = UNLIMITED, slot_lease: timedelta = LEASE, **more: object) -> Limiter:

@@ -13,11 +13,12 @@ import support
 from operator_support import audited
 from support import Fleet, email_row, rows, store, table
 
+import actors.budgets
 import operations
 import runtime
 from limiter import Exhausted, Wanted
 from models import mailboxes
-from operations import EVERY, NotALimit, budgets
+from operations import EVERY, NotALimit
 from sandbox.processes import free_port
 
 shared_database, tables, fleet, limit = support.shared_database, support.tables, support.fleet, support.limit
@@ -162,7 +163,7 @@ def test_a_scheduler_that_still_knows_the_former_limit_does_not_have_the_last_wo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     minute = timedelta(minutes=1)
-    monkeypatch.setattr(budgets, "_LONGEST_TURN", minute)
+    monkeypatch.setattr(actors.budgets, "LONGEST_TURN", minute)
     with ThreadPoolExecutor(1) as threads:
         # Given a scheduler that has asked the limiter and not yet noted what it said
         with runtime.limiter.turn("scheduler", minute):
@@ -176,7 +177,7 @@ def test_a_scheduler_that_still_knows_the_former_limit_does_not_have_the_last_wo
 
 
 def test_a_scheduler_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budgets, "_LONGEST_TURN", timedelta(milliseconds=50))
+    monkeypatch.setattr(actors.budgets, "LONGEST_TURN", timedelta(milliseconds=50))
     with runtime.limiter.turn("scheduler", HOUR):
         assert operations.set_limits(ANN, {"sends": 40}, who=WHO).told
     assert shown(ANN, "sends").limit == 40

@@ -1,7 +1,7 @@
 """A forecast that is asked for at the beginning of a backlog, and what the fleet then makes of it.
 
-Twelve sends a minute: a mailbox that has used some of them, and one that fills a window. Neither dividing the backlog by
-the limit nor leaving out what is used would come within a tenth of the truth.
+Twelve sends a minute: a mailbox that has used some of them, and one that fills a window. Neither dividing the backlog
+by the limit nor leaving out what is used would come within a tenth of the truth.
 """
 
 from __future__ import annotations

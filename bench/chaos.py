@@ -42,6 +42,7 @@ LEASE_SECONDS = 20
 #: Longer than a request may take effect after its doubt has begun and its mail stay invisible then, together.
 GRACE_SECONDS = 15
 SETTINGS = {
+    "METRICS_PORT": 0,
     "BACKUP_DELAY_SECONDS": 1,
     "GRAPH_TIMEOUT_SECONDS": GRAPH_TIMEOUT_SECONDS,
     "IN_DOUBT_GRACE_SECONDS": GRACE_SECONDS,

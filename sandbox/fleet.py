@@ -81,9 +81,9 @@ class Replica:
             ["sh", "-c", f"exec {self._command}"],
             guard=self._guard,
             environment={
+                "METRICS_PORT": str(self.ports.metrics_port),
                 **self._environment,
                 "PORT": str(self.ports.port),
-                "METRICS_PORT": str(self.ports.metrics_port),
             },
             directory=self._directory,
             log=self.log,
@@ -131,7 +131,8 @@ class Fleet:
 
         Args:
             procfile: The file; its commands run in the directory where it lies.
-            environment: The whole environment of each process, to which ``PORT`` and ``METRICS_PORT`` are added.
+            environment: The whole environment of each process, to which ``PORT`` is added and, unless it has one (0: no
+                metrics), ``METRICS_PORT``.
             directory: Where the logs go, ``NAME.N.log`` for each replica and ``release.log``.
             only: The types to start; all of them by default. ``release`` is run in any case.
             scale: How many replicas of a type, where that is not one.

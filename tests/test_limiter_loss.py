@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 
 import limiter_support
@@ -295,11 +296,9 @@ def test_process_that_stood_still_while_it_restored_undoes_nothing(
     assert_open(other)
 
 
-def test_what_was_spent_counts_from_its_age_on_and_is_safe_to_repeat(
-    make: Make, limiter_redis: str, prefix: str
-) -> None:
+def test_what_was_spent_counts_from_its_age_on_and_is_safe_to_repeat(fresh: Callable[..., Limiter]) -> None:
     # Given sends of different age, of which one has left the minute
-    limiter = Limiter(limiter_redis, Budgets(mailbox_sends_per_minute=10), LEASE, prefix=f"{prefix}-fresh")
+    limiter = fresh(Budgets(mailbox_sends_per_minute=10))
     spent = [
         Spent(MAILBOX, "sends", timedelta(seconds=-5), 1),
         Spent(MAILBOX, "sends", timedelta(seconds=10), 2),
@@ -329,18 +328,20 @@ def test_what_was_spent_counts_from_its_age_on_and_is_safe_to_repeat(
     assert timedelta(minutes=50) < refused.value.retry_after <= timedelta(minutes=100)
 
 
-def test_reservation_that_was_written_down_after_a_loss_is_found_by_its_call(limiter_redis: str, prefix: str) -> None:
+def test_reservation_that_was_written_down_after_a_loss_is_found_by_its_call(
+    limiter_redis: str, prefix: str, client: Redis
+) -> None:
     # Given all that may be sent reserved, in a Redis that is emptied and restored with what it knew
     budgets = Budgets(mailbox_sends_per_minute=5)
     limiter = Limiter(limiter_redis, budgets, LEASE, prefix=prefix)
-    reservations = limiter.reserve({MAILBOX: [ONE] * 5})[MAILBOX]
+    reservations = [each for each in limiter.reserve({MAILBOX: [ONE] * 5})[MAILBOX] if isinstance(each, Reservation)]
     other = Limiter(limiter_redis, budgets, LEASE, prefix=f"{prefix}-fresh")
     with other.restoring():
-        reserved_ago = timedelta(milliseconds=3)
-        other.spent(Spent(MAILBOX, budget, reserved_ago, 5) for budget in ("sends", "recipients"))
+        seconds, microseconds = client.time()
+        age = (seconds * 1000 + microseconds // 1000 - reservations[0].at_ms) * MILLISECOND
+        other.spent(Spent(MAILBOX, budget, age, 5) for budget in ("sends", "recipients"))
     # When it is sent
     for reservation in reservations:
-        assert isinstance(reservation, Reservation)
         other.release(other.acquire(MAILBOX, send=ONE, reservation=reservation))
     # Then it counts once
     assert (used(other)["sends"], used(other)["recipients"]) == (5, 5)
@@ -384,13 +385,13 @@ def test_a_turn_is_one_processs_at_a_time_and_over_when_it_is_done_or_lasts_too_
         assert mine
         with other.turn("sweep", MINUTE) as others, other.turn("another", MINUTE) as another:
             assert (others, another) == (False, True)
-    with limiter.turn("sweep", 20 * MILLISECOND) as mine:
-        assert mine
-        let_pass(40 * MILLISECOND)
-        with other.turn("sweep", MINUTE) as others:
-            assert others
-            # Whoever is late does not end the turn of the next
     with pytest.raises(ZeroDivisionError), limiter.turn("sweep", MINUTE) as mine:
         _ = 1 / (0 if mine else 1)
-    with other.turn("sweep", MINUTE) as others:
-        assert others
+    with ExitStack() as block:
+        with limiter.turn("sweep", 20 * MILLISECOND) as mine:
+            assert mine
+            let_pass(40 * MILLISECOND)
+            assert block.enter_context(other.turn("sweep", MINUTE))
+        # Whoever ends too late does not end the turn of the next
+        with limiter.turn("sweep", MINUTE) as mine:
+            assert not mine

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates, settled
+from worlds import Worlds
 
 from sandbox.world import ROOT, World, new_database
 from simulator.control import Simulator
+
+
+@pytest.fixture(scope="module")
+def world(worlds: Worlds) -> World:
+    """A fleet whose workers' metrics are served."""
+    return worlds.get(measured=True)
 
 
 def test_all_end_within_fifteen_seconds_under_load_and_go_on_afterwards(world: World, simulator: Simulator) -> None:

@@ -19,11 +19,18 @@ from fleet_support import (
     put,
     settled_one,
 )
+from worlds import Worlds
 
 from sandbox.world import World
 from simulator.control import Simulator
 
 STEPS = ["received", "dispatched", "claimed", "drafted", "uploaded", "sent", "archived"]
+
+
+@pytest.fixture(scope="module")
+def world(worlds: Worlds) -> World:
+    """A fleet whose workers' metrics are served."""
+    return worlds.get(measured=True)
 
 
 @pytest.fixture(scope="module")

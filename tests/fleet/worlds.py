@@ -37,9 +37,15 @@ class Worlds:
         self._kind: Any = None
         self._current: World | None = None
 
-    def get(self, settings: dict[str, str | int] | None = None, **fleet_options: Any) -> World:
-        """Return a world whose fleet is up: the current one if it is of this kind, else a new one."""
-        all_settings = SETTINGS | (settings or {})
+    def get(
+        self, settings: dict[str, str | int] | None = None, *, measured: bool = False, **fleet_options: Any
+    ) -> World:
+        """Return a world whose fleet is up: the current one if it is of this kind, else a new one.
+
+        Args:
+            measured: With the processes that serve the workers' metrics, each a second of a core to start.
+        """
+        all_settings = SETTINGS | ({} if measured else {"METRICS_PORT": 0}) | (settings or {})
         kind = (all_settings, fleet_options)
         if self._current is None or self._kind != kind:
             self.close()

@@ -75,7 +75,8 @@ end
 -- the younger one.
 local function charged_in(window, units, at)
   local i = math.floor(at / window.width)
-  if counted(window, i) < units and counted(window, i + 1) >= units then return i + 1 end
+  local in_ring = i > window.current - window.ring
+  if in_ring and counted(window, i) < units and counted(window, i + 1) >= units then return i + 1 end
   return i
 end
 

@@ -122,7 +122,7 @@ def test_a_server_that_is_away_is_a_sentence_within_seconds(away: str, silent: b
         began = time.monotonic()
         ended = mailfleet(*arguments, stdin=EMAIL, **{away: at(os.environ[away], port if silent else free_port())})
     says(ended, 1, sentence)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_a_database_that_was_never_migrated_is_a_sentence(servers: dict[str, str]) -> None:

@@ -153,8 +153,8 @@ def test_limit_is_never_exceeded_in_any_window_however_late_reservations_are_use
     # Then no window of the length has more than the limit, and they were used
     calls.sort()
     assert calls[-1][0] - calls[0][0] > 2 * WINDOWS["recipients"]
-    assert 8 <= busiest([(at, 1) for at, _ in calls], WINDOWS["sends"]) <= 10
-    assert 40 <= busiest(calls, WINDOWS["recipients"]) <= 60
+    assert 3 <= busiest([(at, 1) for at, _ in calls], WINDOWS["sends"]) <= 10
+    assert 20 <= busiest(calls, WINDOWS["recipients"]) <= 60
     # And nothing stays charged
     let_pass(2 * WINDOWS["recipients"] * MILLISECOND)
     assert set(used(limiter).values()) == {0}

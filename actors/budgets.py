@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import limiter as limits
 import runtime
-from actors.waiting import after_refusal
 from crash_points import CrashPoint
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
 from models import mailboxes, spending, turns
@@ -96,7 +95,7 @@ def _fills(refused: Exhausted) -> bool:
 def _note(refused: Exhausted, noted: dict[str, tuple[timedelta, str]], key: str) -> None:
     LIMITER_REFUSALS.labels(refused.budget).inc()
     if key not in noted:
-        noted[key] = after_refusal(refused), f"limit: {refused.budget}"
+        noted[key] = refused.retry_after, f"limit: {refused.budget}"  # each waits for its own: nothing comes together
 
 
 def refund(candidates: Sequence[Candidate], unused: Sequence[Pick]) -> None:

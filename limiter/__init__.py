@@ -9,16 +9,18 @@ would have to wait occupies no worker. `Limiter.slot` asks Redis before each cal
 nothing; what was reserved is moved to the instant of the call, or is charged again if the call comes so late that it
 has left the window. A slot is a lease: a worker that dies returns its slot when the lease runs out, and releasing a
 slot twice or late is harmless. A call that lacks nothing but a slot may wait for one: it is handed over by whoever
-returns one, to sends first. Only Redis's clock is read, so the workers' clocks may differ. Whoever cannot ask Redis may
-not call Graph (`Unavailable`).
+returns one, to sends first, and among these to the one whose wait ends first; nobody who comes later gets it before
+them. Only Redis's clock is read, so the workers' clocks may differ. Whoever cannot ask Redis may not call Graph
+(`Unavailable`).
 
 **Windows.** A window is a ring of counters and their sum, so its size and cost do not grow with the traffic. What was
 charged stays counted for the window's length and 1/60 to 1/40 of it more. The error is on the strict side only: at
 least 97 % of a limit is usable, never more than 100 %.
 
 **Limits** are the settings', unless `set_limits` has set others for the fleet or for a mailbox: they bind every process
-from its next call on. A mailbox that Graph throttles three times in ten minutes has the limit lowered to 60 % of what
-it used (`throttled`); it grows back by 1/30 of the whole each minute.
+from its next call on. What has no limit is counted all the same: one that is set later knows what was spent. A mailbox
+that Graph throttles three times in ten minutes has the limit lowered to 60 % of what it used (`throttled`); it grows
+back by 1/30 of the whole each minute.
 
 **After a pause** a mailbox's concurrency starts at one and doubles every `RAMP_STEP` until it reaches its limit, so
 that the waiting mail does not arrive as the burst that was throttled. After a tenant's pause every mailbox does so.
@@ -296,13 +298,16 @@ class Limiter:
     def restoring(self) -> AbstractContextManager[bool]:
         """Write down in the block what was spent, with `spent` and `hold`; nobody is admitted meanwhile.
 
-        Yields False if another process is at it: then there is nothing to do. If the block fails nobody is admitted
-        until it is done again.
+        Yields False if another process is at it, or has done it: then there is nothing to do. If the block fails, or
+        Redis is started anew meanwhile, nobody is admitted until it is done again.
         """
         return self._ledger.restoring()
 
     def spent(self, entries: Iterable[Spent]) -> None:
-        """Write down what was spent, in the place of what is counted of these budgets. Safe to repeat."""
+        """Write down what was spent, in the place of what is counted of these budgets. Safe to repeat.
+
+        Changes nothing but in a block of `restoring`: what was counted since must not be undone.
+        """
         self._ledger.set_spent(entries)
 
     def hold(self, mailbox: str, tokens: Iterable[str], lease: timedelta) -> None:

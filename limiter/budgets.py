@@ -163,9 +163,9 @@ class Window(NamedTuple):
         """Sub-windows that count: those that the window's length covers, the one it covers in part, and the slack."""
         return -(-self.interval // self.width) + 1 + SLACK
 
-    def arguments(self, units: int) -> tuple[str | int, ...]:
+    def described(self, units: int) -> str:
         """What a script is told of the window."""
-        return (self.budget, self.limit, self.width, self.ring, units)
+        return f"{self.budget} {self.limit} {self.width} {self.ring} {units}"
 
 
 def check_units(units: Iterable[int]) -> None:

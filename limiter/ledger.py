@@ -175,12 +175,21 @@ class Ledger:
     ) -> Verdict:
         """Take the slot and every charge, or nothing; wait for a slot if it is only that."""
         keys = [*self._head(slot.owner), *(window.key for window, _ in charges)]
-        described = [argument for window, units in charges for argument in window.arguments(units)]
+        described = " ".join(window.described(units) for window, units in charges)
         leases = (_ms(self._lease), _ms(SLOT_RETRY), _ms(HANDOVER))
         prefixes = (self._key("tenant", "talking:"), self._key("tenant", "woken:"))
 
         def ask(wait_ms: int) -> Verdict:
-            arguments = [*self._speed, slot.token, *leases, wait_ms, int(sends), reserved_at_ms, *prefixes, *described]
+            arguments: list[str | int] = [
+                *self._speed,
+                described,
+                slot.token,
+                *leases,
+                wait_ms,
+                int(sends),
+                reserved_at_ms,
+                *prefixes,
+            ]
             return Verdict.parse(self._admit(keys, arguments))
 
         with _answering():
@@ -220,14 +229,15 @@ class Ledger:
             For each mailbox the instant in milliseconds, and a verdict for each of its sends; all refused by
             ``emptied`` if the counts are lost.
         """
+        tenants = self.windows(TENANT)
         with _answering(), self._redis.pipeline(transaction=False) as pipeline:
             self._whole([self._born], client=pipeline)
             for mailbox, sends in wanted.items():
-                windows = self.windows(mailbox) + self.windows(TENANT)
-                described = [a for window in windows for a in window.arguments(_COUNTED.get(window.budget, 0))]
-                counts = [count for send in sends for count in (send.recipients, send.external_recipients)]
+                windows = self.windows(mailbox) + tenants
+                described = " ".join(window.described(_COUNTED.get(window.budget, 0)) for window in windows)
+                counts = " ".join(f"{send.recipients} {send.external_recipients}" for send in sends)
                 keys = [*self._head(self.owner(mailbox)), *(window.key for window in windows)]
-                self._reserve(keys, [*self._speed, *described, *counts], client=pipeline)
+                self._reserve(keys, [*self._speed, described, counts], client=pipeline)
             _, *answers = pipeline.execute()
         lost = Verdict("emptied", 0, 1, 0)
         return {
@@ -249,7 +259,7 @@ class Ledger:
         windows = self.windows(mailbox)
         keys = [*self._head(self.owner(mailbox)), *(window.key for window in windows)]
         with _answering():
-            answer = self._usage(keys, [*self._speed, *(a for window in windows for a in window.arguments(0))])
+            answer = self._usage(keys, [*self._speed, " ".join(window.described(0) for window in windows)])
         found = zip([CONCURRENCY, *(window.budget for window in windows)], answer, strict=True)
         return [_usage(budget, *told) for budget, told in found if mailbox is not TENANT or budget != CONCURRENCY]
 

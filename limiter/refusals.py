@@ -20,9 +20,9 @@ class Exhausted(Refused):
     """Raised when a budget or the slots are used up, or the mailbox or the tenant is paused. Nothing was charged.
 
     After ``retry_after`` the same call is admitted unless others were first; for ``concurrency`` it is a hint.
-    ``budget`` is a name of `WINDOWS`, ``concurrency``, ``pause`` or ``tenant_pause``; of several that refuse, the one
-    that does so for longest. ``mailbox_wide`` is true when nothing is left, so that any other call charged to the
-    budget would be refused too, and false when a smaller one might still fit.
+    ``budget`` is a name of `WINDOWS`, ``pause`` or ``tenant_pause``, of several that refuse the one that does so for
+    longest; ``concurrency`` if nothing else refuses. ``mailbox_wide`` is true when nothing is left, so that any other
+    call charged to the budget would be refused too, and false when a smaller one might still fit.
     """
 
     def __init__(self, budget: str, retry_after: timedelta, mailbox_wide: bool) -> None:

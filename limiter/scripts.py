@@ -1,8 +1,9 @@
 """What Redis decides: one script per decision, because Redis runs nothing else meanwhile.
 
 Every script reads Redis's clock, so the workers' clocks may differ. ``KEYS`` begin with what each decision about a
-mailbox needs (`HEAD`), ``ARGV`` with what the settings say of concurrency and ramp; five arguments describe each window
-that follows (`Window.arguments`).
+mailbox needs (`HEAD`), and go on with windows; ``ARGV`` begins with what the settings say of concurrency, of the ramp
+and of these windows, whose descriptions (`Window.described`) are one argument, for each costs more than to take it
+apart.
 
 Numbers are Lua's, exact up to 2**53: none that is handed in is more than half of that. A name stands for what refuses:
 a budget, ``concurrency``, ``pause`` or ``tenant_pause``; none admits, and ``emptied`` says that the counts are lost.
@@ -37,24 +38,28 @@ local function read(key, width, ring)
   local used, current = tonumber(stored[1] or 0), math.floor(now / width)
   local last = tonumber(stored[2] or current)
   current = math.max(current, last) -- a clock that was set back must not free anything
+  local began = not stored[2] or current > last
   local left = {}
   for i = last + 1, math.min(current, last + ring) do left[#left + 1] = i % ring end
   if #left > 0 then
     for _, units in ipairs(redis.call('HMGET', key, unpack(left))) do used = used - tonumber(units or 0) end
   end
-  return {key = key, width = width, ring = ring, last = last, current = current, used = used, left = left, granted = 0}
+  return {
+    key = key, width = width, ring = ring, last = last, current = current, began = began, used = used, left = left,
+    granted = 0
+  }
 end
 
 -- Milliseconds until so many of the used units have left the window.
 local function frees(window, units)
   if not window.parts then
-    local fields = {}
-    for i = window.current - window.ring + 1, window.last do fields[#fields + 1] = i % window.ring end
-    window.parts = #fields > 0 and redis.call('HMGET', window.key, unpack(fields)) or {}
+    local stored = redis.call('HGETALL', window.key)
+    window.parts = {}
+    for i = 1, #stored, 2 do window.parts[tonumber(stored[i]) or stored[i]] = tonumber(stored[i + 1]) end
   end
-  for n, part in ipairs(window.parts) do
-    units = units - tonumber(part or 0)
-    if units <= 0 then return (window.current + n) * window.width - now end
+  for i = window.current - window.ring + 1, window.last do
+    units = units - (window.parts[i % window.ring] or 0)
+    if units <= 0 then return (i + window.ring) * window.width - now end
   end
   return window.ring * window.width
 end
@@ -63,7 +68,7 @@ local function charge(window, units)
   if #window.left > 0 then redis.call('HDEL', window.key, unpack(window.left)) end
   redis.call('HINCRBY', window.key, window.current % window.ring, units)
   redis.call('HSET', window.key, 'used', window.used + units, 'last', window.current)
-  redis.call('PEXPIRE', window.key, (window.ring + 1) * window.width)
+  if window.began then redis.call('PEXPIRE', window.key, (window.ring + 1) * window.width) end
 end
 
 local function counted(window, i)
@@ -114,29 +119,30 @@ local function limit_of(budget, default)
   return set, set, by
 end
 
--- Slots that may be held now: after a pause one, then two, four … until the limit.
-local function concurrency_now(default, ramp_step)
-  local concurrency = limit_of('concurrency', default)
-  for _, pause in ipairs({key.pause, key.tenant_pause}) do
-    local ends = tonumber(redis.call('GET', pause) or 0)
-    if ends > now then return 0 end
-    if ends > 0 then concurrency = math.min(concurrency, 2 ^ math.floor((now - ends) / ramp_step)) end
-  end
-  return concurrency
-end
+local concurrency, concurrency_set, concurrency_by = limit_of('concurrency', tonumber(ARGV[1]))
+local pauses = redis.call('MGET', key.pause, key.tenant_pause)
 
-local function windows_from(first)
-  local windows = {}
-  for i = WINDOWS, #KEYS do
-    local window = read(KEYS[i], tonumber(ARGV[first + 2]), tonumber(ARGV[first + 3]))
-    window.budget, window.units = ARGV[first], tonumber(ARGV[first + 4])
-    window.limit, window.set = limit_of(window.budget, tonumber(ARGV[first + 1]))
-    windows[#windows + 1] = window
-    first = first + 5
+-- Slots that may be held now: after a pause one, then two, four … until the limit.
+local function concurrency_now()
+  local slots = concurrency
+  for _, pause in ipairs(pauses) do
+    local ends = tonumber(pause or 0)
+    if ends > now then return 0 end
+    if ends > 0 then slots = math.min(slots, 2 ^ math.floor((now - ends) / tonumber(ARGV[2]))) end
   end
-  return windows
+  return slots
 end
-""".replace("RECOVERY", str(RECOVERY_MS)).replace("WINDOWS", str(len(HEAD) + 1))
+""".replace("RECOVERY", str(RECOVERY_MS))
+
+_WINDOWS = """
+local windows = {}
+for budget, limit, width, ring, units in ARGV[3]:gmatch('(%S+) (%d+) (%d+) (%d+) (%d+)') do
+  local window = read(KEYS[#windows + FIRST], tonumber(width), tonumber(ring))
+  window.budget, window.units = budget, tonumber(units)
+  window.limit, window.set, window.by = limit_of(budget, tonumber(limit))
+  windows[#windows + 1] = window
+end
+""".replace("FIRST", str(len(HEAD) + 1))
 
 _REFUSALS = """
 -- What refuses for longest, its wait, 1 if nothing is left of it, and its limit if that is too low as a whole.
@@ -145,9 +151,9 @@ local function refuse(by, wait, nothing_left)
   -- A refusal stands whatever its wait: an error in a wait must not admit anything.
   if wait > refusal[2] or refusal[1] == '' then refusal = {by, wait, nothing_left, 0} end
 end
-for _, pause in ipairs({'pause', 'tenant_pause'}) do
-  local ends = tonumber(redis.call('GET', key[pause]) or 0)
-  if ends > now then refuse(pause, ends - now, 1) end
+for i, name in ipairs({'pause', 'tenant_pause'}) do
+  local ends = tonumber(pauses[i] or 0)
+  if ends > now then refuse(name, ends - now, 1) end
 end
 
 -- Says whether the units are more than the whole of what was set; one that was lowered grows.
@@ -188,9 +194,9 @@ local function hand_over(concurrency, lease, woken)
 end
 """
 
-#: ARGV: concurrency, ramp step, token, lease, slot retry, lease of a slot that is handed over, wait, 1 for a send, when
-#: budget was reserved (0: it was not), the prefix of the counts of mailboxes that talk, that of what wakes a waiting
-#: call; then the windows.
+#: ARGV: concurrency, ramp step, windows, token, lease, slot retry, lease of a slot that is handed over, wait, 1 for a
+#: send, when budget was reserved (0: it was not), the prefix of the counts of mailboxes that talk, that of what wakes a
+#: waiting call.
 #: Returns a refusal, or for its wait the instant.
 ADMIT = (
     _HEAD
@@ -200,14 +206,14 @@ if not is_whole(key.born) then return {'emptied', 0, 1, 0} end
 """
     + _WINDOW
     + _LIMITS
+    + _WINDOWS
     + _REFUSALS
     + _SLOTS
     + """
-local token, wait, reserved_at = ARGV[3], tonumber(ARGV[7]), tonumber(ARGV[9])
-local waiting = ARGV[8] == '1' and key.waiting_send or key.waiting
+local token, wait, reserved_at = ARGV[4], tonumber(ARGV[8]), tonumber(ARGV[10])
+local waiting = ARGV[9] == '1' and key.waiting_send or key.waiting
 local reservable = {sends = true, recipients = true, tenant_external_recipients = true}
 
-local windows = windows_from(12)
 for _, window in ipairs(windows) do
   if never_fits(window, window.units) then return {window.budget, 0, 0, window.set} end
   window.moves = reserved_at > 0 and reservable[window.budget]
@@ -218,12 +224,12 @@ end
 
 -- Nothing but a slot may be waited for, so the slots are looked at when nothing else refuses.
 local waits = anyone_waits()
-if refusal[1] == '' and limit_of('concurrency', tonumber(ARGV[1])) > 0 then
-  local concurrency = concurrency_now(tonumber(ARGV[1]), tonumber(ARGV[2]))
-  if waits then hand_over(concurrency, tonumber(ARGV[6]), ARGV[11]) end
+if refusal[1] == '' and concurrency > 0 then
+  local slots = concurrency_now()
+  if waits then hand_over(slots, tonumber(ARGV[7]), ARGV[12]) end
   local handed_over = tonumber(redis.call('ZSCORE', key.slots, token) or 0) > now
-  if not handed_over and held() >= concurrency then
-    refuse('concurrency', tonumber(ARGV[5]), 1)
+  if not handed_over and held() >= slots then
+    refuse('concurrency', tonumber(ARGV[6]), 1)
     if wait > 0 then
       redis.call('ZADD', waiting, 'NX', now + wait, token)
       redis.call('PEXPIRE', waiting, math.max(wait, redis.call('PTTL', waiting)))
@@ -232,13 +238,13 @@ if refusal[1] == '' and limit_of('concurrency', tonumber(ARGV[1])) > 0 then
 end
 if refusal[1] ~= '' then return refusal end
 
-hold(token, tonumber(ARGV[4]))
+hold(token, tonumber(ARGV[5]))
 if waits then redis.call('ZREM', waiting, token) end
 for _, window in ipairs(windows) do
   charge(window, window.units)
   if window.moves then take_back(window, window.units, reserved_at) end
 end
-local talking = ARGV[10] .. math.floor(now / 10000)
+local talking = ARGV[11] .. math.floor(now / 10000)
 if redis.call('PFADD', talking, key.slots) == 1 then redis.call('PEXPIRE', talking, 30000) end
 return {'', now, 0, 0}
 """
@@ -248,14 +254,16 @@ return {'', now, 0, 0}
 #: Returns a slot, or ends the wait for one, and hands on what is free.
 RELEASE = (
     _HEAD
-    + _LIMITS
     + _SLOTS
     + """
 redis.call('ZREM', key.slots, ARGV[3])
 if not anyone_waits() then return end
 redis.call('ZREM', key.waiting_send, ARGV[3])
 redis.call('ZREM', key.waiting, ARGV[3])
-hand_over(concurrency_now(tonumber(ARGV[1]), tonumber(ARGV[2])), tonumber(ARGV[4]), ARGV[5])
+"""
+    + _LIMITS
+    + """
+hand_over(concurrency_now(), tonumber(ARGV[4]), ARGV[5])
 """
 )
 
@@ -268,8 +276,8 @@ for i = 2, #ARGV do hold(ARGV[i], tonumber(ARGV[1])) end
 """
 )
 
-#: ARGV: concurrency, ramp step; the windows, whose units say what is counted of an email: 0 nothing, it must only not
-#: be used up, 1 the send, 2 its recipients, 3 those that are external; then recipients and external ones of each email.
+#: ARGV: concurrency, ramp step, windows, whose units say what is counted of an email: 0 nothing, it must only not be
+#: used up, 1 the send, 2 its recipients, 3 those that are external; then recipients and external ones of each email.
 #: Returns the instant (-1: the counts are lost), then a refusal for each email. `WHOLE` has looked at the run of Redis
 #: before, on the same connection.
 RESERVE = (
@@ -279,12 +287,12 @@ if redis.call('EXISTS', key.born) == 0 then return {-1} end
 """
     + _WINDOW
     + _LIMITS
+    + _WINDOWS
     + _REFUSALS
     + """
-local windows = windows_from(3)
 local paused, answer = refusal, {now}
-for first = 3 + #windows * 5, #ARGV, 2 do
-  local asked = {[0] = 0, 1, tonumber(ARGV[first]), tonumber(ARGV[first + 1])}
+for recipients, external in ARGV[4]:gmatch('(%d+) (%d+)') do
+  local asked = {[0] = 0, 1, tonumber(recipients), tonumber(external)}
   refusal = paused
   for _, window in ipairs(windows) do
     local units = asked[window.units]
@@ -319,22 +327,22 @@ end
 """
 )
 
-#: ARGV: concurrency, ramp step; the windows, units 0.
+#: ARGV: concurrency, ramp step, windows.
 #: Returns for the slots and each window: the limit, what is used, milliseconds until a part of it comes back (-1:
 #: nothing is used), the limit that is set, who set it, and how it was slowed.
 USAGE = (
     _HEAD
     + _WINDOW
     + _LIMITS
+    + _WINDOWS
     + _SLOTS
     + """
 local first = redis.call('ZRANGEBYSCORE', key.slots, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-local limit, set, by = limit_of('concurrency', tonumber(ARGV[1]))
-local answer = {{limit, held(), first[2] and first[2] - now or -1, set, by, slowed['concurrency'] or ''}}
-for i, window in ipairs(windows_from(3)) do
-  limit, set, by = limit_of(window.budget, tonumber(ARGV[3 + (i - 1) * 5 + 1]))
-  local free = window.used > 0 and frees(window, 1) or -1
-  answer[#answer + 1] = {limit, window.used, free, set, by, slowed[window.budget] or ''}
+local free = first[2] and first[2] - now or -1
+local answer = {{concurrency, held(), free, concurrency_set, concurrency_by, slowed['concurrency'] or ''}}
+for _, window in ipairs(windows) do
+  free = window.used > 0 and frees(window, 1) or -1
+  answer[#answer + 1] = {window.limit, window.used, free, window.set, window.by, slowed[window.budget] or ''}
 end
 return answer
 """
@@ -391,7 +399,7 @@ local function pause(name)
   redis.call('SET', name, ends, 'PX', ends - now + ARGV[15])
   return before > now
 end
-local was_paused = tonumber(redis.call('GET', key.tenant_pause) or 0) > now
+local was_paused = tonumber(pauses[2] or 0) > now
 was_paused = pause(key.pause) or was_paused
 if tenants then pause(key.tenant_pause) end
 

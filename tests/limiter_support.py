@@ -161,6 +161,14 @@ def usage_of(limiter: Limiter, budget: str, mailbox: str = MAILBOX) -> BudgetUsa
     return found
 
 
+def sums(client: Redis, prefix: str, budget: str) -> tuple[int, int]:
+    """What a window says it has, and what its parts come to."""
+    (key,) = (key for key in keys_of(client, prefix) if f":{budget}:" in key)
+    fields = {name: int(value) for name, value in client.hgetall(key).items()}
+    assert min(fields.values()) >= 0
+    return fields["used"], sum(units for name, units in fields.items() if name.isdigit())
+
+
 def held(client: Redis, prefix: str) -> int:
     """How many slots are held, of all mailboxes."""
     return sum(client.zcard(key) for key in keys_of(client, prefix) if key.endswith(":slots"))

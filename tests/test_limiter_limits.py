@@ -15,12 +15,14 @@ from limiter_support import (
     MINUTE,
     ONE,
     Make,
+    keys_of,
     let_pass,
     only,
     run_all,
     usage_of,
     used,
 )
+from redis import Redis
 
 from limiter import Budgets, Exhausted, Limiter, NeverFits, Reservation, Slowed, Wanted
 
@@ -192,6 +194,14 @@ def test_calls_that_are_throttled_together_count_once(make: Make) -> None:
     assert third is not None
 
 
+def test_call_that_is_throttled_while_everything_is_paused_is_no_strike(make: Make) -> None:
+    limiter = make(Budgets(), windows=LONG)
+    limiter.pause_all(MINUTE)
+    for _ in range(3):
+        assert limiter.throttled(MAILBOX, MILLISECOND, budget="sends") == (None, False)
+        let_pass(2 * MILLISECOND)
+
+
 def test_strikes_are_counted_for_each_budget_and_mailbox(make: Make) -> None:
     limiter = make(Budgets(), windows=LONG)
     assert strikes(limiter, 2, "sends") == [None, None]
@@ -243,10 +253,18 @@ def test_what_is_not_limited_is_learned_too_and_grows_back_to_what_was_used(make
     assert (slowed.limit, slowed.whole) == (60, 100)
     usage = usage_of(limiter, "sends")
     assert (usage.limit, usage.used, usage.configured, usage.why) == (60, 100, 0, str(slowed))
-    # And lowered again, it grows back to the same
-    *_, again = strikes(limiter, 3)
-    assert again is not None
-    assert (again.limit, again.whole) == (36, 100)
+
+
+def test_what_is_not_limited_grows_back_to_the_same_when_it_is_lowered_again(make: Make) -> None:
+    # Given a mailbox without a limit that was slowed when it had used 100, and has used less since
+    limiter = make(windows=LONG)
+    limiter.set_slowed(MAILBOX, slowed_ago(0, limit=60, whole=100))
+    limiter.reserve({MAILBOX: [ONE] * 50})
+    # When Graph throttles it again
+    *_, slowed = strikes(limiter, 3)
+    # Then it has less, but not less to come back to
+    assert slowed is not None
+    assert (slowed.limit, slowed.whole) == (30, 100)
 
 
 def slowed_ago(minutes: float, limit: int = 12, whole: int = 30) -> Iterable[Slowed]:
@@ -331,7 +349,7 @@ def throttle(limiter: Limiter, mailboxes: Iterable[str], budget: str = "requests
     return [limiter.throttled(mailbox, MINUTE, budget=budget)[1] for mailbox in mailboxes]
 
 
-def test_ten_throttled_mailboxes_that_are_half_of_all_pause_everything(make: Make) -> None:
+def test_ten_throttled_mailboxes_that_are_half_of_all_pause_everything(make: Make, client: Redis, prefix: str) -> None:
     # Given 20 mailboxes that talk to Graph
     limiter = make()
     mailboxes = talk(limiter, 20)
@@ -342,6 +360,8 @@ def test_ten_throttled_mailboxes_that_are_half_of_all_pause_everything(make: Mak
     with pytest.raises(Exhausted, match="tenant_pause"):
         limiter.acquire("new@example.com")
     assert limiter.tenant_paused_until()
+    # And it is no strike of the tenth
+    assert len([key for key in keys_of(client, prefix) if ":strikes:" in key]) == 9
 
 
 def test_throttled_mailboxes_that_are_few_or_the_minority_are_paused_for_themselves(make: Make) -> None:

@@ -24,6 +24,7 @@ from limiter_support import (
     let_pass,
     make_whole,
     only,
+    sums,
     usage_of,
     used,
     worker,
@@ -202,15 +203,22 @@ def test_reservation_is_refused_first_by_a_redis_with_an_older_copy(own_redis: R
     assert isinstance(refused, Emptied)
 
 
-def test_what_is_set_for_a_fleet_survives_a_restoration_that_does_not_set_it_again(own_redis: RedisServer) -> None:
+def test_restarted_redis_can_be_restored_before_anyone_has_asked_it_anything(own_redis: RedisServer) -> None:
+    # Given a Redis that was started from a copy
     limiter = Limiter(own_redis.url, Budgets(), LEASE)
     make_whole(limiter)
     limiter.set_limits(MAILBOX, {"sends": 7})
     own_redis.execute("SAVE")
     own_redis.stop()
     own_redis.start()
-    make_whole(limiter)
-    assert usage_of(limiter, "sends").limit == 7
+    # When what was spent is written down at once
+    with limiter.restoring():
+        limiter.spent([Spent(MAILBOX, "sends", timedelta(), 3)])
+        with pytest.raises(Emptied):
+            limiter.acquire(MAILBOX)
+    # Then it counts, and what the copy knows besides is kept
+    assert usage_of(limiter, "sends")[:3] == ("sends", 7, 3)
+    assert_open(limiter)
 
 
 # Restored
@@ -296,7 +304,9 @@ def test_process_that_stood_still_while_it_restored_undoes_nothing(
     assert_open(other)
 
 
-def test_what_was_spent_counts_from_its_age_on_and_is_safe_to_repeat(fresh: Callable[..., Limiter]) -> None:
+def test_what_was_spent_counts_from_its_age_on_and_is_safe_to_repeat(
+    fresh: Callable[..., Limiter], client: Redis, prefix: str
+) -> None:
     # Given sends of different age, of which one has left the minute
     limiter = fresh(Budgets(mailbox_sends_per_minute=10))
     spent = [
@@ -315,6 +325,7 @@ def test_what_was_spent_counts_from_its_age_on_and_is_safe_to_repeat(fresh: Call
         limiter.spent(spent)
         limiter.spent(each for each in spent)
     # Then each counts once
+    assert sums(client, f"{prefix}-fresh", "sends") == (10, 10)
     charged = used(limiter)
     assert (charged["sends"], charged["recipients"], charged["tenant_external_recipients"]) == (10, 60, 9)
     assert used(limiter, "b@example.com")["upload_bytes"] == 8

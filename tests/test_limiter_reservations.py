@@ -21,16 +21,17 @@ from limiter_support import (
     WINDOWS,
     Make,
     busiest,
-    keys_of,
     let_pass,
     only,
     run_all,
+    sums,
     usage_of,
     used,
 )
 from redis import Redis
 
 from limiter import Budgets, Exhausted, Limiter, NeverFits, Reservation, Wanted
+from limiter.budgets import Window
 
 limiter_redis, client = limiter_support.limiter_redis, limiter_support.client
 prefix, make = limiter_support.prefix, limiter_support.make
@@ -225,12 +226,14 @@ def test_nothing_is_reserved_when_the_call_could_not_be_made_anyway(make: Make, 
 
 
 def test_what_needs_no_budget_of_a_kind_is_not_held_up_by_it(make: Make) -> None:
-    # Given a tenant whose external recipients are used up
-    limiter = make(only(tenant_external_recipients_per_day=1), windows=LONG)
-    reserve(limiter, Wanted(1, 1))
+    # Given a tenant that has sent to more external recipients than it may by now
+    limiter = make(windows=LONG)
+    reserve(limiter, Wanted(3, 3))
+    limiter.set_limits(None, {"tenant_external_recipients": 1})
     # When internal mail is to be sent
     # Then it may be
-    reserve(limiter, Wanted(5, 0))
+    (reservation,) = reserve(limiter, Wanted(5, 0))
+    limiter.acquire(MAILBOX, send=Wanted(5, 0), reservation=reservation)
 
 
 @pytest.mark.parametrize("of", ["mailbox", "tenant"])
@@ -271,14 +274,6 @@ def test_refund_gives_back_exactly_what_was_reserved(make: Make, client: Redis, 
     assert sums(client, prefix, "sends") == (3, 3)
 
 
-def sums(client: Redis, prefix: str, budget: str) -> tuple[int, int]:
-    """What a window says it has, and what its parts come to."""
-    (key,) = (key for key in keys_of(client, prefix) if f":{budget}:" in key)
-    fields = {name: int(value) for name, value in client.hgetall(key).items()}
-    assert min(fields.values()) >= 0
-    return fields["used"], sum(units for name, units in fields.items() if name.isdigit())
-
-
 def test_refund_that_comes_late_takes_nothing_that_others_have(make: Make, client: Redis, prefix: str) -> None:
     # Given a reservation that has left its minute, but not its day, and a send since
     limiter = make(only(mailbox_sends_per_minute=5), windows={**LONG, "sends": 300})
@@ -289,6 +284,17 @@ def test_refund_that_comes_late_takes_nothing_that_others_have(make: Make, clien
     limiter.refund(MAILBOX, late, ONE)
     # Then the day has it back, and the minute is as it was
     assert used(limiter)["recipients"] == 1
+    assert sums(client, prefix, "sends") == (1, 1)
+
+
+def test_refund_takes_nothing_from_the_sub_window_that_has_its_place_in_the_ring_now(
+    make: Make, client: Redis, prefix: str
+) -> None:
+    limiter = make(only(mailbox_sends_per_minute=5), windows=LONG)
+    (reservation,) = reserve(limiter, ONE)
+    window = Window("sends", "", 5, LONG["sends"])
+    limiter.refund(MAILBOX, Reservation(reservation.at_ms - window.ring * window.width), ONE)
+    limiter.refund(MAILBOX, Reservation(reservation.at_ms + window.ring * window.width), ONE)
     assert sums(client, prefix, "sends") == (1, 1)
 
 

@@ -130,7 +130,7 @@ def _gates(usages: Sequence[Usage], workload: Workload, fleet: Fleet, stay: floa
 def _gate(usage: Usage, per_email: Fraction, charge: Fraction, stay: float) -> Gate:
     usable = usage.limit // charge * charge
     period = WINDOWS[usage.budget].length.total_seconds() * stay
-    first = period if usage.next_free_in is None else usage.next_free_in.total_seconds()
+    first, last = (period if at is None else at.total_seconds() for at in (usage.next_free_in, usage.all_free_in))
     return Gate(
         usage.budget,
         capacity=usable / per_email,
@@ -138,5 +138,5 @@ def _gate(usage: Usage, per_email: Fraction, charge: Fraction, stay: float) -> G
         free=float((usage.limit - usage.used) / per_email),
         used=float(usage.used / per_email),
         back_from=first,
-        back_until=max(first, period),
+        back_until=max(first, last),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 NO_TIME = timedelta(0)
 
@@ -35,26 +35,17 @@ CONCURRENCY = "concurrency"
 STAY = 1 + 1 / 40
 
 
-class Usage(Protocol):
-    """A budget: its limit (0: none), what is used of it, and when the first part of that comes back."""
+class Usage(NamedTuple):
+    """A budget: its limit (0: none), what is used of it, and when a part of that is back, and all.
 
-    @property
-    def budget(self) -> str: ...
-    @property
-    def limit(self) -> int: ...
-    @property
-    def used(self) -> int: ...
-    @property
-    def next_free_in(self) -> timedelta | None: ...
-
-
-class Limited(NamedTuple):
-    """A budget of which nothing is used."""
+    ``all_free_in`` None: nobody knows, so not before the end of the window.
+    """
 
     budget: str
     limit: int
     used: int = 0
     next_free_in: timedelta | None = None
+    all_free_in: timedelta | None = None
 
 
 class Later(NamedTuple):
@@ -126,7 +117,7 @@ class Workload:
 
     def from_elsewhere(self, mailboxes: int) -> Workload:
         """Return the same for each of so many mailboxes that have used nothing and are not paused."""
-        fresh = [Limited(usage.budget, usage.limit) for usage in self.usage]
+        fresh = [Usage(usage.budget, usage.limit) for usage in self.usage]
         return replace(self, usage=fresh, paused_for=NO_TIME, paused=0, alike=self.alike * mailboxes)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import runtime
-from forecast import Fleet, Forecast, Later, Workload, foresee, planned
+from forecast import Fleet, Forecast, Later, Usage, Workload, foresee, planned
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
+from limiter import BudgetUsage
 from models import workload
 from models.workload import Waiting
 
@@ -25,14 +26,14 @@ def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes:
         workloads = [_workload(each) for each in workload.waiting(**_FILES)]
     else:
         unused = runtime.limiter.usage("a mailbox that nothing was sent from")
-        workloads = planned(emails, mailboxes, attachment_bytes=attachment_bytes, usage=unused, **_FILES)
+        workloads = planned(emails, mailboxes, attachment_bytes=attachment_bytes, usage=_usage(unused), **_FILES)
     paused_until = runtime.limiter.tenant_paused_until()
     fleet = Fleet(
         plain_concurrency=runtime.configuration.send_plain_concurrency,
         attached_concurrency=runtime.configuration.send_attached_concurrency,
         call=workload.send_duration() or _UNMEASURED_CALL,
         plain_calls=(1, 2) if runtime.configuration.send_plain_via == "sendmail" else (2, 1),
-        usage=runtime.limiter.tenant_usage(),
+        usage=_usage(runtime.limiter.tenant_usage()),
         paused_for=paused_until - datetime.now(UTC) if paused_until else timedelta(),
     )
     return foresee(workloads, fleet)
@@ -41,5 +42,9 @@ def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes:
 def _workload(waiting: Waiting) -> Workload:
     told = waiting._asdict()
     later, due_in = told.pop("later"), told.pop("due_in")
-    usage = runtime.limiter.usage(waiting.mailbox)
+    usage = _usage(runtime.limiter.usage(waiting.mailbox))
     return Workload(**told, later=Later(later, *due_in) if due_in else None, usage=usage)
+
+
+def _usage(budgets: list[BudgetUsage]) -> list[Usage]:
+    return [Usage(each.budget, each.limit, each.used, each.next_free_in) for each in budgets]

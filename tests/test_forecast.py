@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import forecast as forecasts
 import limiter
-from forecast import STAY, WINDOWS, Fleet, Forecast, Later, Workload, foresee, planned, told
+from forecast import STAY, WINDOWS, Fleet, Forecast, Later, Usage, Workload, foresee, planned, told
 
 NEWS = "news@contoso.example"
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
@@ -26,23 +26,16 @@ CALL = timedelta(milliseconds=150)
 FILES = {"small_bytes": 3_000_000, "range_bytes": 3_932_160}
 
 
-class Used(NamedTuple):
-    budget: str
-    limit: int
-    used: int = 0
-    next_free_in: timedelta | None = None
-
-
 def fleet(**changes: Any) -> Fleet:
     return replace(Fleet(ROOMY, ROOMY, CALL), **changes)
 
 
-def of_news(emails: int, *usage: Used, **changes: Any) -> Workload:
+def of_news(emails: int, *usage: Usage, **changes: Any) -> Workload:
     given: dict[str, Any] = {"plain": emails, "recipients": emails, "external_recipients": emails} | changes
     return Workload(NEWS, usage=usage, **given)
 
 
-def seconds(emails: int, *usage: Used, **changes: Any) -> float:
+def seconds(emails: int, *usage: Usage, **changes: Any) -> float:
     return done(foresee([of_news(emails, *usage, **changes)], fleet()))
 
 
@@ -51,7 +44,7 @@ def done(foreseen: Forecast) -> float:
     return foreseen.done_in.total_seconds()
 
 
-FOUR_AT_A_TIME = Used("concurrency", 4)
+FOUR_AT_A_TIME = Usage("concurrency", 4)
 A_MINUTE = 60 * STAY
 
 
@@ -61,11 +54,11 @@ A_MINUTE = 60 * STAY
 @pytest.mark.parametrize(("emails", "periods", "burst"), [(1, 0, 1), (30, 0, 30), (31, 1, 1), (60, 1, 30), (61, 2, 1)])
 def test_a_window_allows_a_burst_and_the_next_one_a_period_later(emails: int, periods: int, burst: int) -> None:
     calls = math.ceil(burst / 4)
-    assert seconds(emails, FOUR_AT_A_TIME, Used("sends", 30)) == pytest.approx(periods * A_MINUTE + calls * 0.15)
+    assert seconds(emails, FOUR_AT_A_TIME, Usage("sends", 30)) == pytest.approx(periods * A_MINUTE + calls * 0.15)
 
 
 def test_what_is_used_is_waited_for_and_costs_nothing_else() -> None:
-    used = Used("sends", 12, 8, 57 * SECOND)
+    used = Usage("sends", 12, 8, 57 * SECOND)
     assert seconds(4, FOUR_AT_A_TIME, used) == pytest.approx(0.15)
     assert 57 < seconds(5, FOUR_AT_A_TIME, used) < 58
     assert seconds(12, FOUR_AT_A_TIME, used) == pytest.approx(A_MINUTE + 0.15)
@@ -73,29 +66,35 @@ def test_what_is_used_is_waited_for_and_costs_nothing_else() -> None:
     assert 57 + A_MINUTE < seconds(17, FOUR_AT_A_TIME, used) < 58 + A_MINUTE
 
 
+def test_what_was_used_in_a_burst_is_back_together() -> None:
+    burst = Usage("sends", 12, 12, 20 * SECOND, 21 * SECOND)
+    assert 20 < seconds(12, FOUR_AT_A_TIME, burst) < 22
+    assert seconds(12, FOUR_AT_A_TIME, burst._replace(all_free_in=None)) > A_MINUTE
+
+
 def test_a_limit_that_was_set_below_what_is_used_lets_nothing_go_until_enough_is_back() -> None:
-    assert seconds(1, FOUR_AT_A_TIME, Used("sends", 10, 20, SECOND)) > A_MINUTE / 2
+    assert seconds(1, FOUR_AT_A_TIME, Usage("sends", 10, 20, SECOND)) > A_MINUTE / 2
 
 
 def test_slots_alone_make_rounds_of_calls() -> None:
-    assert seconds(1000, FOUR_AT_A_TIME, Used("sends", 0)) == pytest.approx(250 * 0.15)
+    assert seconds(1000, FOUR_AT_A_TIME, Usage("sends", 0)) == pytest.approx(250 * 0.15)
 
 
 def test_budgets_follow_each_other() -> None:
     # 10,000 recipients on the first day, and 2,000 on the second, thirty a minute.
-    took = seconds(12_000, FOUR_AT_A_TIME, Used("sends", 30), Used("recipients", 10_000))
+    took = seconds(12_000, FOUR_AT_A_TIME, Usage("sends", 30), Usage("recipients", 10_000))
     assert took == pytest.approx(86_400 * STAY + math.ceil(2000 / 30 - 1) * A_MINUTE, abs=10)
 
 
 def test_the_requests_of_the_backup_are_counted() -> None:
-    assert seconds(3333, Used("requests", 10_000)) < 60
-    assert seconds(3334, Used("requests", 10_000)) > 600
+    assert seconds(3333, Usage("requests", 10_000)) < 60
+    assert seconds(3334, Usage("requests", 10_000)) > 600
     as_drafts = fleet(plain_calls=(2, 1))
-    assert done(foresee([of_news(3334, Used("requests", 10_000))], as_drafts)) > 600
+    assert done(foresee([of_news(3334, Usage("requests", 10_000))], as_drafts)) > 600
 
 
 def test_bytes_go_up_range_by_range() -> None:
-    usage = (FOUR_AT_A_TIME, Used("upload_bytes", 150_000_000))
+    usage = (FOUR_AT_A_TIME, Usage("upload_bytes", 150_000_000))
     (ten,) = planned(10, 1, attachment_bytes=100_000_000, usage=usage, **FILES)
     assert (ten.attached, ten.attach_requests) == (10, 270)
     # 38 ranges fit into a window, so 1,000 MB take seven.
@@ -104,18 +103,18 @@ def test_bytes_go_up_range_by_range() -> None:
 
 def test_mail_that_is_not_due_is_waited_for() -> None:
     tomorrow = Later(100, 24 * HOUR, 24 * HOUR, 24 * HOUR)
-    foreseen = foresee([of_news(130, FOUR_AT_A_TIME, Used("sends", 30), later=tomorrow)], fleet())
+    foreseen = foresee([of_news(130, FOUR_AT_A_TIME, Usage("sends", 30), later=tomorrow)], fleet())
     assert done(foreseen) == pytest.approx(86_400 + 3 * A_MINUTE, abs=1)
     assert foreseen.binds == "send_at"
 
 
 def test_one_early_retry_makes_no_trickle_of_tomorrows_newsletter() -> None:
     tomorrow = Later(50_001, SECOND, 24 * HOUR * 50_000 / 50_001, 24 * HOUR)
-    assert seconds(50_001, FOUR_AT_A_TIME, Used("sends", 30), later=tomorrow) > 86_400 + 50_000 / 30 * 60
+    assert seconds(50_001, FOUR_AT_A_TIME, Usage("sends", 30), later=tomorrow) > 86_400 + 50_000 / 30 * 60
 
 
 def test_a_pause_with_an_end_is_waited_for() -> None:
-    foreseen = foresee([of_news(31, Used("sends", 30), FOUR_AT_A_TIME, paused_for=HOUR)], fleet())
+    foreseen = foresee([of_news(31, Usage("sends", 30), FOUR_AT_A_TIME, paused_for=HOUR)], fleet())
     assert done(foreseen) == pytest.approx(3600 + A_MINUTE, abs=1)
     assert foreseen.advice == f"the pause of {NEWS} binds; mailfleet resume {NEWS} would end it now"
     foreseen = foresee([of_news(1, FOUR_AT_A_TIME)], fleet(paused_for=HOUR))
@@ -135,7 +134,7 @@ def test_an_operators_pause_has_no_end_and_holds_up_nothing_else() -> None:
 
 
 def test_what_exceeds_a_limit_alone_never_goes() -> None:
-    foreseen = foresee([of_news(5, Used("recipients", 400), recipients=2500)], fleet())
+    foreseen = foresee([of_news(5, Usage("recipients", 400), recipients=2500)], fleet())
     assert (foreseen.done_in, foreseen.binds) == (None, "recipients")
     assert "exceeds MAILBOX_RECIPIENTS_PER_DAY alone" in foreseen.advice
 
@@ -163,14 +162,14 @@ def test_routes_go_side_by_side() -> None:
 
 def test_the_tenants_budgets_bind_all_mailboxes_together() -> None:
     mailboxes = [replace(of_news(50), mailbox=f"m{number}@x.example") for number in range(10)]
-    licences = Used("tenant_external_recipients", 400)
+    licences = Usage("tenant_external_recipients", 400)
     foreseen = foresee(mailboxes, fleet(usage=[licences]))
     assert (done(foreseen), foreseen.binds, foreseen.mailbox) == (
         pytest.approx(86_400 * STAY, abs=10),
         "tenant_external_recipients",
         None,
     )
-    foreseen = foresee(mailboxes, fleet(usage=[Used("tenant_requests", 300)]))
+    foreseen = foresee(mailboxes, fleet(usage=[Usage("tenant_requests", 300)]))
     assert done(foreseen) == pytest.approx(4 * 10 * STAY, abs=1)
 
 
@@ -178,7 +177,7 @@ def test_the_tenants_budgets_bind_all_mailboxes_together() -> None:
 
 
 def test_the_binding_mailbox_is_named_with_what_would_help() -> None:
-    usage = (FOUR_AT_A_TIME, Used("sends", 30))
+    usage = (FOUR_AT_A_TIME, Usage("sends", 30))
     foreseen = foresee([of_news(1440, *usage), replace(of_news(3, *usage), mailbox="ann@contoso.example")], fleet())
     assert foreseen.mailbox == NEWS
     assert foreseen.advice == (
@@ -187,7 +186,7 @@ def test_the_binding_mailbox_is_named_with_what_would_help() -> None:
 
 
 def test_all_that_are_late_for_the_same_reason_are_spread() -> None:
-    usage = (FOUR_AT_A_TIME, Used("sends", 30))
+    usage = (FOUR_AT_A_TIME, Usage("sends", 30))
     late = planned(100_000, 10, attachment_bytes=0, usage=usage, **FILES)
     assert "of each of 10 mailboxes binds: 30 a minute; spread over 30 more mailboxes: done in" in (
         foresee(late, fleet()).advice
@@ -196,7 +195,7 @@ def test_all_that_are_late_for_the_same_reason_are_spread() -> None:
 
 def test_what_would_bind_then_is_told_where_a_change_alone_is_no_help() -> None:
     busy = fleet(plain_concurrency=1)
-    advice = foresee([of_news(100, Used("concurrency", 1))], busy).advice
+    advice = foresee([of_news(100, Usage("concurrency", 1))], busy).advice
     assert "it would take as long, for then SEND_PLAIN_CONCURRENCY binds" in advice
 
 
@@ -320,13 +319,13 @@ def spread(count: int, first: float, last: float) -> list[float]:
 @given(emails=st.integers(1, 300), slots=st.integers(1, 6), limit=st.integers(1, 40), began=st.floats(0, 60))
 def test_a_ring_of_counters_takes_as_long_as_foreseen(emails: int, slots: int, limit: int, began: float) -> None:
     took = simulated(emails, slots, [(Ring(limit, 60), 1)], lambda _: began) - began
-    foreseen = seconds(emails, Used("concurrency", slots), Used("sends", limit))
+    foreseen = seconds(emails, Usage("concurrency", slots), Usage("sends", limit))
     # At first a charge may be back half a second earlier: it can have been anywhere in its sub-window.
     assert foreseen - 0.5 - CALL.total_seconds() <= took <= foreseen + 1e-6 + CALL.total_seconds()
 
 
 @st.composite
-def budgets(draw: st.DrawFn) -> list[tuple[Used, int]]:
+def budgets(draw: st.DrawFn) -> list[tuple[Usage, int]]:
     """Some of a mailbox's budgets, used in part, with what an email costs of each."""
     recipients = draw(st.integers(1, 5))
     costs = {"sends": (1, 40), "recipients": (recipients, 80), "requests": (3, 100)}
@@ -336,11 +335,11 @@ def budgets(draw: st.DrawFn) -> list[tuple[Used, int]]:
         limit = units * draw(st.integers(1, most))
         used = draw(st.integers(0, limit))
         first = draw(st.integers(1, int(WINDOWS[budget].length.total_seconds())))
-        found.append((Used(budget, limit, used, first * SECOND if used else None), units))
+        found.append((Usage(budget, limit, used, first * SECOND if used else None), units))
     return found
 
 
-def exact(usage: Used) -> Exact:
+def exact(usage: Usage) -> Exact:
     period = WINDOWS[usage.budget].length.total_seconds() * STAY
     first = usage.next_free_in.total_seconds() if usage.next_free_in else 0
     return Exact(usage.limit, period, spread(usage.used, first, period))
@@ -349,12 +348,12 @@ def exact(usage: Used) -> Exact:
 @settings(deadline=None, max_examples=300)
 @given(emails=st.integers(1, 400), slots=st.integers(1, 6), given_budgets=budgets())
 def test_several_budgets_that_are_used_in_part_take_as_long_as_foreseen(
-    emails: int, slots: int, given_budgets: list[tuple[Used, int]]
+    emails: int, slots: int, given_budgets: list[tuple[Usage, int]]
 ) -> None:
     took = simulated(emails, slots, [(exact(usage), units) for usage, units in given_budgets])
     recipients = next((units for usage, units in given_budgets if usage.budget == "recipients"), 1)
     usage = [usage for usage, _ in given_budgets]
-    foreseen = seconds(emails, Used("concurrency", slots), *usage, recipients=emails * recipients)
+    foreseen = seconds(emails, Usage("concurrency", slots), *usage, recipients=emails * recipients)
     assert took * 0.95 - 1 <= foreseen <= took + 1
 
 
@@ -373,13 +372,15 @@ def test_mail_that_falls_due_little_by_little_takes_as_long_as_foreseen(
     due = [0.0] * (emails - undue) + spread(undue, due_from, due_from + lasts)
     took = simulated(emails, 4, [(Exact(limit, A_MINUTE), 1)], due.__getitem__)
     later = Later(undue, due_from * SECOND, (due_from + lasts / 2) * SECOND, (due_from + lasts) * SECOND)
-    foreseen = seconds(emails, FOUR_AT_A_TIME, Used("sends", limit), later=later)
+    foreseen = seconds(emails, FOUR_AT_A_TIME, Usage("sends", limit), later=later)
     assert took * 0.95 - 1 <= foreseen <= took + 1
 
 
 @settings(deadline=None)
 @given(emails=st.integers(1, 10**6), given_budgets=budgets())
-def test_more_mail_takes_no_less_and_a_higher_limit_no_more(emails: int, given_budgets: list[tuple[Used, int]]) -> None:
+def test_more_mail_takes_no_less_and_a_higher_limit_no_more(
+    emails: int, given_budgets: list[tuple[Usage, int]]
+) -> None:
     usage = [usage for usage, _ in given_budgets]
     took = [seconds(emails + more, FOUR_AT_A_TIME, *usage) for more in (0, 1, 2, 1000)]
     assert all(less <= more * 1.01 for less, more in pairwise(took))
@@ -389,9 +390,9 @@ def test_more_mail_takes_no_less_and_a_higher_limit_no_more(emails: int, given_b
 
 
 def test_any_number_is_foreseen_at_once() -> None:
-    usage = [FOUR_AT_A_TIME, Used("requests", 10_000), Used("sends", 30), Used("recipients", 10_000)]
+    usage = [FOUR_AT_A_TIME, Usage("requests", 10_000), Usage("sends", 30), Usage("recipients", 10_000)]
     everything = planned(10**9, 10**6, attachment_bytes=150_000_000, usage=usage, **FILES)
-    foreseen = foresee(everything, fleet(usage=[Used("tenant_requests", 130_000)], plain_concurrency=64))
+    foreseen = foresee(everything, fleet(usage=[Usage("tenant_requests", 130_000)], plain_concurrency=64))
     assert foreseen.emails == 10**9
     assert done(foreseen) > 0
     assert len(foreseen.mailboxes) == 1

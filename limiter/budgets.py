@@ -118,6 +118,8 @@ class BudgetUsage(NamedTuple):
     next_free_in: timedelta | None
     configured: int
     why: str | None
+    #: When all of it is back; None for slots, which come back as calls end.
+    all_free_in: timedelta | None = None
 
 
 class Slowed(NamedTuple):

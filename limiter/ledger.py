@@ -414,11 +414,14 @@ class Ledger:
 _COUNTED = {"sends": 1, "recipients": 2, "tenant_external_recipients": 3}
 
 
-def _usage(budget: str, limit: int, used: int, wait_ms: int, set_to: int, by: int, slowed: bytes | str) -> BudgetUsage:
+def _usage(
+    budget: str, limit: int, used: int, wait_ms: int, all_ms: int, set_to: int, by: int, slowed: bytes | str
+) -> BudgetUsage:
     why = "set for the tenant" if by and budget.startswith("tenant_") else _SET_FOR[by]
     if limit != set_to:
         why = str(Slowed.parse(budget, _text(slowed)))
-    return BudgetUsage(budget, limit, used, None if wait_ms < 0 else wait_ms * MILLISECOND, set_to, why)
+    next_free_in, all_free_in = (None if ms < 0 else ms * MILLISECOND for ms in (wait_ms, all_ms))
+    return BudgetUsage(budget, limit, used, next_free_in, set_to, why, all_free_in)
 
 
 def connect(url: str) -> Redis:

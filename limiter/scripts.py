@@ -329,7 +329,7 @@ end
 
 #: ARGV: concurrency, ramp step, windows.
 #: Returns for the slots and each window: the limit, what is used, milliseconds until a part of it comes back (-1:
-#: nothing is used), the limit that is set, who set it, and how it was slowed.
+#: nothing is used) and until all of it is, the limit that is set, who set it, and how it was slowed.
 USAGE = (
     _HEAD
     + _WINDOW
@@ -339,10 +339,13 @@ USAGE = (
     + """
 local first = redis.call('ZRANGEBYSCORE', key.slots, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
 local free = first[2] and first[2] - now or -1
-local answer = {{concurrency, held(), free, concurrency_set, concurrency_by, slowed['concurrency'] or ''}}
+local answer = {{concurrency, held(), free, -1, concurrency_set, concurrency_by, slowed['concurrency'] or ''}}
 for _, window in ipairs(windows) do
-  free = window.used > 0 and frees(window, 1) or -1
-  answer[#answer + 1] = {window.limit, window.used, free, window.set, window.by, slowed[window.budget] or ''}
+  local first_free, all_free = -1, -1
+  if window.used > 0 then first_free, all_free = frees(window, 1), frees(window, window.used) end
+  answer[#answer + 1] = {
+    window.limit, window.used, first_free, all_free, window.set, window.by, slowed[window.budget] or ''
+  }
 end
 return answer
 """

@@ -47,4 +47,4 @@ def _workload(waiting: Waiting) -> Workload:
 
 
 def _usage(budgets: list[BudgetUsage]) -> list[Usage]:
-    return [Usage(each.budget, each.limit, each.used, each.next_free_in) for each in budgets]
+    return [Usage(each.budget, each.limit, each.used, each.next_free_in, each.all_free_in) for each in budgets]

@@ -260,7 +260,8 @@ def test_usage_tells_what_is_used_and_when_it_comes_back(make: Make) -> None:
         ("tenant_external_recipients", 50, 1),
     ]
     assert [(each.budget, each.limit, each.used) for each in usages] == expected
-    # And all but the slot is free again when it said
+    # And all but the slot is free again when it said: what was charged together comes back together
+    assert [each.all_free_in for each in usages] == [None, *(each.next_free_in for each in usages[1:])]
     let_pass(max(each.next_free_in for each in usages if each.budget != "concurrency"))
     after = limiter.usage(MAILBOX) + limiter.tenant_usage()
     assert [each.used for each in after] == [1, 0, 0, 0, 0, 0, 0]

@@ -268,6 +268,18 @@ def test_usage_tells_what_is_used_and_when_it_comes_back(make: Make) -> None:
     assert [each.next_free_in for each in after[1:]] == [None] * 6
 
 
+def test_usage_tells_when_the_last_comes_back_of_what_was_charged_one_after_the_other(make: Make) -> None:
+    # When a mailbox sends, and sends again two seconds later
+    limiter = make(windows=dict.fromkeys(WINDOWS, 30_000))
+    limiter.acquire(MAILBOX, send=ONE)
+    let_pass(2 * SECOND)
+    limiter.acquire(MAILBOX, send=ONE)
+    # Then the second comes back so much later
+    sends = usage_of(limiter, "sends")
+    assert sends.next_free_in and sends.all_free_in
+    assert timedelta(seconds=1.7) < sends.all_free_in - sends.next_free_in < timedelta(seconds=4)
+
+
 def test_zero_switches_a_limit_off_but_what_is_spent_is_known_all_the_same(make: Make) -> None:
     # When nothing is limited
     limiter = make(UNLIMITED, windows=LONG)

@@ -137,7 +137,7 @@ class World:
         with pika.BlockingConnection(pika.URLParameters(self.environment["RABBITMQ_URL"])) as connection:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
 
-    def wait_until(self, what: str, holds: Callable[[], Any], within: timedelta = timedelta(seconds=30)) -> Any:
+    def wait_until(self, what: str, holds: Callable[[], Any], within: timedelta = timedelta(seconds=90)) -> Any:
         """Wait until ``holds`` returns something true, and return it.
 
         Raises:

@@ -276,7 +276,8 @@ def test_usage_tells_when_the_last_comes_back_of_what_was_charged_one_after_the_
     limiter.acquire(MAILBOX, send=ONE)
     # Then the second comes back so much later
     sends = usage_of(limiter, "sends")
-    assert sends.next_free_in and sends.all_free_in
+    assert sends.next_free_in
+    assert sends.all_free_in
     assert timedelta(seconds=1.7) < sends.all_free_in - sends.next_free_in < timedelta(seconds=4)
 
 

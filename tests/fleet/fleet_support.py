@@ -89,7 +89,7 @@ def fate(world: World, email: dict[str, Any]) -> Fate | None:
     return fates(world, [email]).get(email["publisher_message_id"])
 
 
-def settled(world: World, sent: Iterable[dict[str, Any]], seconds: float = 30) -> dict[str, Fate]:
+def settled(world: World, sent: Iterable[dict[str, Any]], seconds: float = 90) -> dict[str, Fate]:
     """Wait until nothing more happens to these emails by itself, and return what became of them."""
     wanted = {email["publisher_message_id"]: email for email in sent}
 

@@ -75,7 +75,7 @@ RECOVERABLE = [
 def recovered(world: World, simulator: Simulator) -> dict[str, tuple[dict[str, Any], Fate]]:
     emails = _recoverable(simulator)
     world.publish(*emails.values())
-    known = settled(world, emails.values(), 60)
+    known = settled(world, emails.values())
     return {what: (email, known[email["publisher_message_id"]]) for what, email in emails.items()}
 
 

@@ -217,7 +217,7 @@ def test_odd_properties_do_not_stop_an_email(world: World) -> None:
     for email, properties in zip(odd, ODD_PROPERTIES, strict=True):
         put(world, "send_email", orjson.dumps(email), **properties)
 
-    known = settled(world, odd, seconds=15)
+    known = settled(world, odd)
     assert_each_left_once(world, known.values())
     for each in known.values():
         world.wait_until("its publisher is told", lambda each=each: events_of(world, each, "SendEmailSent"))

@@ -40,7 +40,7 @@ def test_all_end_within_fifteen_seconds_under_load_and_go_on_afterwards(world: W
     simulator.set_latency(0)
     for name in world.fleet.ports:
         world.fleet.start(name)
-    known = settled(world, given, 60)
+    known = settled(world, given)
     assert {each.status for each in known.values()} == {"processed"}
     assert_each_left_once(world, known.values())
 

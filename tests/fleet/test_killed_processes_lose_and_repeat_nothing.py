@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,7 +78,7 @@ def test_every_email_is_archived_once(survivors: Survivors) -> None:
 def test_publishers_can_tell_every_repeat_of_an_event(survivors: Survivors, type: str) -> None:
     world, ids = survivors.world, {fate.id for fate in survivors.fates.values()}
     told = "SELECT count(*) FROM outbox_events WHERE published_at IS NULL"
-    world.wait_until("all events are published", lambda: world.count(told) == 0, timedelta(seconds=60))
+    world.wait_until("all events are published", lambda: world.count(told) == 0)
     world.wait_until("all events have come", lambda: {e.body["incoming_email_id"] for e in world.events(type)} >= ids)
     assert len({event.message_id for event in world.events(type)}) == len(ids)
 

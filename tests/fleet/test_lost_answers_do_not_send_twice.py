@@ -58,7 +58,7 @@ def lost(world: World, simulator: Simulator) -> dict[tuple[str, str], Fate]:
             attachments = [an_attachment(simulator, 1000)] if route == "attached" else None
             given[what, route] = an_email(mailbox, attachments=attachments)
     world.publish(*given.values())
-    known = settled(world, given.values(), 60)
+    known = settled(world, given.values())
     return {key: known[email["publisher_message_id"]] for key, email in given.items()}
 
 

@@ -199,13 +199,13 @@ def test_publishers_are_told_and_can_tell_every_repeat(survivors: Survivors, typ
         return [(event.body["incoming_email_id"], event.message_id) for event in world.events(type)]
 
     # Then
-    world.wait_until("every event has come", lambda: {id for id, _ in told()} >= ids, timedelta(seconds=60))
+    world.wait_until("every event has come", lambda: {id for id, _ in told()} >= ids)
     assert [id for id, count in Counter(id for id, _ in set(told())).items() if count > 1] == []
 
 
 def test_every_event_is_published_in_the_end(survivors: Survivors) -> None:
     unpublished = "SELECT count(*) FROM outbox_events WHERE published_at IS NULL"
-    survivors.world.wait_until("all are", lambda: not survivors.world.count(unpublished), timedelta(seconds=60))
+    survivors.world.wait_until("all are", lambda: not survivors.world.count(unpublished))
 
 
 def test_the_clock_goes_on(survivors: Survivors) -> None:

@@ -136,7 +136,7 @@ def woken(worlds: Worlds, servers: dict[str, str], tmp_path_factory: pytest.Temp
         environment = {**world.environment, "RABBITMQ_URL": servers["RABBITMQ_URL"]}
         directory = tmp_path_factory.mktemp("second-machine")
         second = stack.enter_context(Fleet(PROCFILE, environment, directory, only=TYPES))
-        by_id = settled(world, emails.values(), 75)
+        by_id = settled(world, emails.values())
         known = {what: by_id[email["publisher_message_id"]] for what, email in emails.items()}
         world.wait_until("all events are published", lambda: world.count(_UNPUBLISHED) == 0)
         result = Woken(world, second, emails, known, frozen_at, _rows(world, known), _requests(world, emails))
@@ -225,7 +225,7 @@ def afterwards(woken: Woken) -> dict[str, Fate]:
     given = [an_email(a_mailbox("afterwards")) for _ in range(3)]
     given.append(an_email(a_mailbox("afterwards"), attachments=[an_attachment(world.simulator, SMALL_BYTES)]))
     world.publish(*given)
-    return settled(world, given, 60)
+    return settled(world, given)
 
 
 def _log_lines(log: Path, incoming_email_id: str) -> list[dict[str, Any]]:

@@ -28,6 +28,9 @@ from simulator.control import Simulator
 ROOT = Path(__file__).resolve().parent.parent
 PROCFILE = ROOT / "Procfile"
 
+#: Often enough for a test; what is asked costs the fleet a part of the same processors.
+POLL = timedelta(milliseconds=100)
+
 #: No email goes on by itself from these, and its backup is stored or given up.
 _SETTLED = """
     SELECT count(*) FROM incoming_emails e LEFT JOIN sent_emails s ON s.incoming_email_id = e.id
@@ -71,6 +74,7 @@ class World:
         self._settings = settings or {}
         self._fleet_options = fleet_options
         self._stack = ExitStack()
+        self._database: Any = None
         self.simulator: Simulator
         self.fleet: Fleet
         self.environment: dict[str, str] = {}
@@ -94,6 +98,8 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._database:
+            self._database.close()
         self._stack.__exit__(kind, error, trace)
 
     def _empty_servers(self, stack: ExitStack) -> None:
@@ -118,11 +124,15 @@ class World:
 
     def rows(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Run one statement on the fleet's database."""
-        with psycopg2.connect(self._servers["DATABASE_URL"]) as connection, connection.cursor() as cursor:
-            cursor.execute(sql, parameters)
-            found = cursor.fetchall() if cursor.description else []
-        connection.close()
-        return found
+        kept = self._database
+        if kept:
+            try:
+                return _rows(kept, sql, parameters)
+            except (psycopg2.OperationalError, psycopg2.InterfaceError):
+                pass  # PostgreSQL was away since
+        self._database = psycopg2.connect(self._servers["DATABASE_URL"])
+        self._database.autocommit = True
+        return _rows(self._database, sql, parameters)
 
     def count(self, sql: str) -> int:
         """Return the only value of a query."""
@@ -149,7 +159,7 @@ class World:
                 raise Overdue(
                     f"not within {within.total_seconds():g} s: {what}; the fleet's logs are in {self._directory}"
                 )
-            time.sleep(0.05)
+            time.sleep(POLL.total_seconds())
         return found
 
     def wait_until_ready(self, within: timedelta = timedelta(seconds=30)) -> None:
@@ -163,11 +173,8 @@ class World:
     def _ready(self) -> bool:
         if (dead := self.fleet.dead) and not self._fleet_options.get("supervise"):
             raise Overdue(f"{', '.join(dead)} ended before the fleet was ready; its logs are in {self._directory}")
-        queues = ["send_email", *(name for name in self.fleet.ports if "." in name)]
-        wanted = {name.rsplit(".", 1)[0] for name in queues} - {"clock", "console", "bridge", "send_email"} | {
-            "send_email"
-        }
-        return all(_consumers(self.environment["RABBITMQ_URL"], queue) > 0 for queue in wanted)
+        types = {name.rsplit(".", 1)[0] for name in self.fleet.ports}
+        return _have_consumers(self.environment["RABBITMQ_URL"], ["send_email", *(types & set(QUEUES))])
 
     def wait_until_settled(self, emails: int, within: timedelta = timedelta(seconds=60)) -> None:
         """Wait until so many emails are failed, cancelled or expired, or sent and archived or their backup given up."""
@@ -223,12 +230,19 @@ class _Listener:
                     return
 
 
-def _consumers(rabbitmq_url: str, queue: str) -> int:
+def _rows(connection: Any, sql: str, parameters: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute(sql, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+def _have_consumers(rabbitmq_url: str, queues: Iterable[str]) -> bool:
     with pika.BlockingConnection(pika.URLParameters(rabbitmq_url)) as connection:
+        channel = connection.channel()
         try:
-            return int(connection.channel().queue_declare(queue, passive=True).method.consumer_count)
+            return all(channel.queue_declare(queue, passive=True).method.consumer_count > 0 for queue in queues)
         except pika.exceptions.ChannelClosedByBroker:
-            return 0
+            return False
 
 
 #: Every queue that a fleet may have made.

@@ -68,6 +68,15 @@ class Outages:
         self.untold += batch
         self.world.wait_until("all are stored", lambda: len(fates(self.world, batch)) == len(batch))
 
+    def wait_until_told(self) -> None:
+        """Wait until both events of every email that was given have come to the subscriber."""
+        names = {email["publisher_message_id"] for email in self.given}
+
+        def told(type: str) -> set[str]:
+            return {event.body["publisher_message_id"] for event in self.world.events(type)}
+
+        self.world.wait_until("all are told", lambda: told("SendEmailReceived") & told("SendEmailSent") >= names)
+
     @contextmanager
     def away(self, outage: str) -> Iterator[None]:
         """Measure what the fleet spends in the block."""

@@ -66,6 +66,7 @@ def rabbitmq_lost(outages: Outages) -> Outages:
     with outages.away("rabbitmq is killed"):
         rabbitmq.kill()
         rabbitmq.start()
+    outages.wait_until_told()  # else an event that is repeated may come when nobody has bound a queue
     outages.some_stored_work("wiped")
     with outages.away("rabbitmq is wiped"):
         rabbitmq.wipe()

@@ -50,6 +50,7 @@ class ClaimedBackup:
                       s.backup_attempt_count
             """,
             {"id": incoming_email_id, "attempt": attempt, "lease": lease},
+            prepared=True,
         )
         return cls(*found[0]) if found else None
 
@@ -86,6 +87,7 @@ class ClaimedBackup:
                 "retention": retention,
                 **sealed._asdict(),
             },
+            prepared=True,
         )
         return bool(wanted)
 

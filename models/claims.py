@@ -127,7 +127,7 @@ class ClaimedEmail:
             "sent_id": new_id(),
         }
         asked_at = _now()
-        found = rows(_CLAIM, parameters)
+        found = rows(_CLAIM, parameters, prepared=True)
         if not found:
             return None
         email = cls._from_row(found[0], attempt, token, intent)
@@ -411,7 +411,7 @@ class ClaimedEmail:
         """Run one statement that returns a row exactly if this worker still holds the email (``{held}``)."""
         statement = sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
         asked_at = _now()
-        found = rows(statement, {"id": self.id, "token": self._token, **parameters})
+        found = rows(statement, {"id": self.id, "token": self._token, **parameters}, prepared=True)
         if not found:
             raise LeaseLost(f"email {self.id} is no longer held by this worker")
         if lease := parameters.get("lease"):

@@ -7,12 +7,16 @@ where the failure is seen. Otherwise each thread of the fleet would lose a piece
 
 from __future__ import annotations
 
+import hashlib
+import re
 import select
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 import peewee
 import psycopg2
@@ -31,6 +35,8 @@ _SERVER_SETTINGS = {
     "statement_timeout": STATEMENT_TIMEOUT_MILLISECONDS,
     "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_MILLISECONDS,
     "timezone": "UTC",
+    # A plan that looks dear would be compiled for longer than it runs: each of ours reads a few rows of an index.
+    "jit": "off",
     **{f"tcp_{name}": value for name, value in _KEEPALIVES.items()},
 }
 
@@ -76,15 +82,58 @@ def disconnect() -> None:
     database.close()
 
 
-def rows(sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+def rows(sql: str, parameters: Mapping[str, Any] | None = None, *, prepared: bool = False) -> list[tuple[Any, ...]]:
     """Run one statement, in the transaction that is open or in its own, and return its rows.
+
+    Args:
+        prepared: PostgreSQL is to parse and plan it once for each connection: for what runs for each mail or each
+            sweep, where that takes several times as long as the execution. The text must be one of a few.
 
     Raises:
         DatabaseAway: See there.
     """
     with _dropping_dead_connections():
+        if prepared:
+            sql = _prepare(sql)
         cursor = database.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
         return cursor.fetchall() if cursor.description else []
+
+
+def _prepare(sql: str) -> str:
+    """Prepare a statement unless this connection has done so, and return the one that executes it."""
+    statement = _Prepared.of(sql)
+    connection = database.connection()  # type: ignore[no-untyped-call]
+    known = _prepared_by.setdefault(connection, set())
+    if statement.name not in known:
+        database.execute_sql(statement.prepare)  # type: ignore[no-untyped-call]
+        known.add(statement.name)  # a transaction that is rolled back leaves it prepared
+    return statement.execute
+
+
+class _Prepared(NamedTuple):
+    """A statement as PostgreSQL's PREPARE and EXECUTE want it."""
+
+    name: str
+    prepare: str
+    execute: str
+
+    @classmethod
+    @cache
+    def of(cls, sql: str) -> Self:
+        name = f"s{hashlib.blake2b(sql.encode(), digest_size=8).hexdigest()}"
+        # A list is an array of text to psycopg2: what the statement casts it to has to be said to EXECUTE, too.
+        casts: dict[str, str] = {}
+        for parameter, cast in _PARAMETER.findall(sql):
+            casts[parameter] = casts.get(parameter) or cast
+        numbers = {parameter: number for number, parameter in enumerate(casts, 1)}
+        text = _PARAMETER.sub(lambda found: f"${numbers[found[1]]}{found[2]}", sql)
+        arguments = ", ".join(f"%({parameter})s{cast}" for parameter, cast in casts.items())
+        return cls(name, f"PREPARE {name} AS {text}", f"EXECUTE {name} ({arguments})" if casts else f"EXECUTE {name}")
+
+
+_PARAMETER = re.compile(r"%\((\w+)\)s((?:::\w+(?:\[\])?)?)")
+#: The names of what each connection has prepared; a connection that is dropped takes them with it.
+_prepared_by: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def now() -> datetime:

@@ -47,21 +47,23 @@ def mark_published(event_ids: Sequence[str]) -> None:
     rows(
         "UPDATE outbox_events SET published_at = now() WHERE id = ANY(%(ids)s::uuid[]) AND published_at IS NULL",
         {"ids": list(event_ids)},
+        prepared=True,
     )
 
 
 def claim_unpublished(publish_within: timedelta) -> list[Event]:
     """Claim what its writer did not publish in time."""
     claimed = rows(
-        """
+        f"""
         WITH leftover AS MATERIALIZED (
             SELECT id FROM outbox_events WHERE published_at IS NULL AND claimed_until <= now()
-            ORDER BY claimed_until LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+            ORDER BY claimed_until LIMIT {BATCH} FOR UPDATE SKIP LOCKED
         )
         UPDATE outbox_events e SET claimed_until = now() + %(publish_within)s
         FROM leftover WHERE e.id = leftover.id
         RETURNING e.id::text, type, body::text, incoming_email_id::text, correlation_id, reply_to, traceparent
         """,
-        {"publish_within": publish_within, "batch": BATCH},
+        {"publish_within": publish_within},
+        prepared=True,
     )
     return [Event(id, type, body.encode(), *rest) for id, type, body, *rest in claimed]

@@ -60,19 +60,19 @@ def sweep() -> Iterator[datetime]:
     to the next sweep.
     """
     with transaction():
-        yield rows("SELECT now(), pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK})[0][0]
+        yield rows("SELECT now(), pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK}, prepared=True)[0][0]
 
 
-_EXPIRE_LEASES = """
+_EXPIRE_LEASES = f"""
     WITH lapsed AS MATERIALIZED (
         SELECT e.id, e.status, e.lease_token, s.status AS sending
         FROM incoming_emails e
         LEFT JOIN sent_emails s ON s.incoming_email_id = e.id AND s.status IN ('sending', 'in_doubt')
-        WHERE e.lease_until <= now() ORDER BY e.lease_until LIMIT %(batch)s FOR UPDATE OF e SKIP LOCKED
+        WHERE e.lease_until <= now() ORDER BY e.lease_until LIMIT {BATCH} FOR UPDATE OF e SKIP LOCKED
     ), doubted AS (
         -- A frozen worker may have sent it only now, so the doubt begins here.
         UPDATE sent_emails s SET status = 'in_doubt', intent_at = now(), updated_at = now(),
-               response_metadata = jsonb_set(response_metadata, '{evidence}',
+               response_metadata = jsonb_set(response_metadata, '{{evidence}}',
                    coalesce(response_metadata->'evidence', '[]') ||
                    jsonb_build_object('at', now(), 'asked', 'send', 'client_request_id', lapsed.lease_token,
                                       'seen', 'the worker''s lease ran out during the send'))
@@ -90,22 +90,22 @@ _EXPIRE_LEASES = """
 
 def expire_leases() -> list[tuple[str, str]]:
     """Take back what dead, stuck or never started workers held; return (email id, status it had)."""
-    return [(row[0], row[1]) for row in rows(_EXPIRE_LEASES, {"batch": BATCH})]
+    return [(row[0], row[1]) for row in rows(_EXPIRE_LEASES, prepared=True)]
 
 
 def wake_due() -> int:
     """Make mail ready whose time has come, and return how many."""
     return len(
         rows(
-            """
+            f"""
             WITH due AS MATERIALIZED (
                 SELECT id FROM incoming_emails WHERE next_attempt_at <= now()
-                ORDER BY next_attempt_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+                ORDER BY next_attempt_at LIMIT {BATCH} FOR UPDATE SKIP LOCKED
             )
             UPDATE incoming_emails e SET next_attempt_at = NULL, updated_at = now()
             FROM due WHERE e.id = due.id RETURNING 1
             """,
-            {"batch": BATCH},
+            prepared=True,
         )
     )
 
@@ -115,7 +115,8 @@ def in_flight() -> tuple[dict[Route, int], Busy]:
     routes = dict.fromkeys(Route, 0)
     busy = Busy({}, {})
     for route, mailbox, count in rows(
-        "SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox"
+        "SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox",
+        prepared=True,
     ):
         routes[Route(route)] += count
         busy.sends[mailbox] = busy.sends.get(mailbox, 0) + count
@@ -124,7 +125,8 @@ def in_flight() -> tuple[dict[Route, int], Busy]:
             """
             SELECT e.mailbox, count(*) FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
             WHERE s.backup_lease_until IS NOT NULL GROUP BY e.mailbox
-            """
+            """,
+            prepared=True,
         )
     )
     return routes, busy
@@ -162,25 +164,25 @@ def claim(route: Route, picks: Sequence[Pick], *, capacity: int, lease: timedelt
         "reserved_at": [pick.reserved_at_ms for pick in wanted],
         "lease": lease,
     }
-    return [Dispatch(*row) for _, *row in sorted(rows(_CLAIM, parameters), key=itemgetter(0))]
+    return [Dispatch(*row) for _, *row in sorted(rows(_CLAIM, parameters, prepared=True), key=itemgetter(0))]
 
 
 def expire_overdue(publish_within: timedelta) -> list[Event]:
     """Settle mail whose ``expires_at`` has passed before it was dispatched, and return the events to publish."""
     expired = rows(
-        """
+        f"""
         WITH overdue AS MATERIALIZED (
             SELECT e.id FROM incoming_emails e
             WHERE expires_at <= now() AND status = 'received' AND NOT EXISTS (
                 SELECT 1 FROM sent_emails s WHERE s.incoming_email_id = e.id AND s.status = 'in_doubt'
             )
-            ORDER BY expires_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+            ORDER BY expires_at LIMIT {BATCH} FOR UPDATE SKIP LOCKED
         )
         UPDATE incoming_emails e SET status = 'expired', next_attempt_at = NULL, updated_at = now()
         FROM overdue WHERE e.id = overdue.id
         RETURNING e.id::text, publisher_message_id, correlation_id, reply_to, traceparent
         """,
-        {"batch": BATCH},
+        prepared=True,
     )
     now = datetime.now(UTC)
     events = [_expired(now, *row) for row in expired]
@@ -193,20 +195,21 @@ def _expired(now: datetime, id: str, publisher_message_id: str, *delivery: str |
     return Event(event_id(EventType.EXPIRED, id), EventType.EXPIRED, body, id, *delivery)
 
 
-# What is met is bounded by a constant, so that the planner reads the index of due backups and no more of the table. Due
-# backups that cannot be made now are put off, or each sweep would meet them again before those behind them.
-_CLAIM_BACKUPS = """
+# What is met is bounded by a constant, not by a parameter: so the planner knows that it reads the index of due backups
+# and no more of the table. Due backups that cannot be made now are put off, or each sweep would meet them again before
+# those behind them.
+_CLAIM_BACKUPS = f"""
     WITH due AS MATERIALIZED (
         SELECT id, incoming_email_id, backup_due_at FROM sent_emails
         WHERE backup_due_at <= now() AND backup_lease_until IS NULL
-        ORDER BY backup_due_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        ORDER BY backup_due_at LIMIT {BATCH} FOR UPDATE SKIP LOCKED
     ), met AS MATERIALIZED (
         SELECT due.id, due.backup_due_at, greatest(m.paused_until, every.paused_until) AS paused_until,
                coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
                    -- One that refuses us is probed with one at a time, be it a send or a backup.
                    + CASE WHEN m.refusal_count > 0 THEN %(share)s - 1 + coalesce(busy.sends, 0) ELSE 0 END
                    > %(share)s AS crowded,
-               count(*) OVER () = %(batch)s AS more
+               count(*) OVER () = {BATCH} AS more
         FROM due JOIN incoming_emails e ON e.id = due.incoming_email_id
         LEFT JOIN mailboxes m ON m.mailbox = e.mailbox
         LEFT JOIN mailboxes every ON every.mailbox = '*' AND every.paused_until > now()
@@ -249,12 +252,11 @@ def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta)
         "busy": mailboxes,
         "sends": [busy.sends.get(mailbox, 0) for mailbox in mailboxes],
         "backups": [busy.backups.get(mailbox, 0) for mailbox in mailboxes],
-        "batch": BATCH,
         "longest_wait": _LONGEST_PUT_OFF,
         "crowded_wait": _CROWDED_PUT_OFF,
         "lease": lease,
     }
-    decided = rows(_CLAIM_BACKUPS, parameters)
+    decided = rows(_CLAIM_BACKUPS, parameters, prepared=True)
     claimed = [DueBackup(*backup) for picked, _, *backup in decided if picked]
     put_off_from_many = any(more and not picked for picked, more, *_ in decided)
     return claimed, put_off_from_many and len(claimed) < room
@@ -262,7 +264,7 @@ def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta)
 
 def expire_backup_leases() -> None:
     """End the leases of backups that nobody makes any more."""
-    rows("UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()")
+    rows("UPDATE sent_emails SET backup_lease_until = NULL WHERE backup_lease_until <= now()", prepared=True)
 
 
 def take_back(dispatches: Sequence[Dispatch], backups: Sequence[DueBackup]) -> None:
@@ -308,6 +310,7 @@ def next_due_in(swept_at: datetime) -> timedelta | None:
         ) - now()
         """,
         {"swept_at": swept_at},
+        prepared=True,
     )[0][0]
     return due_in
 
@@ -321,4 +324,5 @@ def acknowledge_receipts(receipts: list[tuple[str, int]]) -> None:
         WHERE r.incoming_email_id = received.id AND r.attempt = received.attempt AND r.acknowledged_at IS NULL
         """,
         {"ids": [id for id, _ in receipts], "attempts": [attempt for _, attempt in receipts]},
+        prepared=True,
     )

@@ -143,10 +143,10 @@ def candidates(route: Route, *, capacity: int, share: int, busy: Busy, after: st
         "share": share,
         **_described(busy),
     }
-    found = [Candidate(*row) for row in rows(_CANDIDATES, parameters | {"after": after})]
+    found = [Candidate(*row) for row in rows(_CANDIDATES, parameters | {"after": after}, prepared=True)]
     if after and len({candidate.mailbox for candidate in found}) < wanted:
         met = {candidate.mailbox for candidate in found}
-        around = [Candidate(*row) for row in rows(_CANDIDATES, parameters | {"after": ""})]
+        around = [Candidate(*row) for row in rows(_CANDIDATES, parameters | {"after": ""}, prepared=True)]
         found += [candidate for candidate in around if candidate.mailbox not in met]
     return found
 
@@ -213,7 +213,7 @@ def look_ups(route: Route, *, capacity: int, share: int, busy: Busy) -> list[Can
         return []
     full = [mailbox for mailbox, count in busy.sends.items() if count >= share]
     parameters = {"route": route, "capacity": min(capacity, BATCH), "share": share, "full": full, **_described(busy)}
-    return [Candidate(*row) for row in rows(_LOOK_UPS, parameters)]
+    return [Candidate(*row) for row in rows(_LOOK_UPS, parameters, prepared=True)]
 
 
 def note_served(chosen: Sequence[Candidate]) -> None:
@@ -273,7 +273,8 @@ def paused_routes() -> set[Route]:
         """
         SELECT route FROM routes WHERE paused_until > now()
         UNION ALL SELECT '*' FROM mailboxes WHERE mailbox = '*' AND paused_until > now()
-        """
+        """,
+        prepared=True,
     )
     paused = {name for (name,) in found}
     return set(Route) if EVERY in paused else {Route(name) for name in paused}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
 
 import peewee
 import psycopg2
@@ -173,3 +176,33 @@ def test_each_thread_has_its_own_connection(tables: str) -> None:
 def test_instants_are_aware_and_in_utc(tables: str) -> None:
     ((now,),) = rows("SELECT now()")
     assert now.utcoffset().total_seconds() == 0
+
+
+IDS = ["01a21a52-6bf3-7904-b97b-171b2384b74a", "01a21a52-6bf3-7904-b97b-171b2384b74b"]
+#: A parameter that occurs twice, an array of another type than text, and what psycopg2 writes as it is.
+SUMMED = f"SELECT %(n)s + 1, %(n)s * 2, %(ids)s::uuid[] @> ARRAY['{IDS[0]}'::uuid], now() + %(wait)s > now(), '5%%'"
+
+
+def summed(n: int) -> tuple[Any, ...]:
+    return rows(SUMMED, {"n": n, "ids": IDS, "wait": timedelta(seconds=1)}, prepared=True)[0]
+
+
+def plans_known() -> int:
+    return int(rows("SELECT count(*) FROM pg_prepared_statements")[0][0])
+
+
+def test_a_prepared_statement_is_planned_once_for_each_connection(tables: str) -> None:
+    before = plans_known()
+    # When it is run again and again, the first time in a transaction that is undone
+    with suppress(ZeroDivisionError), transaction():
+        assert summed(1) == (2, 2, True, True, "5%")
+        raise ZeroDivisionError
+    answers = [summed(n) for n in range(10)]
+    # Then each has its own values, and there is one plan
+    assert [answer[:2] for answer in answers] == [(n + 1, n * 2) for n in range(10)]
+    assert plans_known() == before + 1
+    # And a new connection has to prepare it again
+    terminate(tables, backend())
+    assert plans_known() == 0
+    assert summed(3)[:2] == (4, 6)
+    assert plans_known() == 1

@@ -279,14 +279,17 @@ def backlog(database: str) -> None:
 
 @contextmanager
 def explained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Collect the plans of what is executed in the block."""
+    """Collect the plans of what is executed in the block: those for the values given, and those for any."""
     plans: list[str] = []
     execute = database.execute_sql
 
     def explain(sql: str, parameters: object = None) -> object:
-        if "incoming_emails" in sql:
-            plan = execute("EXPLAIN " + sql, parameters).fetchall()
-            plans.append("\n".join(line for (line,) in plan))
+        if sql.startswith("EXECUTE"):
+            for mode in ("force_custom_plan", "force_generic_plan"):
+                execute(f"SET plan_cache_mode = {mode}")
+                plan = execute("EXPLAIN " + sql, parameters).fetchall()
+                plans.append("\n".join(line for (line,) in plan))
+            execute("RESET plan_cache_mode")
         return execute(sql, parameters)
 
     with monkeypatch.context() as patch:

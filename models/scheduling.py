@@ -202,7 +202,7 @@ _CLAIM_BACKUPS = f"""
     WITH due AS MATERIALIZED (
         SELECT id, incoming_email_id, backup_due_at FROM sent_emails
         WHERE backup_due_at <= now() AND backup_lease_until IS NULL
-        ORDER BY backup_due_at LIMIT {BATCH} FOR UPDATE SKIP LOCKED
+        ORDER BY backup_due_at LIMIT {BATCH}
     ), met AS MATERIALIZED (
         SELECT due.id, due.backup_due_at, greatest(m.paused_until, every.paused_until) AS paused_until,
                coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
@@ -219,16 +219,22 @@ _CLAIM_BACKUPS = f"""
         SELECT id FROM met WHERE coalesce(paused_until <= now(), true) AND NOT crowded
         ORDER BY backup_due_at LIMIT %(room)s
     ), decided AS MATERIALIZED (
-        SELECT met.id, met.more, picked.id IS NOT NULL AS picked,
+        SELECT met.id, met.backup_due_at, met.more, picked.id IS NOT NULL AS picked,
                CASE WHEN paused_until > now() THEN least(paused_until, now() + %(longest_wait)s)
                     -- Left due if there is nobody behind them: the end of another wakes the scheduler.
                     WHEN crowded AND more THEN now() + %(crowded_wait)s END AS put_off_until
         FROM met LEFT JOIN picked USING (id)
+    ), locked AS MATERIALIZED (
+        -- These alone: to lock all that were met, twenty times a second, costs more than the rest of a sweep.
+        SELECT s.id FROM sent_emails s JOIN decided USING (id)
+        WHERE (decided.picked OR decided.put_off_until IS NOT NULL)
+          AND s.backup_due_at = decided.backup_due_at AND s.backup_lease_until IS NULL
+        FOR UPDATE OF s SKIP LOCKED
     )
     UPDATE sent_emails s
     SET backup_lease_until = CASE WHEN decided.picked THEN now() + %(lease)s END,
         backup_due_at = coalesce(decided.put_off_until, s.backup_due_at), updated_at = now()
-    FROM decided WHERE s.id = decided.id AND (decided.picked OR decided.put_off_until IS NOT NULL)
+    FROM locked JOIN decided USING (id) WHERE s.id = locked.id
     RETURNING decided.picked, decided.more, s.incoming_email_id::text, s.backup_attempt_count + 1
 """
 

@@ -19,6 +19,7 @@ Where it may die, and what the next one does:
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -116,7 +117,9 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     """Dispatch one batch; return whether there may be more at once, and how long everybody waits for the limiter."""
     routes, busy = scheduling.in_flight()
     paused = turns.paused_routes()
-    chosen = {route: _choose(route, routes[route], busy) for route in Route if route not in paused}
+    # In any order: what a mailbox has room for goes to the first, and must not go to the same one each time.
+    in_turn = random.sample([*Route], len(Route))
+    chosen = {route: _choose(route, routes[route], busy) for route in in_turn if route not in paused}
     reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
     picks = {pick.id: pick for pick in reserved.picks}
     claims, backups, more_backups = _claim(chosen, picks)

@@ -70,6 +70,21 @@ def test_a_mailbox_has_no_more_in_flight_than_its_share_over_both_routes(fleet: 
     assert len(fleet.take("send_plain")) + len(fleet.take("send_attached")) == 3
 
 
+def test_attached_mail_does_not_wait_behind_all_plain_mail_of_its_mailbox(fleet: Fleet, configure: Configure) -> None:
+    # Given a mailbox with more of each than it may have in flight
+    configure(mailbox_concurrency=1)
+    for n in range(30):
+        store(publisher_message_id=f"plain-{n}")
+        store(publisher_message_id=f"attached-{n}", attachments=[FILE])
+    # When one after the other is done (a fair coin shows one side 30 times once in a thousand million)
+    for _ in range(30):
+        fleet.schedule()
+        rows("UPDATE incoming_emails SET status = 'processed', lease_until = NULL WHERE lease_until IS NOT NULL")
+    # Then both went out
+    assert fleet.take("send_plain")
+    assert fleet.take("send_attached")
+
+
 def test_turns_go_on_where_they_ended_so_that_each_mailbox_is_served(fleet: Fleet, configure: Configure) -> None:
     # Given
     configure(send_plain_concurrency=2, mailbox_concurrency=1)

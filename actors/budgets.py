@@ -6,6 +6,7 @@ back, so that it occupies no worker and no queue, and is not looked at meanwhile
 Where the process may die, and what the next one does:
 
 * ``budget.reserved``, before the claim: what is reserved stays charged until it leaves its window; the mail is ready.
+* between the end of a lease and the refund of its reservation: the same.
 * ``budget.restoring``, before all that was spent is written down: nobody is admitted until another has done it.
 """
 
@@ -22,7 +23,7 @@ import runtime
 from crash_points import CrashPoint
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
 from models import mailboxes, spending, turns
-from models.scheduling import Pick
+from models.scheduling import Lapsed, Pick
 from models.turns import EVERY, Candidate
 from telemetry import LIMITER_REFUSALS, RESTORED
 
@@ -31,6 +32,9 @@ _SYNC_EVERY = timedelta(seconds=30)
 _CHANGED_WITHIN = timedelta(hours=1)
 #: Longer than Redis can be away without anybody seeing to it.
 _CHANGED_MEANWHILE = timedelta(days=30)
+#: A mail that is too large for what is left of a budget lets smaller ones pass for so long since it was received; then
+#: all wait until there is enough for it.
+_OVERTAKEN_FOR = timedelta(hours=1)
 #: A scheduler hands out for no longer than this, unless it stands still.
 LONGEST_TURN = timedelta(seconds=3)
 _NEXT_IN_TURN = timedelta(milliseconds=10)
@@ -75,8 +79,10 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
                     everybody_waits = answer.retry_after
                 case Exhausted(budget=budget) if budget in _OF_EVERYBODY:
                     everybody_waits = answer.retry_after
+                case Exhausted() if answer.mailbox_wide or candidate.waited > _OVERTAKEN_FOR:
+                    _note(answer, full, EVERY if answer.budget == "tenant_external_recipients" else mailbox)
                 case Exhausted():
-                    _note(answer, full if _fills(answer) else deferred, mailbox if _fills(answer) else candidate.id)
+                    _note(answer, deferred, candidate.id)
     turns.note_full(full)
     turns.defer(deferred)
     runtime.crash_point(CrashPoint.BUDGET_RESERVED)
@@ -85,11 +91,6 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
 
 def _send(candidate: Candidate) -> Wanted:
     return Wanted(candidate.recipients, candidate.external_recipients)
-
-
-def _fills(refused: Exhausted) -> bool:
-    """Say whether nothing more can be sent from the mailbox: internal mail goes on when external may not."""
-    return refused.mailbox_wide and refused.budget != "tenant_external_recipients"
 
 
 def _note(refused: Exhausted, noted: dict[str, tuple[timedelta, str]], key: str) -> None:
@@ -104,6 +105,14 @@ def refund(candidates: Sequence[Candidate], unused: Sequence[Pick]) -> None:
     for pick in unused:
         if pick.reserved_at_ms is not None:
             runtime.limiter.refund(pick.mailbox, Reservation(pick.reserved_at_ms), _send(known[pick.id]))
+
+
+def refund_lapsed(lapsed: Sequence[Lapsed]) -> None:
+    """Give back what was reserved for dispatches that no worker took: with the workers down a day's would be gone."""
+    for each in lapsed:
+        if each.unused is not None:
+            send = Wanted(each.recipients, each.external_recipients)
+            runtime.limiter.refund(each.mailbox, Reservation(each.unused), send)
 
 
 def keep_counts() -> None:

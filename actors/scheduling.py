@@ -8,8 +8,8 @@ Where it may die, and what the next one does:
 
 * ``wake-up.marked``, before the wake-up is published: nobody is woken for two seconds; the minute's sweep makes up.
 * ``scheduler.woken``, before the commit: RabbitMQ delivers the wake-up again; nothing has happened.
-* ``scheduler.claimed``, before anything is published: the dispatches' leases run out, and the mail is claimed again, no
-  attempt spent; the same for backups.
+* ``scheduler.claimed``, before anything is published: the dispatches' leases run out, their send budget is given back,
+  and the mail is claimed again, no attempt spent; the same for backups.
 * ``expiry.recorded``: the mail is expired; the event is left to the next sweep.
 * ``scheduler.dispatched``: workers have the dispatches; the wake-up is delivered again and finds nothing to do.
 * ``events.taken``, leftover events about to be published: they are anybody's again after `outbox.PUBLISH_WITHIN`.
@@ -32,7 +32,7 @@ from periodiq import cron
 import limiter as limits
 import models
 import runtime
-from actors.budgets import keep_counts, limits_may_be_unknown, refund, reserve, turn
+from actors.budgets import keep_counts, limits_may_be_unknown, refund, refund_lapsed, reserve, turn
 from contracts import Event
 from crash_points import CrashPoint
 from models import Route, scheduling, turns
@@ -97,14 +97,15 @@ def _sweep(*, hand_out: bool) -> _Sweep:
         scheduling.expire_backup_leases()
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
-    for incoming_email_id, status in lapsed:
-        mail_log(Step.LEASE_LOST, incoming_email_id=incoming_email_id, status=status)
+    for each in lapsed:
+        mail_log(Step.LEASE_LOST, incoming_email_id=each.id, status=each.status)
     _announce_expired(expired)
     more = max(len(lapsed), len(expired), woken) >= scheduling.BATCH
     if not hand_out:
         return _Sweep(swept_at, more, _AWAY_PAUSE)
     try:
         with turn():
+            refund_lapsed(lapsed)  # before a loss is made good, which does not count them
             keep_counts()
             handed_out, everybody_waits = _hand_out()
     except limits.Unavailable:
@@ -116,10 +117,11 @@ def _sweep(*, hand_out: bool) -> _Sweep:
 def _hand_out() -> tuple[bool, timedelta | None]:
     """Dispatch one batch; return whether there may be more at once, and how long everybody waits for the limiter."""
     routes, busy = scheduling.in_flight()
-    paused = turns.paused_routes()
+    closed = turns.closed()
     # In any order: what a mailbox has room for goes to the first, and must not go to the same one each time.
     in_turn = random.sample([*Route], len(Route))
-    chosen = {route: _choose(route, routes[route], busy) for route in in_turn if route not in paused}
+    open_routes = [route for route in in_turn if route not in closed.routes]
+    chosen = {route: _choose(route, routes[route], busy, internal_only=closed.external) for route in open_routes}
     reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
     picks = {pick.id: pick for pick in reserved.picks}
     claims, backups, more_backups = _claim(chosen, picks)
@@ -151,13 +153,20 @@ def _share() -> int:
     return runtime.configuration.mailbox_concurrency or _UNLIMITED_SHARE
 
 
-def _choose(route: Route, in_flight: int, busy: Busy) -> _Chosen:
+def _choose(route: Route, in_flight: int, busy: Busy, *, internal_only: bool) -> _Chosen:
     """Choose what is to go out, look-ups first, and note it as busy for the routes that follow."""
     capacity = _limits()[route] - in_flight
     to_look_up = turns.look_ups(route, capacity=capacity, share=_share(), busy=busy)
     _add(to_look_up, busy)
     capacity -= len(to_look_up)
-    found = turns.candidates(route, capacity=capacity, share=_share(), busy=busy, after=_last_served[route])
+    found = turns.candidates(
+        route,
+        capacity=capacity,
+        share=_share(),
+        busy=busy,
+        after=_last_served[route],
+        internal_only=internal_only,
+    )
     to_send = turns.choose(found, min(capacity, scheduling.BATCH))
     _add(to_send, busy)
     if to_send:

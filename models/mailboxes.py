@@ -96,26 +96,37 @@ def refuse(mailbox: str, *, why: str, first_wait: timedelta, longest_wait: timed
 
 
 def resume(mailbox: str) -> bool:
-    """End the mailbox's pause, whoever made it, forget its refusals, and have the mail that it held back tried at once.
+    """End the mailbox's pause, whoever made it, forget its refusals, and that its budget was used up.
 
-    Returns whether there was a pause or a refusal. Mail that waits for its ``send_at`` goes on waiting. Everything
-    (`EVERY`) is resumed as a mailbox is; what is paused by itself stays so.
+    Returns whether there was a pause or a refusal. Everything (`EVERY`) is resumed as a mailbox is; what is paused by
+    itself stays so.
     """
     return bool(
         rows(
             """
-            WITH released AS (
-                UPDATE incoming_emails SET next_attempt_at = NULL, updated_at = now()
-                WHERE next_attempt_at > now() AND mailbox = %(mailbox)s AND status = 'received'
-                  AND last_error IS NOT NULL
+            WITH standing AS MATERIALIZED (
+                SELECT mailbox, coalesce(paused_until > now(), false) OR refusal_count > 0 AS stood FROM mailboxes
+                WHERE mailbox = %(mailbox)s FOR UPDATE
             )
-            UPDATE mailboxes
-            SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0, updated_at = now()
-            WHERE mailbox = %(mailbox)s AND (paused_until > now() OR refusal_count > 0) RETURNING 1
+            UPDATE mailboxes SET paused_until = NULL, pause_reason = NULL, paused_by = NULL, refusal_count = 0,
+                                 full_until = NULL, full_reason = NULL, updated_at = now()
+            FROM standing WHERE mailboxes.mailbox = standing.mailbox RETURNING standing.stood
             """,
             {"mailbox": mailbox.lower()},
         )
+        == [(True,)]
     )
+
+
+def release(mailbox: str) -> None:
+    """Have the mail tried at once that failed or was held back and waits; not what waits for its ``send_at``.
+
+    Args:
+        mailbox: `EVERY`: of all of them.
+    """
+    concerned = {"mailbox": mailbox.lower(), "every": EVERY, "batch": BATCH}
+    while len(rows(_RELEASE, concerned)) == BATCH:
+        pass
 
 
 def resume_route(route: Route) -> bool:
@@ -179,14 +190,17 @@ _NO_LONGER_FULL = """
         paused_until = CASE WHEN paused_by = %(us)s AND pause_reason LIKE 'limit: %%' THEN NULL ELSE paused_until END
     WHERE (full_until IS NOT NULL OR paused_until IS NOT NULL) AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
 """
-_NO_LONGER_DEFERRED = """
-    WITH deferred AS MATERIALIZED (
+_WAKE = """
+    WITH waiting AS MATERIALIZED (
         SELECT id FROM incoming_emails
-        WHERE next_attempt_at IS NOT NULL AND status = 'received'
-          AND (last_error LIKE 'limit: %%' OR last_error LIKE '%%: none left, try again in %%')
+        WHERE next_attempt_at IS NOT NULL AND status = 'received' AND ({why})
           AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
         ORDER BY next_attempt_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
     )
     UPDATE incoming_emails e SET next_attempt_at = NULL, updated_at = now()
-    FROM deferred WHERE e.id = deferred.id RETURNING 1
+    FROM waiting WHERE e.id = waiting.id RETURNING 1
 """
+_NO_LONGER_DEFERRED = _WAKE.format(
+    why="last_error LIKE 'limit: %%' OR last_error LIKE '%%: none left, try again in %%'"
+)
+_RELEASE = _WAKE.format(why="last_error IS NOT NULL")

@@ -45,6 +45,21 @@ class Pick(NamedTuple):
     reserved_at_ms: int | None
 
 
+class Lapsed(NamedTuple):
+    """An email whose lease ran out, and the status that it had then.
+
+    ``unused`` is when send budget was reserved for a dispatch that no worker took, in milliseconds; None: nothing was,
+    or a worker may have used it.
+    """
+
+    id: str
+    mailbox: str
+    status: str
+    recipients: int
+    external_recipients: int
+    unused: int | None
+
+
 class DueBackup(NamedTuple):
     """One backup that was leased: what its message says. ``attempt`` begins when a worker claims it."""
 
@@ -84,13 +99,15 @@ _EXPIRE_LEASES = f"""
         attempt_count = e.attempt_count - (lapsed.status = 'dispatched' AND lapsed.sending IS NULL)::int,
         lease_token = NULL, lease_until = NULL, updated_at = now()
     FROM lapsed WHERE e.id = lapsed.id
-    RETURNING e.id::text, lapsed.status
+    RETURNING e.id::text, e.mailbox, lapsed.status, e.recipient_count,
+              coalesce(e.external_recipient_count, e.recipient_count),
+              CASE WHEN lapsed.status = 'dispatched' THEN round(extract(epoch FROM e.reserved_at) * 1000)::bigint END
 """
 
 
-def expire_leases() -> list[tuple[str, str]]:
-    """Take back what dead, stuck or never started workers held; return (email id, status it had)."""
-    return [(row[0], row[1]) for row in rows(_EXPIRE_LEASES, prepared=True)]
+def expire_leases() -> list[Lapsed]:
+    """Take back what dead, stuck or never started workers held."""
+    return [Lapsed(*row) for row in rows(_EXPIRE_LEASES, prepared=True)]
 
 
 def wake_due() -> int:

@@ -32,6 +32,7 @@ _SHORTEST_FULL = timedelta(milliseconds=500)
 
 READY = "lease_until IS NULL AND next_attempt_at IS NULL"
 _TO_SEND = f"status = 'received' AND {READY}"
+_TO_SEND_INSIDE = f"{_TO_SEND} AND external_recipient_count = 0"
 
 
 class Candidate(NamedTuple):
@@ -45,6 +46,15 @@ class Candidate(NamedTuple):
     priority: int
     recipients: int
     external_recipients: int
+    #: Since it was received.
+    waited: timedelta
+
+
+class Closed(NamedTuple):
+    """What may not be dispatched now: mail of these routes, and, if so, mail with external recipients."""
+
+    routes: set[Route]
+    external: bool
 
 
 class Busy(NamedTuple):
@@ -71,9 +81,9 @@ _BUSY = """
 """
 
 
-def _lanes(within: str) -> str:
+def _lanes(to_send: str, within: str) -> str:
     """Return the query of the lanes of ``open.mailbox`` whose tenant is ``within`` the turn."""
-    at = f"{_TO_SEND} AND route = %(route)s AND mailbox = open.mailbox"
+    at = f"{to_send} AND route = %(route)s AND mailbox = open.mailbox"
     return f"""
         (WITH RECURSIVE lane (tenant, priority, number) AS (
             (SELECT coalesce(tenant, ''), priority, 1 FROM incoming_emails WHERE {at} AND coalesce(tenant, '') {within}
@@ -89,49 +99,57 @@ def _lanes(within: str) -> str:
     """
 
 
-_CANDIDATES = f"""
-    WITH RECURSIVE {_BUSY}, turn (mailbox, position) AS (
-        (SELECT mailbox, 1 FROM incoming_emails
-         WHERE {_TO_SEND} AND route = %(route)s AND mailbox > %(after)s ORDER BY mailbox LIMIT 1)
-        UNION ALL
-        SELECT (SELECT mailbox FROM incoming_emails
-                WHERE {_TO_SEND} AND route = %(route)s AND mailbox > turn.mailbox ORDER BY mailbox LIMIT 1),
-               position + 1
-        FROM turn WHERE turn.mailbox IS NOT NULL
-          -- Mailboxes that are passed over use up turns without giving mail.
-          AND position < %(turns)s + (SELECT count(*) FROM mailboxes WHERE paused_until > now())
-                                   + (SELECT count(*) FROM mailboxes WHERE full_until > now())
-    ), open AS MATERIALIZED (
-        SELECT turn.mailbox, turn.position, m.last_tenant, {_ROOM} AS room
-        FROM turn LEFT JOIN busy USING (mailbox) LEFT JOIN mailboxes m USING (mailbox) LEFT JOIN every ON true
-        WHERE turn.mailbox IS NOT NULL AND coalesce(m.paused_until <= now(), true)
-          AND coalesce(m.full_until <= now(), true)
-    )
-    SELECT email.id::text, open.mailbox, open.room, lane.tenant, lane.priority, email.recipient_count,
-           coalesce(email.external_recipient_count, email.recipient_count)
-    FROM (SELECT * FROM open WHERE room > 0 ORDER BY position LIMIT %(capacity)s) open CROSS JOIN LATERAL (
-        SELECT 0 AS behind, * FROM {_lanes("> coalesce(open.last_tenant, '')")} further
-        UNION ALL
-        SELECT 1, * FROM {_lanes("<= coalesce(open.last_tenant, '')")} around
-    ) lane CROSS JOIN LATERAL (
-        SELECT id, recipient_count, external_recipient_count FROM incoming_emails
-        WHERE {_TO_SEND} AND route = %(route)s AND mailbox = open.mailbox AND coalesce(tenant, '') = lane.tenant
-          AND priority = lane.priority
-          -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
-          AND coalesce(expires_at > now(), true)
-        ORDER BY id LIMIT least(open.room, %(capacity)s)
-    ) email
-    ORDER BY open.position, lane.behind, lane.tenant, lane.priority, email.id
-"""
+def _candidates(to_send: str) -> str:
+    return f"""
+        WITH RECURSIVE {_BUSY}, turn (mailbox, position) AS (
+            (SELECT mailbox, 1 FROM incoming_emails
+             WHERE {to_send} AND route = %(route)s AND mailbox > %(after)s ORDER BY mailbox LIMIT 1)
+            UNION ALL
+            SELECT (SELECT mailbox FROM incoming_emails
+                    WHERE {to_send} AND route = %(route)s AND mailbox > turn.mailbox ORDER BY mailbox LIMIT 1),
+                   position + 1
+            FROM turn WHERE turn.mailbox IS NOT NULL
+              -- Mailboxes that are passed over use up turns without giving mail.
+              AND position < %(turns)s + (SELECT count(*) FROM mailboxes WHERE paused_until > now())
+                                       + (SELECT count(*) FROM mailboxes WHERE full_until > now())
+        ), open AS MATERIALIZED (
+            SELECT turn.mailbox, turn.position, m.last_tenant, {_ROOM} AS room
+            FROM turn LEFT JOIN busy USING (mailbox) LEFT JOIN mailboxes m USING (mailbox) LEFT JOIN every ON true
+            WHERE turn.mailbox IS NOT NULL AND coalesce(m.paused_until <= now(), true)
+              AND coalesce(m.full_until <= now(), true)
+        )
+        SELECT email.id::text, open.mailbox, open.room, lane.tenant, lane.priority, email.recipient_count,
+               coalesce(email.external_recipient_count, email.recipient_count), now() - email.created_at
+        FROM (SELECT * FROM open WHERE room > 0 ORDER BY position LIMIT %(capacity)s) open CROSS JOIN LATERAL (
+            SELECT 0 AS behind, * FROM {_lanes(to_send, "> coalesce(open.last_tenant, '')")} further
+            UNION ALL
+            SELECT 1, * FROM {_lanes(to_send, "<= coalesce(open.last_tenant, '')")} around
+        ) lane CROSS JOIN LATERAL (
+            SELECT id, recipient_count, external_recipient_count, created_at FROM incoming_emails
+            WHERE {to_send} AND route = %(route)s AND mailbox = open.mailbox AND coalesce(tenant, '') = lane.tenant
+              AND priority = lane.priority
+              -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
+              AND coalesce(expires_at > now(), true)
+            ORDER BY id LIMIT least(open.room, %(capacity)s)
+        ) email
+        ORDER BY open.position, lane.behind, lane.tenant, lane.priority, email.id
+    """
 
 
-def candidates(route: Route, *, capacity: int, share: int, busy: Busy, after: str) -> list[Candidate]:
+#: By whether mail with external recipients is passed over: each condition has its index.
+_CANDIDATES = {False: _candidates(_TO_SEND), True: _candidates(_TO_SEND_INSIDE)}
+
+
+def candidates(
+    route: Route, *, capacity: int, share: int, busy: Busy, after: str, internal_only: bool = False
+) -> list[Candidate]:
     """Return ready emails of a route, mailbox by mailbox in order of turns, and within each tenant by tenant.
 
     Args:
         capacity: How many are wanted; more are returned, to choose from.
         share: How many emails of a mailbox may be in flight, where nothing else is set.
         after: The mailbox that was served last; turns start behind it, and come round to it.
+        internal_only: Pass over mail with external recipients.
     """
     if capacity <= 0:
         return []
@@ -143,10 +161,11 @@ def candidates(route: Route, *, capacity: int, share: int, busy: Busy, after: st
         "share": share,
         **_described(busy),
     }
-    found = [Candidate(*row) for row in rows(_CANDIDATES, parameters | {"after": after}, prepared=True)]
+    statement = _CANDIDATES[internal_only]
+    found = [Candidate(*row) for row in rows(statement, parameters | {"after": after}, prepared=True)]
     if after and len({candidate.mailbox for candidate in found}) < wanted:
         met = {candidate.mailbox for candidate in found}
-        around = [Candidate(*row) for row in rows(_CANDIDATES, parameters | {"after": ""}, prepared=True)]
+        around = [Candidate(*row) for row in rows(statement, parameters | {"after": ""}, prepared=True)]
         found += [candidate for candidate in around if candidate.mailbox not in met]
     return found
 
@@ -191,19 +210,20 @@ def _lottery(waiting: list[Candidate]) -> Iterator[Candidate]:
         lanes = {priority: lane for priority, lane in lanes.items() if lane}
 
 
+# Mailboxes without room are left out before the oldest are taken: or their mail would keep others from their turn.
 _LOOK_UPS = f"""
     WITH {_BUSY}, waiting AS MATERIALIZED (
-        SELECT e.id, e.mailbox, e.updated_at, m.refusal_count, m.limits
-        FROM incoming_emails e LEFT JOIN mailboxes m USING (mailbox)
+        SELECT e.id, e.mailbox, e.updated_at, {_ROOM} AS room
+        FROM incoming_emails e LEFT JOIN mailboxes m USING (mailbox) LEFT JOIN busy USING (mailbox)
+        LEFT JOIN every ON true
         WHERE e.status = 'processing' AND e.lease_until IS NULL AND e.next_attempt_at IS NULL AND e.route = %(route)s
-          AND coalesce(m.paused_until <= now(), true) AND e.mailbox <> ALL(%(full)s::text[])
+          AND coalesce(m.paused_until <= now(), true) AND {_ROOM} > 0
         ORDER BY e.updated_at LIMIT {BATCH}
-    ), roomy AS (
-        SELECT m.id, m.mailbox, m.updated_at, {_ROOM} AS room,
-               row_number() OVER (PARTITION BY m.mailbox ORDER BY m.updated_at) AS number
-        FROM waiting m LEFT JOIN busy USING (mailbox) LEFT JOIN every ON true
+    ), numbered AS (
+        SELECT *, row_number() OVER (PARTITION BY mailbox ORDER BY updated_at) AS number FROM waiting
     )
-    SELECT id::text, mailbox, room, '', 0, 0, 0 FROM roomy WHERE number <= room ORDER BY updated_at LIMIT %(capacity)s
+    SELECT id::text, mailbox, room, '', 0, 0, 0, interval '0' FROM numbered WHERE number <= room
+    ORDER BY updated_at LIMIT %(capacity)s
 """
 
 
@@ -211,8 +231,7 @@ def look_ups(route: Route, *, capacity: int, share: int, busy: Busy) -> list[Can
     """Return emails in doubt whose look-up is due, the longest waiting first; they need no send budget."""
     if capacity <= 0:
         return []
-    full = [mailbox for mailbox, count in busy.sends.items() if count >= share]
-    parameters = {"route": route, "capacity": min(capacity, BATCH), "share": share, "full": full, **_described(busy)}
+    parameters = {"route": route, "capacity": min(capacity, BATCH), "share": share, **_described(busy)}
     return [Candidate(*row) for row in rows(_LOOK_UPS, parameters, prepared=True)]
 
 
@@ -235,7 +254,10 @@ def note_served(chosen: Sequence[Candidate]) -> None:
 
 
 def note_full(full: dict[str, tuple[timedelta, str]]) -> None:
-    """Pass over mailboxes whose send budget is used up, each for a while and with the reason. Look-ups go on."""
+    """Pass over mailboxes whose send budget is used up, each for a while and with the reason. Look-ups go on.
+
+    `EVERY`: pass over mail with external recipients, whosever it is.
+    """
     if full:
         insert_many(
             """
@@ -267,14 +289,15 @@ def defer(deferred: dict[str, tuple[timedelta, str]]) -> None:
         )
 
 
-def paused_routes() -> set[Route]:
-    """Return the routes from which an operator, or a pause of everything, lets nothing be dispatched now."""
+def closed() -> Closed:
+    """Return what an operator, a pause of everything, or the limit of external recipients lets nothing out of now."""
     found = rows(
         """
         SELECT route FROM routes WHERE paused_until > now()
         UNION ALL SELECT '*' FROM mailboxes WHERE mailbox = '*' AND paused_until > now()
+        UNION ALL SELECT 'external' FROM mailboxes WHERE mailbox = '*' AND full_until > now()
         """,
         prepared=True,
     )
-    paused = {name for (name,) in found}
-    return set(Route) if EVERY in paused else {Route(name) for name in paused}
+    names = {name for (name,) in found}
+    return Closed({route for route in Route if {route, EVERY} & names}, "external" in names)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import NamedTuple
 
 import models
 import runtime
+from actors.budgets import turn
 from limiter import Unavailable
 from models import Route, audit, mailboxes
 from models.mailboxes import Pause
@@ -48,24 +50,33 @@ def pause(subject: str, *, why: str, who: str, wait: timedelta | None = None) ->
 
 
 def resume(subject: str, *, who: str) -> Resumed:
-    """End a pause, the operator's or Graph's. What is paused by itself besides stays paused."""
-    with models.transaction():
-        stood = mailboxes.resume_route(Route(subject)) if subject in _ROUTES else mailboxes.resume(subject)
-        audit.record(who, "resume", subject.lower())
-    told = subject in _ROUTES or _end_graphs_pause(subject)
+    """End a pause, the operator's or Graph's, and have the mail that it held back tried at once.
+
+    What is paused by itself besides stays paused.
+    """
+    told = True
+    with ExitStack() as open_turn:
+        if subject not in _ROUTES:
+            try:
+                # A scheduler that knows of the pause has then written it, and what follows from it, wherever it does.
+                open_turn.enter_context(turn())
+                _end_graphs_pause(subject)
+            except Unavailable:
+                told = False
+        with models.transaction():
+            stood = mailboxes.resume_route(Route(subject)) if subject in _ROUTES else mailboxes.resume(subject)
+            audit.record(who, "resume", subject.lower())
+    if subject not in _ROUTES:
+        mailboxes.release(subject)
     runtime.wake("schedule_emails")
     return Resumed(stood, told)
 
 
-def _end_graphs_pause(mailbox: str) -> bool:
-    try:
-        if mailbox == EVERY:
-            runtime.limiter.resume_all()
-        else:
-            runtime.limiter.resume(mailbox)
-    except Unavailable:
-        return False
-    return True
+def _end_graphs_pause(mailbox: str) -> None:
+    if mailbox == EVERY:
+        runtime.limiter.resume_all()
+    else:
+        runtime.limiter.resume(mailbox)
 
 
 def pauses() -> list[Pause]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 
 import orjson
@@ -15,7 +16,8 @@ from actors import budgets
 from actors.outcomes import pause_fleet
 from graph_client.errors import Throttled
 from limiter import Emptied, Exhausted, Wanted
-from models import turns
+from models import ClaimedEmail, turns
+from outbox import Unconfirmed
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure, limit = support.configure, support.limit
@@ -104,8 +106,49 @@ def test_external_recipients_are_the_tenants_and_hold_back_no_internal_mail(flee
     handed_out = {message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")}
     assert (len(handed_out), inward in handed_out) == (2, True)
     (waiting,) = {outward, other} - handed_out
-    assert email_row(waiting)["last_error"] == "limit: tenant_external_recipients"
     assert used("tenant_external_recipients", None) == 1
+    # And what waits is not touched, nor looked at again until some of it comes back
+    assert (email_row(waiting)["next_attempt_at"], email_row(waiting)["last_error"]) == (None, None)
+    assert [(row["mailbox"], row["full_reason"]) for row in table("mailboxes")] == [
+        ("*", "limit: tenant_external_recipients")
+    ]
+    limit(tenant_external_recipients_per_day=2)
+    fleet.schedule()
+    assert fleet.take("send_plain") == []
+    # When it does
+    rows("UPDATE mailboxes SET full_until = now()")
+    fleet.schedule()
+    assert [message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")] == [waiting]
+
+
+def test_internal_mail_goes_on_behind_any_number_of_external_mails(fleet: Fleet, limit: Limit) -> None:
+    limit(tenant_external_recipients_per_day=1)
+    support.store_many(30)
+    inward = store(publisher_message_id="inward")
+    rows("UPDATE incoming_emails SET external_recipient_count = 0 WHERE id = %(id)s", {"id": inward})
+    fleet.schedule()
+    assert inward in {message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")}
+
+
+def test_a_large_mail_is_overtaken_for_a_while_and_then_waited_for(fleet: Fleet, limit: Limit) -> None:
+    # Given room for two more recipients, and a mail with three that has let others pass for more than an hour
+    limit(mailbox_recipients_per_day=3)
+    store(publisher_message_id="1")
+    fleet.send()
+    large = store(publisher_message_id="2", to=["a@example.org", "b@example.org", "c@example.org"])
+    rows("UPDATE incoming_emails SET created_at = now() - interval '2 hours' WHERE id = %(id)s", {"id": large})
+    # When
+    fleet.schedule()
+    small = store(publisher_message_id="3")
+    fleet.schedule()
+    # Then
+    assert fleet.take("send_plain") == []
+    assert [row["full_reason"] for row in table("mailboxes")] == ["limit: recipients"]
+    # When there is enough
+    limit(mailbox_recipients_per_day=5)
+    rows("UPDATE mailboxes SET full_until = now()")
+    fleet.schedule()
+    assert {message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")} == {large, small}
 
 
 def test_look_ups_go_on_while_the_budget_is_used_up(fleet: Fleet, limit: Limit) -> None:
@@ -163,6 +206,47 @@ def test_what_another_scheduler_took_meanwhile_gives_its_budget_back(
     fleet.schedule()
     assert fleet.take("send_plain") == []
     assert used("sends") == 0
+
+
+@pytest.mark.parametrize("away", ["worker", "RabbitMQ"])
+def test_a_dispatch_that_no_worker_took_gives_its_budget_back(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    # Given
+    store(cc=["carl@example.org"])
+    if away == "RabbitMQ":
+        monkeypatch.setattr(runtime, "enqueue", _unconfirmed)
+        with pytest.raises(Unconfirmed):
+            fleet.schedule()
+        monkeypatch.undo()
+    else:
+        fleet.schedule()
+        fleet.take("send_plain")
+    assert (used("sends"), used("recipients")) == (1, 2)
+    rows("UPDATE incoming_emails SET lease_until = now(), next_attempt_at = now() + '1 hour'")  # not handed out again
+    # When
+    fleet.schedule()
+    # Then
+    assert (used("sends"), used("recipients")) == (0, 0)
+    # And once
+    fleet.schedule()
+    assert (used("sends"), used("recipients")) == (0, 0)
+
+
+def _unconfirmed(_messages: object) -> Future[None]:
+    failed: Future[None] = Future()
+    failed.set_exception(Unconfirmed("RabbitMQ is away"))
+    return failed
+
+
+def test_a_mail_that_a_worker_died_with_stays_charged(fleet: Fleet) -> None:
+    id = store()
+    fleet.schedule()
+    (message,) = fleet.take("send_plain")
+    attempt = message.kwargs["attempt"]
+    assert ClaimedEmail.claim(id, attempt, route=turns.Route.PLAIN, lease=timedelta(), intent=True)
+    fleet.schedule()
+    assert used("sends") == 1
 
 
 # After a loss
@@ -293,4 +377,4 @@ def test_many_throttled_mailboxes_pause_everything(fleet: Fleet) -> None:
         runtime.limiter.release(runtime.limiter.acquire(mailbox))
         pause_fleet(mailbox, timedelta(minutes=1), throttled(), budget="sends")
     assert runtime.limiter.tenant_paused_until()
-    assert turns.paused_routes() == set(turns.Route)
+    assert turns.closed().routes == set(turns.Route)

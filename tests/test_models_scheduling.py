@@ -308,6 +308,13 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
     assert any("incoming_emails_lanes" in plan for plan in plans)
     assert any("incoming_emails_look_ups" in plan for plan in plans)
     assert "Seq Scan on incoming_emails" not in "\n".join(plans)
+    # When only mail without external recipients may go
+    with explained(monkeypatch) as plans:
+        internal = turns.candidates(Route.PLAIN, capacity=64, share=4, busy=Busy({}, {}), after="", internal_only=True)
+    # Then
+    assert internal == []
+    assert all("incoming_emails_internal_lanes" in plan for plan in plans)
+    assert "Seq Scan on incoming_emails" not in "\n".join(plans)
     # When the rest of a sweep is done
     with explained(monkeypatch) as plans, scheduling.sweep():
         scheduling.expire_leases()

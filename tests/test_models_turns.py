@@ -131,6 +131,25 @@ def test_a_full_mailbox_is_passed_over_until_budget_comes_back_but_its_look_ups_
     assert [each.publisher_message_id for each in dispatch()] == ["normal-0"]
 
 
+def test_look_ups_of_a_mailbox_without_room_do_not_keep_others_from_their_turn() -> None:
+    # Given more mail in doubt of one mailbox than is read at a time, all older than that of another
+    rows("INSERT INTO mailboxes (mailbox, limits) VALUES ('ann@example.com', '{\"concurrency\": 1}')")
+    for n in range(turns.BATCH + 1):
+        store(publisher_message_id=f"{n}")
+    other = store(**{"publisher_message_id": "other", "from": "ben@example.com"})
+    rows(
+        """
+        UPDATE incoming_emails SET status = 'processing',
+                                   updated_at = CASE WHEN id = %(other)s THEN now() ELSE now() - interval '1 hour' END
+        """,
+        {"other": other},
+    )
+    # When the one has its share in flight
+    found = turns.look_ups(Route.PLAIN, capacity=10, share=4, busy=Busy({"ann@example.com": 1}, {}))
+    # Then
+    assert [each.id for each in found] == [other]
+
+
 def test_a_full_mailbox_is_not_looked_at_for_every_mail_that_comes_back() -> None:
     turns.note_full({"ann@example.com": (timedelta(milliseconds=3), "limit: sends")})
     assert seconds_until("mailboxes", "full_until", "mailbox", "ann@example.com") > 0.2
@@ -201,4 +220,4 @@ def test_a_mailbox_that_refuses_us_is_probed_by_one_call_at_a_time_be_it_a_send_
 )
 def test_routes_and_everything_can_be_paused(paused: str, routes: set[Route]) -> None:
     rows(paused)
-    assert turns.paused_routes() == routes
+    assert turns.closed().routes == routes

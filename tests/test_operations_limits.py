@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 
 import operator_support
@@ -280,6 +280,39 @@ def test_resuming_ends_graphs_pause_too_and_the_tenants_is_shown() -> None:
     operations.resume(EVERY, who=WHO)
     assert operations.pauses() == []
     assert runtime.limiter.tenant_paused_until() is None
+
+
+@pytest.mark.parametrize("subject", [EVERY, ANN])
+def test_resuming_has_what_was_held_back_tried_at_once(subject: str) -> None:
+    # Given a mailbox that was found full, a mail that failed and waits, and one that is not due yet
+    store(publisher_message_id="1")
+    later = store(publisher_message_id="2", send_at="2099-01-01T00:00:00Z")
+    rows(
+        "UPDATE incoming_emails SET next_attempt_at = now() + '1 hour', last_error = 'x' WHERE id <> %(id)s",
+        {"id": later},
+    )
+    full(subject)
+    # When
+    operations.resume(subject, who=WHO)
+    # Then
+    assert mailboxes.held() == []
+    assert [each.publisher_message_id for each in support.dispatch()] == ["1"]
+
+
+def test_a_scheduler_that_still_knows_graphs_pause_does_not_have_the_last_word_over_a_resumption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(actors.budgets, "LONGEST_TURN", HOUR)
+    with ThreadPoolExecutor(1) as threads:
+        # Given a scheduler that has read the pause and is about to tell Redis
+        with runtime.limiter.turn("scheduler", HOUR):
+            resumed = threads.submit(operations.resume, ANN, who=WHO)
+            wait([resumed], timeout=0.3)
+            runtime.limiter.pause(ANN, HOUR)
+            full(ANN)
+        # Then
+        assert resumed.result(timeout=10).told
+    assert (runtime.limiter.paused_until(ANN), mailboxes.held()) == (None, [])
 
 
 def test_a_resumption_that_redis_does_not_hear_of_holds_in_the_tables_and_says_so(

@@ -8,10 +8,14 @@ import uuid
 
 
 def new_id() -> str:
-    """Return a UUID of version 7 (RFC 9562): ids grow with time, so indexes grow at one end and sort by age."""
-    milliseconds = time.time_ns() // 1_000_000
-    random = int.from_bytes(os.urandom(10))
-    value = milliseconds << 80 | 0x7 << 76 | (random >> 68 & 0xFFF) << 64 | 0x2 << 62 | random & (1 << 62) - 1
+    """Return a UUID of version 7 (RFC 9562): ids grow with time, so indexes grow at one end and sort by age.
+
+    Twelve bits go on where the milliseconds end (section 6.2, method 3): what came a quarter of a microsecond later
+    sorts behind.
+    """
+    milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
+    fraction, random = nanoseconds * 4096 // 1_000_000, int.from_bytes(os.urandom(8)) >> 2
+    value = milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0x2 << 62 | random
     return str(uuid.UUID(int=value))
 
 

@@ -67,7 +67,7 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
     picks: list[Pick] = []
     full: dict[str, tuple[timedelta, str]] = {}
     deferred: dict[str, tuple[timedelta, str]] = {}
-    everybody_waits: timedelta | None = None
+    everybody_waits: list[timedelta] = []
     for mailbox, mails in wanted.items():
         for candidate, answer in zip(mails, answers[mailbox], strict=True):
             match answer:
@@ -76,9 +76,9 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
                 case NeverFits():
                     picks.append(Pick(candidate.id, mailbox, None))  # the worker gives it up, with the reason
                 case Emptied():
-                    everybody_waits = answer.retry_after
+                    everybody_waits.append(answer.retry_after)
                 case Exhausted(budget=budget) if budget in _OF_EVERYBODY:
-                    everybody_waits = answer.retry_after
+                    everybody_waits.append(answer.retry_after)
                 case Exhausted() if answer.mailbox_wide or candidate.waited > _OVERTAKEN_FOR:
                     _note(answer, full, EVERY if answer.budget == "tenant_external_recipients" else mailbox)
                 case Exhausted():
@@ -86,7 +86,7 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
     turns.note_full(full)
     turns.defer(deferred)
     runtime.crash_point(CrashPoint.BUDGET_RESERVED)
-    return Reserved(picks, bool(full or deferred), everybody_waits)
+    return Reserved(picks, bool(full or deferred), max(everybody_waits, default=None))
 
 
 def _send(candidate: Candidate) -> Wanted:

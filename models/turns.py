@@ -31,8 +31,8 @@ WEIGHTS = {0: 6, 1: 3, 2: 1}
 _SHORTEST_FULL = timedelta(milliseconds=500)
 
 READY = "lease_until IS NULL AND next_attempt_at IS NULL"
-_TO_SEND = f"status = 'received' AND {READY}"
-_TO_SEND_INSIDE = f"{_TO_SEND} AND external_recipient_count = 0"
+TO_SEND = f"status = 'received' AND {READY}"
+_INTERNAL_TO_SEND = f"{TO_SEND} AND external_recipient_count = 0"
 
 
 class Candidate(NamedTuple):
@@ -137,7 +137,7 @@ def _candidates(to_send: str) -> str:
 
 
 #: By whether mail with external recipients is passed over: each condition has its index.
-_CANDIDATES = {False: _candidates(_TO_SEND), True: _candidates(_TO_SEND_INSIDE)}
+_CANDIDATES = {False: _candidates(TO_SEND), True: _candidates(_INTERNAL_TO_SEND)}
 
 
 def candidates(
@@ -279,7 +279,7 @@ def defer(deferred: dict[str, tuple[timedelta, str]]) -> None:
             UPDATE incoming_emails e SET next_attempt_at = now() + deferred.wait, last_error = deferred.why,
                                          updated_at = now()
             FROM unnest(%(ids)s::uuid[], %(waits)s::interval[], %(reasons)s::text[]) AS deferred (id, wait, why)
-            WHERE e.id = deferred.id AND {_TO_SEND}
+            WHERE e.id = deferred.id AND {TO_SEND}
             """,
             {
                 "ids": ids,

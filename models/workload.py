@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from models.database import rows, transaction
 from models.mailboxes import FOREVER
 from models.states import Route
-from models.turns import EVERY
+from models.turns import EVERY, TO_SEND
 
 #: Mailboxes that are told of, those with most mail first.
 MOST_MAILBOXES = 10_000
@@ -43,7 +43,6 @@ class Waiting(NamedTuple):
     paused_for: timedelta
 
 
-_READY = "status = 'received' AND lease_until IS NULL AND next_attempt_at IS NULL"
 #: On average. A body is counted as large as the payload it came in: Graph is sent the same fields by other names.
 _COSTS = """
     avg(recipient_count) AS recipients,
@@ -67,7 +66,7 @@ _TOGETHER = ", ".join(
 )
 _WAITING = f"""
     WITH ready AS MATERIALIZED (
-        SELECT mailbox, route, count(*) AS emails FROM incoming_emails WHERE {_READY} GROUP BY mailbox, route
+        SELECT mailbox, route, count(*) AS emails FROM incoming_emails WHERE {TO_SEND} GROUP BY mailbox, route
         ORDER BY emails DESC LIMIT 2 * %(most)s
     ), share AS MATERIALIZED (
         SELECT greatest(1, %(sample)s / greatest(count(*), 1)) AS emails FROM ready
@@ -81,7 +80,7 @@ _WAITING = f"""
         FROM ready CROSS JOIN share CROSS JOIN LATERAL (
             SELECT {_COSTS} FROM (
                 SELECT * FROM incoming_emails
-                WHERE {_READY} AND route = ready.route AND mailbox = ready.mailbox LIMIT share.emails
+                WHERE {TO_SEND} AND route = ready.route AND mailbox = ready.mailbox LIMIT share.emails
             ) email {_FILES}
         ) costs
         UNION ALL

@@ -23,8 +23,10 @@ from models.turns import BATCH, READY, Busy
 _LOCK = 0x6D61696C666C6565
 #: Backups of a paused mailbox are looked at again by then even if the pause lasts: an operator may have ended it.
 _LONGEST_PUT_OFF = timedelta(minutes=15)
-#: For so long the backups of a mailbox that has its share in flight let those of others come first.
-_CROWDED_PUT_OFF = timedelta(minutes=1)
+#: Backups of a mailbox that has its share in flight let those of others come first, for so long for each that is before
+#: them (two short requests, several mailbox slots), and for a minute at most.
+_CROWDED_PUT_OFF = timedelta(milliseconds=100)
+_LONGEST_CROWDED_PUT_OFF = timedelta(minutes=1)
 
 
 class Dispatch(NamedTuple):
@@ -225,7 +227,7 @@ _CLAIM_BACKUPS = f"""
                coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
                    -- One that refuses us is probed with one at a time, be it a send or a backup.
                    + CASE WHEN m.refusal_count > 0 THEN %(share)s - 1 + coalesce(busy.sends, 0) ELSE 0 END
-                   > %(share)s AS crowded,
+                   - %(share)s AS too_many,
                count(*) OVER () = {BATCH} AS more
         FROM due JOIN incoming_emails e ON e.id = due.incoming_email_id
         LEFT JOIN mailboxes m ON m.mailbox = e.mailbox
@@ -233,13 +235,14 @@ _CLAIM_BACKUPS = f"""
         LEFT JOIN unnest(%(busy)s::text[], %(sends)s::int[], %(backups)s::int[]) AS busy (mailbox, sends, backups)
                ON busy.mailbox = e.mailbox
     ), picked AS MATERIALIZED (
-        SELECT id FROM met WHERE coalesce(paused_until <= now(), true) AND NOT crowded
+        SELECT id FROM met WHERE coalesce(paused_until <= now(), true) AND too_many <= 0
         ORDER BY backup_due_at LIMIT %(room)s
     ), decided AS MATERIALIZED (
         SELECT met.id, met.backup_due_at, met.more, picked.id IS NOT NULL AS picked,
                CASE WHEN paused_until > now() THEN least(paused_until, now() + %(longest_wait)s)
                     -- Left due if there is nobody behind them: the end of another wakes the scheduler.
-                    WHEN crowded AND more THEN now() + %(crowded_wait)s END AS put_off_until
+                    WHEN too_many > 0 AND more
+                    THEN now() + least(too_many * %(crowded_wait)s::interval, %(longest_crowded_wait)s) END AS put_off_until
         FROM met LEFT JOIN picked USING (id)
     ), locked AS MATERIALIZED (
         -- These alone: to lock all that were met, twenty times a second, costs more than the rest of a sweep.
@@ -277,6 +280,7 @@ def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta)
         "backups": [busy.backups.get(mailbox, 0) for mailbox in mailboxes],
         "longest_wait": _LONGEST_PUT_OFF,
         "crowded_wait": _CROWDED_PUT_OFF,
+        "longest_crowded_wait": _LONGEST_CROWDED_PUT_OFF,
         "lease": lease,
     }
     decided = rows(_CLAIM_BACKUPS, parameters, prepared=True)

@@ -1,9 +1,8 @@
 """How fast the whole pipeline is and what an email costs in processor time, beside a naive sender in the same run.
 
 Figures of one machine say little; the ratio of two that were measured in one run, against the same servers and the
-same simulator, says more. The naive sender (`bench.naive`) does much less: no ids, limiter, archive or events, and what
-it has sent is unknown after a crash. It is not Celery either: a comparison with a Celery worker comes with the work on
-performance.
+same simulator, says more. The naive sender (`bench.naive`, a Celery task) does much less: no ids, limiter, archive or
+events, and what it has sent is unknown after a crash.
 
     python -m bench.pipeline --emails 2000 --processes send_plain=2 --json pipeline.json
 
@@ -114,24 +113,39 @@ def measure_pipeline(world: World, groups: Groups, bodies: Sequence[bytes]) -> M
     return Measurement(len(bodies), sent_after, archived_after, spent(before, cpu_seconds(groups)), own)
 
 
-def measure_naive(world: World, groups: Groups, bodies: Sequence[bytes], threads: int) -> Measurement:
-    url = world.environment["RABBITMQ_URL"]
-    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
-        arguments = {"x-queue-type": "quorum"}
-        connection.channel().queue_declare(naive.QUEUE, durable=True, arguments=arguments)
-    command = [sys.executable, "-m", "bench.naive", f"--emails={len(bodies)}", f"--threads={threads}"]
-    before = cpu_seconds(groups)
+def measure_naive(world: World, groups: Groups, bodies: Sequence[bytes], processes: int) -> Measurement:
+    """Have the naive sender send the same mail; its worker is up and has its connections before the first publish."""
+    world.rows(naive.TABLE)
+    options = [f"--concurrency={processes}", "--loglevel=ERROR", "--without-gossip", "--without-mingle"]
+    command = [sys.executable, "-m", "celery", "--app=bench.naive", "worker", *options]
+    with subprocess.Popen(command, cwd=ROOT, env=world.environment, stdout=subprocess.DEVNULL) as worker:
+        try:
+            naive.app.conf.broker_url = world.environment["RABBITMQ_URL"]
+            _send_naively(world, bodies[:1], processes * 4)
+            groups = {**groups, "naive": partial(_family, worker.pid)}
+            before, began = cpu_seconds(groups), time.monotonic()
+            _send_naively(world, bodies, len(bodies))
+            took, cpu = time.monotonic() - began, spent(before, cpu_seconds(groups))
+        finally:
+            worker.terminate()
+    return Measurement(len(bodies), took, None, {name: cpu[name] for name in cpu if name not in TYPES}, ("naive",))
+
+
+def _send_naively(world: World, bodies: Sequence[bytes], count: int) -> None:
+    """Publish so many, and wait until they are sent."""
     began = time.monotonic()
-    publish(url, naive.QUEUE, bodies)
-    with subprocess.Popen(command, cwd=ROOT, env=world.environment) as sender:
-        # Not waited for by ``wait`` alone: its processor time has to be read while it is there to be read.
-        _pid, status, usage = os.wait4(sender.pid, 0)
-        sender.returncode = os.waitstatus_to_exitcode(status)
-    took = time.monotonic() - began
-    if sender.returncode:
-        raise SystemExit("the naive sender failed")
-    cpu = {name: seconds for name, seconds in spent(before, cpu_seconds(groups)).items() if name not in TYPES}
-    return Measurement(len(bodies), took, None, {"naive": usage.ru_utime + usage.ru_stime, **cpu}, ("naive",))
+    with naive.app.producer_pool.acquire(block=True) as producer:
+        for number in range(count):
+            naive.send.apply_async([orjson.loads(bodies[number % len(bodies)])], producer=producer)
+    sent = "SELECT count(*) FROM naive_emails WHERE status = 'sent'"
+    _until(began, lambda: world.count(sent) >= count)
+    world.rows("TRUNCATE naive_emails")
+
+
+def _family(pid: int) -> set[int]:
+    """The process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {pid, *map(int, children)}
 
 
 def _until(began: float, holds: Callable[[], bool]) -> float:
@@ -210,7 +224,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", nargs="*", default=[], metavar="TYPE=N", help="worker processes of a type")
     parser.add_argument("--threads", nargs="*", default=[], metavar="TYPE=N", help="threads of each worker process")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of the fleet")
-    parser.add_argument("--naive-threads", type=int, default=8, help="0 leaves the naive sender out")
+    parser.add_argument("--naive-processes", type=int, default=2, help="0 leaves the naive sender out")
     parser.add_argument("--durable", action=argparse.BooleanOptionalAction, default=True, help="flush commits to disk")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     return parser.parse_args()
@@ -230,7 +244,7 @@ def main() -> int:
         pipeline = measure_pipeline(world, groups, bodies)
         problems = not_once(world, options.emails)
         world.fleet.stop()
-        simple = measure_naive(world, groups, bodies, options.naive_threads) if options.naive_threads else None
+        simple = measure_naive(world, groups, bodies, options.naive_processes) if options.naive_processes else None
     _tell(options, pipeline, simple, problems)
     return 1 if problems else 0
 

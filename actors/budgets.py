@@ -20,6 +20,7 @@ from typing import NamedTuple
 import limiter as limits
 import runtime
 from crash_points import CrashPoint
+from graph_client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
 from models import mailboxes, spending, turns
 from models.scheduling import Pick
@@ -130,7 +131,9 @@ def _restore() -> None:
 
 def _spent() -> list[Spent]:
     entries: list[Spent] = []
-    for part in spending.spent():
+    for part in spending.spent(
+        small_bytes=SMALL_ATTACHMENT_BYTES, attach_json_bytes=ATTACH_JSON_BYTES, range_bytes=UPLOAD_RANGE_BYTES
+    ):
         of_mailbox = {
             "sends": part.sends,
             "recipients": part.recipients,

@@ -31,6 +31,9 @@ from graph_client.transport import chunks, origin_of, require_secure
 #: two overlap, neither answers with its error.
 SMALL_ATTACHMENT_BYTES = 3_000_000
 
+#: The JSON around an attachment's base64, with a name of 255 characters of any script.
+ATTACH_JSON_BYTES = 1536
+
 #: Bounds the memory that reading a MIME takes.
 MIME_CHUNK_BYTES = 64 * 1024
 
@@ -53,6 +56,11 @@ _IMMUTABLE = {"Prefer": 'IdType="ImmutableId"'}
 _JSON = {**_IMMUTABLE, "Content-Type": "application/json"}
 
 T = TypeVar("T")
+
+
+def attach_bytes(size_bytes: int) -> int:
+    """Return how long the request at most is in which ``attach`` brings up a file of this size: base64 in JSON."""
+    return 4 * -(-size_bytes // 3) + ATTACH_JSON_BYTES
 
 
 class GraphClient:

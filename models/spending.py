@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import orjson
 
 from models.database import rows
+from models.uploads import UPLOAD_BYTES
 
 #: A mail's requests besides those for its files: draft or send, find, MIME, and two that may have been repeated.
 _REQUESTS_PER_MAIL = 5
 #: A file's requests besides its ranges: the session, and the look whether it is there.
 _REQUESTS_PER_FILE = 2
-_RANGE_BYTES = 3 * 1024 * 1024
 #: The body of a mail is smaller, with few exceptions, and a delivery never larger than 4 MB.
 _BYTES_PER_MAIL = 64 * 1024
 
@@ -38,7 +38,7 @@ class Spending(NamedTuple):
 
 # Ids grow with time, so the rows of a day are a range of the key. What may still be under way counts as now; what was
 # reserved, since then.
-_SPENT = """
+_SPENT = f"""
     WITH spent AS (
         SELECT e.id, e.mailbox, e.recipient_count, e.external_recipient_count,
                CASE WHEN s.status = 'sent' THEN greatest(now() - s.sent_at, '0') ELSE '0' END AS age
@@ -60,21 +60,29 @@ _SPENT = """
     SELECT mailbox, since, count(*), sum(recipient_count), sum(coalesce(external_recipient_count, recipient_count)),
            sum(%(per_mail)s + coalesce(files.requests, 0)), sum(%(bytes_per_mail)s + coalesce(files.bytes, 0))
     FROM aged LEFT JOIN LATERAL (
-        SELECT sum(%(per_file)s + ceil(size / %(range_bytes)s::float)) AS requests, sum(size) AS bytes
+        SELECT sum(%(per_file)s + ceil(size / %(range)s::float)) AS requests, sum({UPLOAD_BYTES}) AS bytes
         FROM file_uploads WHERE incoming_email_id = aged.id AND aged.age < interval '12 minutes'
     ) files ON true
     GROUP BY mailbox, since
 """
 
 
-def spent() -> list[Spending]:
-    """Return what each mailbox has spent within a day, in parts by age. Reads the sent mail of that day."""
+def spent(*, small_bytes: int, attach_json_bytes: int, range_bytes: int) -> list[Spending]:
+    """Return what each mailbox has spent within a day, in parts by age. Reads the sent mail of that day.
+
+    Args:
+        small_bytes: Files up to this go up in one request, in base64,
+        attach_json_bytes: with so much around them;
+        range_bytes: larger ones in a session and a request for each range.
+    """
     since = uuid.UUID(int=int((time.time() - timedelta(hours=26).total_seconds()) * 1000) << 80)
     parameters = {
         "since": str(since),
         "per_mail": _REQUESTS_PER_MAIL,
         "per_file": _REQUESTS_PER_FILE,
-        "range_bytes": _RANGE_BYTES,
+        "small": small_bytes,
+        "attach_json": attach_json_bytes,
+        "range": range_bytes,
         "bytes_per_mail": _BYTES_PER_MAIL,
     }
     return [Spending(mailbox, age, *map(int, counts)) for mailbox, age, *counts in rows(_SPENT, parameters)]

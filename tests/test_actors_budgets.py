@@ -13,6 +13,7 @@ from support import SENDER, Fleet, claim, email_row, make_due, rows, store, tabl
 import runtime
 from actors import budgets
 from actors.outcomes import pause_fleet
+from graph_client import SMALL_ATTACHMENT_BYTES
 from graph_client.errors import Throttled
 from limiter import Emptied, Exhausted, Wanted
 from models import turns
@@ -27,6 +28,17 @@ BEN = "ben@example.com"
 def used(budget: str, mailbox: str | None = SENDER) -> int:
     usage = runtime.limiter.usage(mailbox) if mailbox else runtime.limiter.tenant_usage()
     return next(each.used for each in usage if each.budget == budget)
+
+
+def sent_with_files(fleet: Fleet, *sizes: int) -> None:
+    files = [{"name": f"{n}", "size": n, "urlOrId": fleet.graph.file_url(n, name=f"{n}")} for n in sizes]
+    store(attachments=files)
+    assert fleet.send() == ["done"]
+
+
+def received_bytes(fleet: Fleet) -> int:
+    """How much Graph has been sent in bodies."""
+    return sum(request["request_bytes"] for request in fleet.graph.requests())
 
 
 def empty_redis() -> None:
@@ -47,6 +59,14 @@ def test_budget_is_charged_once_from_the_dispatch_to_the_send(fleet: Fleet) -> N
     fleet.run("send_plain")
     assert (used("sends"), used("recipients")) == (1, 2)
     assert statuses() == ["processed"]
+
+
+def test_files_are_charged_as_they_go_up(fleet: Fleet) -> None:
+    # When one goes up in base64, and one in ranges
+    sent_with_files(fleet, SMALL_ATTACHMENT_BYTES, SMALL_ATTACHMENT_BYTES + 1)
+    # Then
+    assert received_bytes(fleet) > 7_000_000
+    assert 0 <= used("upload_bytes") - received_bytes(fleet) < 2000
 
 
 def test_mail_beyond_the_budget_is_not_handed_out_and_its_mailbox_is_not_looked_at_until_then(
@@ -199,6 +219,15 @@ def test_after_a_loss_no_more_is_sent_in_the_minute_than_the_limit(fleet: Fleet,
         rows("UPDATE mailboxes SET full_until = NULL")
         fleet.send()
     assert len(fleet.graph.deliveries()) == 3
+
+
+def test_after_a_loss_files_count_as_they_went_up(fleet: Fleet) -> None:
+    sent_with_files(fleet, SMALL_ATTACHMENT_BYTES, SMALL_ATTACHMENT_BYTES + 1)
+    requests = used("requests")
+    empty_redis()
+    budgets.keep_counts()
+    assert 0 <= used("upload_bytes") - received_bytes(fleet) < 100_000
+    assert requests <= used("requests") <= requests + 10
 
 
 def test_what_is_in_flight_during_a_loss_keeps_its_reservation(fleet: Fleet, limit: Limit) -> None:

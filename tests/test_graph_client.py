@@ -11,7 +11,7 @@ import pytest
 import requests
 from requests_mock import ANY, Mocker
 
-from graph_client import MAX_REQUEST_BYTES, Call, GraphClient, errors
+from graph_client import MAX_REQUEST_BYTES, SMALL_ATTACHMENT_BYTES, Call, GraphClient, attach_bytes, errors
 
 GRAPH = "https://graph.example/v1.0"
 USER = f"{GRAPH}/users/ann@contoso.example"
@@ -285,6 +285,16 @@ def test_an_attachment_is_posted_in_base64(graph: GraphClient, requests_mock: Mo
         "contentId": "logo",
     }
     assert (attachment.id, attachment.size_bytes) == ("a1", 104)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, SMALL_ATTACHMENT_BYTES])
+def test_what_an_attachment_sends_is_known_before(graph: GraphClient, requests_mock: Mocker, size: int) -> None:
+    answer = {"id": "a1", "name": "a", "size": size}
+    requests_mock.post(f"{USER}/messages/m1/attachments", status_code=201, json=answer)
+
+    graph.attach(MAILBOX, "m1", name="文" * 255, content_type="a/b", content=bytes(size), content_id="c" * 255)
+
+    assert 0 < attach_bytes(size) - len(requests_mock.request_history[0].body) < 1000
 
 
 def test_an_attachment_that_no_request_can_hold_needs_an_upload_session(

@@ -64,7 +64,8 @@ def test_send_mail_posts_the_message_and_keeps_a_copy(graph: GraphClient, reques
 def test_an_accepted_send_that_carries_a_retry_after_is_accepted(
     graph: GraphClient, calls: list[Call], requests_mock: Mocker
 ) -> None:
-    requests_mock.post(f"{USER}/sendMail", status_code=202, headers={"Retry-After": "5"})
+    headers = {"Retry-After": "Sun, 01 Mar 2026 12:00:05 GMT", "Date": "Sun, 01 Mar 2026 12:00:00 GMT"}
+    requests_mock.post(f"{USER}/sendMail", status_code=202, headers=headers)
 
     graph.send_mail(MAILBOX, MESSAGE)
 

@@ -98,6 +98,7 @@ class GraphClient:
         require_secure(self._origin)
         self._tokens = tokens
         self._tag_id = tag_id
+        self._refuses_dates = False
         self._calls = Calls(tokens, timeout, user_agent, on_call, on_unknown_code)
 
     # Sending
@@ -158,15 +159,17 @@ class GraphClient:
         Args:
             since: Leave out messages created earlier, which keeps the search cheap in a full mailbox. A draft has no
                 sending date, so creation is what counts; allow for the difference of the clocks. Graph's documents do
-                not show the two conditions together: if it refuses them, the date is left out.
+                not show the two conditions together: if it refuses them, the date is left out, then and from now on.
         """
-        if since is None:
+        if since is None or self._refuses_dates:
             return self._find_tagged(mailbox, value, "")
         try:
             created = f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
             return self._find_tagged(mailbox, value, created)
         except errors.InvalidMessage:
-            return self._find_tagged(mailbox, value, "")
+            found = self._find_tagged(mailbox, value, "")
+            self._refuses_dates = True  # or each look-up would be two requests from now on
+            return found
 
     def _find_tagged(self, mailbox: str, value: str, further: str) -> Found:
         tag_id, wanted = _literal(self._tag_id), _literal(value)

@@ -268,6 +268,24 @@ def test_a_next_page_on_another_host_does_not_get_the_token(graph: GraphClient, 
     assert requests_mock.call_count == 1
 
 
+def test_a_date_that_graph_refuses_in_a_look_up_is_left_out_from_then_on(
+    graph: GraphClient, requests_mock: Mocker
+) -> None:
+    refused = {"status_code": 400, "json": {"error": {"code": "ErrorInvalidArgument"}}}
+    found = {"json": {"value": [{"id": "m1", "isDraft": False}]}}
+    requests_mock.get(f"{USER}/messages", [refused, refused, refused, found, found])
+    since = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+    # It was not the date that is refused
+    with pytest.raises(errors.InvalidMessage):
+        graph.find_by_tag(MAILBOX, "v", since=since)
+    for _ in range(2):
+        assert [message.id for message in graph.find_by_tag(MAILBOX, "v", since=since).messages] == ["m1"]
+
+    dated = ["createdDateTime" in parse_qs(urlsplit(r.url).query)["$filter"][0] for r in requests_mock.request_history]
+    assert dated == [True, False, True, False, False]
+
+
 def test_an_attachment_is_posted_in_base64(graph: GraphClient, requests_mock: Mocker) -> None:
     requests_mock.post(
         f"{USER}/messages/m1/attachments", status_code=201, json={"id": "a1", "name": "logo.png", "size": 104}

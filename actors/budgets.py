@@ -6,7 +6,7 @@ back, so that it occupies no worker and no queue, and is not looked at meanwhile
 Where the process may die, and what the next one does:
 
 * ``budget.reserved``, before the claim: what is reserved stays charged until it leaves its window; the mail is ready.
-* ``budget.restoring``, before all that was spent is written down: nobody is admitted until another has done it.
+* ``budget.restoring``, all that was spent is written down: nobody is admitted until another has done it again.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ def keep_counts() -> None:
 def _restore() -> None:
     for mailbox, tokens in spending.under_way().items():
         runtime.limiter.hold(mailbox, tokens, runtime.configuration.graph_timeout)
+    # An older copy has limits that were unset since.
+    _set_limits(spending.own_limits(_CHANGED_MEANWHILE))
     runtime.limiter.spent(_spent())
     runtime.crash_point(CrashPoint.BUDGET_RESTORING)
-    _set_limits(spending.own_limits())
 
 
 def _spent() -> list[Spent]:

@@ -17,6 +17,7 @@ A second copy of a message, however it came about, finds the first.
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 
 import dramatiq
 from dramatiq.middleware import CurrentMessage
@@ -24,7 +25,7 @@ from dramatiq.middleware import CurrentMessage
 import limiter as limits
 import runtime
 from actors.graph_calls import backup_call
-from actors.outcomes import AttemptsUsedUp, hold_back, pause_everything, pause_fleet, pause_mailbox
+from actors.outcomes import AttemptsUsedUp, heed, hold_back, pause_everything, pause_fleet, pause_mailbox
 from actors.waiting import CLOCKS_DIFFER, after_throttling, backoff, unreachable
 from crash_points import CrashPoint
 from graph_client.errors import (
@@ -35,6 +36,7 @@ from graph_client.errors import (
     MailboxUnavailable,
     PermanentError,
     Throttled,
+    TransientError,
 )
 from models import ClaimedBackup, DatabaseAway, Sealed
 from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
@@ -145,17 +147,19 @@ def _record(backup: ClaimedBackup, error: Exception) -> None:
         case MailboxUnavailable():
             pause_mailbox(backup.mailbox, error)
             _retry_or_fail(backup, error)
+        case TransientError():
+            _retry_or_fail(backup, error, heed(backup.mailbox, error))
         case _:
             _retry_or_fail(backup, error)
 
 
-def _retry_or_fail(backup: ClaimedBackup, error: Exception) -> None:
+def _retry_or_fail(backup: ClaimedBackup, error: Exception, wait: timedelta | None = None) -> None:
     if not isinstance(error, GraphError | NotInMailbox | AttemptsUsedUp):
         log.exception("unforeseen %s", type(error).__name__)
         error = RuntimeError(type(error).__name__)
     final = isinstance(error, PermanentError) and not isinstance(error, ItemNotFound)
     if not final and backup.attempt < runtime.configuration.max_attempts:
-        backup.retry(backoff(backup.attempt), str(error))
+        backup.retry(wait or backoff(backup.attempt), str(error))
         mail_log(
             Step.BACKUP_RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error)
         )

@@ -7,7 +7,7 @@ Where the process may die, and what the next one does:
 
 * ``budget.reserved``, before the claim: what is reserved stays charged until it leaves its window; the mail is ready.
 * between the end of a lease and the refund of its reservation: the same.
-* ``budget.restoring``, before all that was spent is written down: nobody is admitted until another has done it.
+* ``budget.restoring``, all that was spent is written down: nobody is admitted until another has done it again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import limiter as limits
 import runtime
 from crash_points import CrashPoint
+from graph_client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
 from models import mailboxes, spending, turns
 from models.scheduling import Lapsed, Pick
@@ -132,14 +133,17 @@ def keep_counts() -> None:
 def _restore() -> None:
     for mailbox, tokens in spending.under_way().items():
         runtime.limiter.hold(mailbox, tokens, runtime.configuration.graph_timeout)
+    # An older copy has limits that were unset since.
+    _set_limits(spending.own_limits(_CHANGED_MEANWHILE))
     runtime.limiter.spent(_spent())
     runtime.crash_point(CrashPoint.BUDGET_RESTORING)
-    _set_limits(spending.own_limits())
 
 
 def _spent() -> list[Spent]:
     entries: list[Spent] = []
-    for part in spending.spent():
+    for part in spending.spent(
+        small_bytes=SMALL_ATTACHMENT_BYTES, attach_json_bytes=ATTACH_JSON_BYTES, range_bytes=UPLOAD_RANGE_BYTES
+    ):
         of_mailbox = {
             "sends": part.sends,
             "recipients": part.recipients,

@@ -27,7 +27,7 @@ from actors.graph_calls import graph_call
 from actors.waiting import CLOCKS_DIFFER
 from attachments import AttachmentStream
 from crash_points import CrashPoint
-from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
 from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
@@ -131,7 +131,7 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     with runtime.source.open(attachment["urlOrId"], declared_size=upload.size) as stream:
         content = _read(email, stream, upload.size)
-    with graph_call(email, upload_bytes=len(content)):
+    with graph_call(email, upload_bytes=attach_bytes(len(content))):
         runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
 
 

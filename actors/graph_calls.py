@@ -4,6 +4,9 @@ A worker that holds an email looks at its lease when the token is there and the 
 the wait for the answer, which takes ``GRAPH_TIMEOUT_SECONDS`` at most. A call may take longer, since only silences are
 bounded; what it does after the lease has run out is what the grace is for. Whoever has waited for token or connection
 looks at the pauses again as well: they bind requests that are about to start.
+
+What is charged is what a call regularly takes. Not charged, for they are rare, are the repeat after a token that was
+revoked, and further pages: one takes a hundred attachments or messages with the same tag.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ outcome unknown              in doubt: looked up, not repeated
 mailbox refuses              the mailbox is paused, longer each time; an attempt spent
 configuration refused        everything is paused shortly; snoozed: no mail is to blame
 Graph out of reach           snoozed: no mail is to blame, however long it lasts
-transient                    tried again with full jitter; an attempt spent
+transient                    tried again with full jitter, or when Graph says, to everyone; an attempt spent
 permanent, attempts used up  dead-lettered, ``SendEmailFailed``
 ===========================  ==============================================================
 
@@ -138,7 +138,9 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
             _snooze(email, unreachable(), str(error), "configuration")
         case ConnectionFailed():
             _snooze(email, unreachable(), str(error), "unreachable")
-        case TransientError() | SourceUnavailable():
+        case TransientError():
+            _retry(email, error, heed(email.mailbox, error) or backoff(email.attempt))
+        case SourceUnavailable():
             _retry(email, error, error.retry_after or backoff(email.attempt))
         case _:
             _retry_unforeseen(email, error)
@@ -185,6 +187,13 @@ def pause_fleet(mailbox: str, wait: timedelta, error: GraphError, *, budget: str
         log.warning("a pause could not be told to the fleet: Redis is away")
 
 
+def heed(mailbox: str, error: GraphError) -> timedelta | None:
+    """Have everyone leave the mailbox alone for as long as Graph asked to with its error, if it did; return that."""
+    if error.retry_after:
+        pause_fleet(mailbox, error.retry_after, error, budget="requests")
+    return error.retry_after
+
+
 def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> None:
     blamed = next((budget for words, budget in _BLAMED.items() if words in throttled.message), budget)
     slowed, everybody = runtime.limiter.throttled(mailbox, wait, budget=blamed)
@@ -218,8 +227,7 @@ def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
 
 
 def _doubt(email: ClaimedEmail, unknown: OutcomeUnknown | ItemNotFound) -> None:
-    if unknown.retry_after:
-        pause_fleet(email.mailbox, unknown.retry_after, unknown, budget="sends")
+    heed(email.mailbox, unknown)
     leave_in_doubt(email, refused("send", unknown))
     mail_log(Step.IN_DOUBT, incoming_email_id=email.id, why=str(unknown))
 

@@ -13,6 +13,8 @@ from limiter import Refused
 CLOCKS_DIFFER = timedelta(minutes=10)
 #: Graph throttles without saying for how long, now and then.
 _UNSAID = timedelta(seconds=30)
+#: Graph says "0" now and then, or names an instant that has passed: that must not become a loop without a pause.
+_LEAST = timedelta(seconds=1)
 _OUT_OF_REACH = timedelta(seconds=15)
 #: Mails that were refused together should not come back together.
 _SPREAD = 0.1
@@ -35,7 +37,7 @@ def unreachable() -> timedelta:
 
 def after_throttling(throttled: Throttled) -> timedelta:
     """Return for how long Graph wants to be left alone."""
-    return _UNSAID if throttled.retry_after is None else throttled.retry_after
+    return _UNSAID if throttled.retry_after is None else max(throttled.retry_after, _LEAST)
 
 
 def after_refusal(refused: Refused) -> timedelta:

@@ -171,20 +171,18 @@ def charged(budget: str, workload: Workload, fleet: Fleet) -> tuple[int, Fractio
 
 
 def planned(
-    emails: int, mailboxes: int, *, attachment_bytes: int, small_bytes: int, range_bytes: int, usage: Sequence[Usage]
+    emails: int, mailboxes: int, *, upload_bytes: int, attach_requests: int, usage: Sequence[Usage]
 ) -> list[Workload]:
     """Return emails to one external recipient each, shared evenly among mailboxes that have used nothing.
 
     Args:
-        attachment_bytes: Of each email; 0: it has no attachment.
-        small_bytes: An attachment up to this goes up in one request,
-        range_bytes: a larger one in a session and a request for each range.
+        upload_bytes: Of each email's attachment, as they go up.
+        attach_requests: Requests that bring it up; 0: it has no attachment.
         usage: The limits of such a mailbox.
     """
-    attach_requests = 1 if attachment_bytes <= small_bytes else 1 - (-attachment_bytes // range_bytes)
     fewer, with_one_more = divmod(emails, mailboxes)
     shares = [(fewer + 1, with_one_more, "mailboxes"), (fewer, mailboxes - with_one_more, "others")]
-    attached = attachment_bytes > 0
+    attached = attach_requests > 0
     return [
         Workload(
             _called(alike, what if with_one_more else "mailboxes"),
@@ -192,8 +190,8 @@ def planned(
             attached=each if attached else 0,
             recipients=each,
             external_recipients=each,
-            upload_bytes=each * attachment_bytes,
-            attach_requests=each * attach_requests if attached else 0,
+            upload_bytes=each * upload_bytes,
+            attach_requests=each * attach_requests,
             usage=usage,
             alike=alike,
         )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from graph_client.auth import TokenSource, roles_in
 from graph_client.calls import MAX_REQUEST_BYTES
-from graph_client.client import SMALL_ATTACHMENT_BYTES, GraphClient
+from graph_client.client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, GraphClient, attach_bytes
 from graph_client.records import Answer, Attachment, Call, Found, Message, UploadSession
 from graph_client.retry_after import MAX_RETRY_AFTER, parse_retry_after
 from graph_client.transport import looking_first
 from graph_client.uploads import MAX_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 
 __all__ = [
+    "ATTACH_JSON_BYTES",
     "MAX_ATTACHMENT_BYTES",
     "MAX_REQUEST_BYTES",
     "MAX_RETRY_AFTER",
@@ -28,6 +29,7 @@ __all__ = [
     "Message",
     "TokenSource",
     "UploadSession",
+    "attach_bytes",
     "looking_first",
     "parse_retry_after",
     "roles_in",

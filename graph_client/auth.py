@@ -25,7 +25,7 @@ import orjson
 import requests
 
 from graph_client import errors
-from graph_client.retry_after import parse_retry_after
+from graph_client.retry_after import retry_after_in
 from graph_client.transport import new_session, origin_of, require_secure, surroundings, translating
 
 DEFAULT_SCOPE = "https://graph.microsoft.com/.default"
@@ -87,7 +87,7 @@ class _TokenEndpoint:
             )
         self._answered_at = time.monotonic()
         self.status = response.status_code
-        self._retry_after = parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+        self._retry_after = retry_after_in(response.headers)
         return response
 
 

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
@@ -19,7 +19,7 @@ import requests
 from graph_client import errors
 from graph_client.classification import Operation, Reply, classify
 from graph_client.records import Call
-from graph_client.retry_after import parse_retry_after
+from graph_client.retry_after import retry_after_in
 from graph_client.transport import Transport, read
 
 #: Graph takes no longer request; 4 MB are named in
@@ -144,7 +144,7 @@ class Calls:
             mailbox=request.mailbox,
             status=None if response is None else response.status_code,
             duration=timedelta(seconds=seconds),
-            retry_after=parse_retry_after(headers.get("Retry-After"), datetime.now(UTC)),
+            retry_after=retry_after_in(headers),
             request_id=headers.get("request-id"),
             client_request_id=client_request_id,
         )

@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal
 
 import orjson
 
 from graph_client import errors
-from graph_client.retry_after import parse_retry_after
+from graph_client.retry_after import retry_after_in
 
 Target = Literal["mailbox", "item", "upload"]
 
@@ -46,7 +46,7 @@ class Reply:
 
     @property
     def retry_after(self) -> timedelta | None:
-        return parse_retry_after(self.headers.get("Retry-After"), datetime.now(UTC))
+        return retry_after_in(self.headers)
 
     def facts(self) -> dict[str, Any]:
         """Return what an error about this answer carries."""

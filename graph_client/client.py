@@ -31,6 +31,9 @@ from graph_client.transport import chunks, origin_of, require_secure
 #: two overlap, neither answers with its error.
 SMALL_ATTACHMENT_BYTES = 3_000_000
 
+#: The JSON around an attachment's base64, with a name of 255 characters of any script.
+ATTACH_JSON_BYTES = 1536
+
 #: Bounds the memory that reading a MIME takes.
 MIME_CHUNK_BYTES = 64 * 1024
 
@@ -53,6 +56,11 @@ _IMMUTABLE = {"Prefer": 'IdType="ImmutableId"'}
 _JSON = {**_IMMUTABLE, "Content-Type": "application/json"}
 
 T = TypeVar("T")
+
+
+def attach_bytes(size_bytes: int) -> int:
+    """Return how long the request at most is in which ``attach`` brings up a file of this size: base64 in JSON."""
+    return 4 * -(-size_bytes // 3) + ATTACH_JSON_BYTES
 
 
 class GraphClient:
@@ -90,6 +98,7 @@ class GraphClient:
         require_secure(self._origin)
         self._tokens = tokens
         self._tag_id = tag_id
+        self._refuses_dates = False
         self._calls = Calls(tokens, timeout, user_agent, on_call, on_unknown_code)
 
     # Sending
@@ -150,15 +159,17 @@ class GraphClient:
         Args:
             since: Leave out messages created earlier, which keeps the search cheap in a full mailbox. A draft has no
                 sending date, so creation is what counts; allow for the difference of the clocks. Graph's documents do
-                not show the two conditions together: if it refuses them, the date is left out.
+                not show the two conditions together: if it refuses them, the date is left out, then and from now on.
         """
-        if since is None:
+        if since is None or self._refuses_dates:
             return self._find_tagged(mailbox, value, "")
         try:
             created = f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
             return self._find_tagged(mailbox, value, created)
         except errors.InvalidMessage:
-            return self._find_tagged(mailbox, value, "")
+            found = self._find_tagged(mailbox, value, "")
+            self._refuses_dates = True  # or each look-up would be two requests from now on
+            return found
 
     def _find_tagged(self, mailbox: str, value: str, further: str) -> Found:
         tag_id, wanted = _literal(self._tag_id), _literal(value)

@@ -7,6 +7,7 @@ Documented are whole seconds (https://learn.microsoft.com/graph/throttling). See
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
@@ -27,14 +28,22 @@ def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
     seconds = [float(part) for part in map(str.strip, value.split(",")) if _SECONDS.fullmatch(part)]
     if seconds:
         return timedelta(seconds=min(max(seconds), MAX_RETRY_AFTER.total_seconds()))
-    wait = _until(value, now)
-    return None if wait is None else min(max(wait, timedelta(0)), MAX_RETRY_AFTER)
+    at = _instant(value)
+    return None if at is None else min(max(at - now, timedelta(0)), MAX_RETRY_AFTER)
 
 
-def _until(http_date: str, now: datetime) -> timedelta | None:
+def retry_after_in(headers: Mapping[str, str]) -> timedelta | None:
+    """Return how long an answer asks to wait, see `parse_retry_after`.
+
+    A date is compared with the answer's own: by our clock, if it is ahead, the wait would be over already.
+    """
+    return parse_retry_after(headers.get("Retry-After"), _instant(headers.get("Date", "")) or datetime.now(UTC))
+
+
+def _instant(http_date: str) -> datetime | None:
     try:
         at = parsedate_to_datetime(http_date.strip())
         # "-0000" and a missing zone give a naive date; HTTP knows no zone but GMT.
-        return (at if at.tzinfo else at.replace(tzinfo=UTC)) - now
+        return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         return None

@@ -27,7 +27,7 @@ that the waiting mail does not arrive as the burst that was throttled. After a t
 Where concurrency is not limited there is no ramp.
 
 **When Redis loses everything**, or was started anew from an older copy, nobody is admitted (`Emptied`) until one
-process has written down what was spent, as PostgreSQL knows it (`restoring`): never less than it was.
+process has written down what was spent, as PostgreSQL knows it (`restoring`): no send less than there were.
 Redis must not evict keys (``maxmemory-policy noeviction``): a window that is evicted is forgotten.
 
 **Keys** name a mailbox by a digest of its lower-cased address, so that ``MONITOR``, the slow log and a dump show no

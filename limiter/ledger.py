@@ -55,8 +55,9 @@ THROTTLED_MAILBOXES = 10
 
 #: How long to wait for Redis, in seconds as redis-py wants it, before the one retry and before giving up.
 REDIS_TIMEOUT_SECONDS = 0.5
-#: Longer than finding out what was spent takes; writing it down takes as long as it needs.
-_RESTORING = timedelta(seconds=30)
+#: Longer than finding out what was spent takes; writing it down takes as long as it needs, each part less than this.
+_FINDING_OUT = timedelta(minutes=2)
+_WRITING_DOWN = timedelta(seconds=30)
 #: So many windows are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
 _WRITTEN_TOGETHER = 100
 
@@ -360,7 +361,7 @@ class Ledger:
                     window = self._window(mailbox, budget)
                     described = [number for part in spent.items() for number in part]
                     self._spent([self._born, window.key], [window.width, window.ring, *described], client=pipeline)
-                pipeline.pexpire(self._restoring, _RESTORING)
+                pipeline.pexpire(self._restoring, _WRITING_DOWN)
                 pipeline.execute()
 
     def hold(self, mailbox: str, tokens: Iterable[str], lease: timedelta) -> None:
@@ -380,7 +381,7 @@ class Ledger:
         token, keys = token_hex(8), [self._born, self._restoring]
         with _answering():
             # Asked before anything is written: a Redis that is started anew meanwhile has not all of it.
-            run_id = self._restore(keys, [token, _ms(_RESTORING)])
+            run_id = self._restore(keys, [token, _ms(_FINDING_OUT)])
         if not run_id:
             yield False
             return

@@ -60,8 +60,9 @@ _CLAIM = """
     ), intent AS (
         INSERT INTO sent_emails (id, incoming_email_id, status, intent_at)
         SELECT %(sent_id)s, id, 'sending', now() FROM claimed WHERE %(intent)s
+        -- The id is the intent's: by it what was sent lately is found.
         ON CONFLICT (incoming_email_id) DO UPDATE
-        SET status = 'sending', intent_at = now(), graph_message_id = NULL, updated_at = now()
+        SET id = excluded.id, status = 'sending', intent_at = now(), graph_message_id = NULL, updated_at = now()
         WHERE sent_emails.status = 'not_sent'
     )
     SELECT claimed.*, s.status, s.graph_message_id, now() - s.intent_at, now() - (
@@ -214,7 +215,8 @@ class ClaimedEmail:
             INSERT INTO sent_emails (id, incoming_email_id, status, graph_message_id, intent_at)
             SELECT %(sent_id)s, id, 'sending', %(draft_id)s, now() FROM email
             ON CONFLICT (incoming_email_id) DO UPDATE
-            SET status = 'sending', intent_at = now(), graph_message_id = excluded.graph_message_id, updated_at = now()
+            SET id = excluded.id, status = 'sending', intent_at = now(),
+                graph_message_id = excluded.graph_message_id, updated_at = now()
             WHERE sent_emails.status = 'not_sent' RETURNING 1
             """,
             lease=lease,
@@ -229,11 +231,12 @@ class ClaimedEmail:
             f"""
             WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {{held}} RETURNING id)
             UPDATE sent_emails
-            SET intent_at = now() + %(lease)s, graph_message_id = %(draft_id)s, updated_at = now(),
+            SET id = %(sent_id)s, intent_at = now() + %(lease)s, graph_message_id = %(draft_id)s, updated_at = now(),
                 response_metadata = {_AMENDED}
             WHERE incoming_email_id IN (SELECT id FROM email) RETURNING 1
             """,
             lease=lease,
+            sent_id=new_id(),
             draft_id=draft_id,
             evidence=_dated(evidence),
         )

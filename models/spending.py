@@ -1,6 +1,8 @@
 """What was spent of the limits, as the tables know it: what the limiter is told when Redis has lost its counts.
 
-Never less than it was: what cannot be known exactly is counted as if it had been now, or as the most it can have been.
+Never less was sent, to whomever: what cannot be known exactly is counted as if it had been now, or as the most it can
+have been. Of requests and bytes the tables do not know all: those of attempts that failed and left no draft, or whose
+mail was given up since; files that were begun anew; and backups of mail that was sent more than a day ago.
 It also keeps what must outlive Redis: limits of mailboxes, by operators or learned, and Graph's pauses.
 """
 
@@ -13,15 +15,15 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from models.database import rows
+from models.database import rows, transaction
+from models.uploads import UPLOAD_BYTES
 
 #: A mail's requests besides those for its files: draft or send, find, MIME, and two that may have been repeated.
 _REQUESTS_PER_MAIL = 5
 #: A file's requests besides its ranges: the session, and the look whether it is there.
 _REQUESTS_PER_FILE = 2
-_RANGE_BYTES = 3 * 1024 * 1024
-#: The body of a mail is smaller, with few exceptions, and a delivery never larger than 4 MB.
-_BYTES_PER_MAIL = 64 * 1024
+#: For a million mails a day it takes seconds. Nobody is admitted meanwhile, but if it were given up, nobody ever would.
+_TIMEOUT = timedelta(seconds=100)
 
 
 class Spending(NamedTuple):
@@ -36,48 +38,82 @@ class Spending(NamedTuple):
     upload_bytes: int
 
 
-# Ids grow with time, so the rows of a day are a range of the key. What may still be under way counts as now; what was
-# reserved, since then.
-_SPENT = """
-    WITH spent AS (
-        SELECT e.id, e.mailbox, e.recipient_count, e.external_recipient_count,
-               CASE WHEN s.status = 'sent' THEN greatest(now() - s.sent_at, '0') ELSE '0' END AS age
-        FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
+#: How large a body is in Graph's words, in SQL: those of ours, which are longer but for the recipients.
+_BODY_BYTES = "octet_length(e.payload::text) + 50 * e.recipient_count + 1000"
+# Ids grow with time, so the rows of a day are a range of the key; each intent draws a new one. What may still be under
+# way counts as now; what was reserved, since then. A row that was changed was at most then worked on: sent or archived.
+_SPENT = f"""
+    WITH mail AS MATERIALIZED (
+        SELECT e.id, e.mailbox, e.recipient_count, e.external_recipient_count, sent_ago, worked_ago,
+               CASE WHEN worked_ago < interval '6 minutes' THEN {_BODY_BYTES} ELSE 0 END AS body_bytes
+        FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id CROSS JOIN LATERAL (
+            SELECT CASE WHEN s.status = 'sent' THEN greatest(now() - s.sent_at, '0') ELSE '0' END AS sent_ago,
+                   CASE WHEN s.status = 'sending' OR s.backup_lease_until IS NOT NULL THEN interval '0'
+                        ELSE greatest(now() - s.updated_at, '0') END AS worked_ago
+        ) ago
         WHERE s.id >= %(since)s AND s.status <> 'not_sent' AND s.updated_at > now() - interval '25 hours'
         UNION ALL
-        SELECT e.id, e.mailbox, e.recipient_count, e.external_recipient_count, greatest(now() - e.reserved_at, '0')
+        SELECT e.id, e.mailbox, e.recipient_count, e.external_recipient_count, greatest(now() - e.reserved_at, '0'),
+               interval '0', {_BODY_BYTES}
         FROM incoming_emails e
-        WHERE e.lease_until IS NOT NULL AND e.reserved_at IS NOT NULL AND NOT EXISTS (
+        WHERE e.lease_until IS NOT NULL AND NOT EXISTS (
             SELECT 1 FROM sent_emails s WHERE s.incoming_email_id = e.id AND s.status = 'sending')
+        UNION ALL
+        -- Begun and put off: its draft is made, perhaps its files are up. By one index or the other.
+        SELECT e.id, e.mailbox, 0, 0, NULL, greatest(now() - e.updated_at, '0'), {_BODY_BYTES}
+        FROM incoming_emails e
+        WHERE e.status = 'received' AND e.lease_until IS NULL AND e.next_attempt_at IS NULL
+          AND e.draft_id IS NOT NULL AND e.updated_at > now() - interval '12 minutes'
+        UNION ALL
+        SELECT e.id, e.mailbox, 0, 0, NULL, greatest(now() - e.updated_at, '0'), {_BODY_BYTES}
+        FROM incoming_emails e
+        WHERE e.status = 'received' AND e.next_attempt_at IS NOT NULL
+          AND e.draft_id IS NOT NULL AND e.updated_at > now() - interval '12 minutes'
+    ), part AS (
+        SELECT mailbox, sent_ago AS age, 1 AS sends, recipient_count AS recipients,
+               coalesce(external_recipient_count, recipient_count) AS external_recipients, 0 AS requests, 0 AS bytes
+        FROM mail WHERE sent_ago < interval '25 hours'
+        UNION ALL
+        SELECT mailbox, worked_ago, 0, 0, 0, %(per_mail)s, body_bytes FROM mail WHERE worked_ago < interval '12 minutes'
+        UNION ALL
+        SELECT mailbox, CASE WHEN f.status = 'uploaded' THEN greatest(now() - f.updated_at, '0') ELSE worked_ago END,
+               0, 0, 0, %(per_file)s + ceil(size / %(range)s::float), {UPLOAD_BYTES}
+        FROM mail JOIN file_uploads f ON f.incoming_email_id = mail.id WHERE worked_ago < interval '12 minutes'
     ), aged AS (
         -- Half a second is the least part of a minute that is counted, twelve minutes that of a day; rounded down.
-        SELECT spent.*, CASE WHEN age < interval '12 minutes'
-                             THEN date_bin('500 ms', timestamp 'epoch' + age, timestamp 'epoch')
-                             ELSE date_bin('12 minutes', timestamp 'epoch' + age, timestamp 'epoch') END
-                        - timestamp 'epoch' AS since
-        FROM spent WHERE age < interval '25 hours'
+        SELECT part.*, CASE WHEN age < interval '12 minutes'
+                            THEN date_bin('500 ms', timestamp 'epoch' + age, timestamp 'epoch')
+                            ELSE date_bin('12 minutes', timestamp 'epoch' + age, timestamp 'epoch') END
+                       - timestamp 'epoch' AS since
+        FROM part
     )
-    SELECT mailbox, since, count(*), sum(recipient_count), sum(coalesce(external_recipient_count, recipient_count)),
-           sum(%(per_mail)s + coalesce(files.requests, 0)), sum(%(bytes_per_mail)s + coalesce(files.bytes, 0))
-    FROM aged LEFT JOIN LATERAL (
-        SELECT sum(%(per_file)s + ceil(size / %(range_bytes)s::float)) AS requests, sum(size) AS bytes
-        FROM file_uploads WHERE incoming_email_id = aged.id AND aged.age < interval '12 minutes'
-    ) files ON true
-    GROUP BY mailbox, since
+    SELECT mailbox, since, sum(sends), sum(recipients), sum(external_recipients), sum(requests), sum(bytes)
+    FROM aged GROUP BY mailbox, since
 """
 
 
-def spent() -> list[Spending]:
-    """Return what each mailbox has spent within a day, in parts by age. Reads the sent mail of that day."""
+def spent(*, small_bytes: int, attach_json_bytes: int, range_bytes: int) -> list[Spending]:
+    """Return what each mailbox has spent within a day, in parts by age.
+
+    Reads the sent mail of that day, and looks through what waits for what was begun.
+
+    Args:
+        small_bytes: Files up to this go up in one request, in base64,
+        attach_json_bytes: with so much around them;
+        range_bytes: larger ones in a session and a request for each range.
+    """
     since = uuid.UUID(int=int((time.time() - timedelta(hours=26).total_seconds()) * 1000) << 80)
     parameters = {
         "since": str(since),
         "per_mail": _REQUESTS_PER_MAIL,
         "per_file": _REQUESTS_PER_FILE,
-        "range_bytes": _RANGE_BYTES,
-        "bytes_per_mail": _BYTES_PER_MAIL,
+        "small": small_bytes,
+        "attach_json": attach_json_bytes,
+        "range": range_bytes,
     }
-    return [Spending(mailbox, age, *map(int, counts)) for mailbox, age, *counts in rows(_SPENT, parameters)]
+    with transaction():
+        rows("SELECT set_config('statement_timeout', %(timeout)s, true)", {"timeout": f"{_TIMEOUT.total_seconds():g}s"})
+        return [Spending(mailbox, age, *map(int, counts)) for mailbox, age, *counts in rows(_SPENT, parameters)]
 
 
 def under_way() -> dict[str, list[str]]:

@@ -17,6 +17,9 @@ from models.claims import ClaimedEmail
 from models.database import rows
 from models.ids import new_id
 
+#: How many bytes bring a file up, in SQL: a small one goes in base64 within a request's JSON, a larger one as it is.
+UPLOAD_BYTES = "CASE WHEN size <= %(small)s THEN 4 * ceil(size / 3.0) + %(attach_json)s ELSE size END"
+
 
 @dataclass(slots=True)
 class Upload:

@@ -13,6 +13,7 @@ from models.database import rows, transaction
 from models.mailboxes import FOREVER
 from models.states import Route
 from models.turns import EVERY, TO_SEND
+from models.uploads import UPLOAD_BYTES
 
 #: Mailboxes that are told of, those with most mail first.
 MOST_MAILBOXES = 10_000
@@ -50,9 +51,9 @@ _COSTS = """
     avg(octet_length(payload::text) + coalesce(files.bytes, 0)) AS upload_bytes,
     avg(coalesce(files.requests, 0)) AS attach_requests
 """
-_FILES = """
+_FILES = f"""
     LEFT JOIN LATERAL (
-        SELECT sum(size) AS bytes,
+        SELECT sum({UPLOAD_BYTES}) AS bytes,
                sum(CASE WHEN size <= %(small)s THEN 1 ELSE 1 + ceil(size / %(range)s::numeric) END) AS requests
         FROM (
             SELECT (file->>'size')::bigint AS size
@@ -118,7 +119,12 @@ _WAITING = f"""
 
 
 def waiting(
-    *, small_bytes: int, range_bytes: int, sample: int = SAMPLE, most_mailboxes: int = MOST_MAILBOXES
+    *,
+    small_bytes: int,
+    attach_json_bytes: int,
+    range_bytes: int,
+    sample: int = SAMPLE,
+    most_mailboxes: int = MOST_MAILBOXES,
 ) -> list[Waiting]:
     """Return what is to be sent, the mailbox with most mail first.
 
@@ -128,12 +134,14 @@ def waiting(
     many that are not due, however many wait: for 1,000,000 emails of 10,000 mailboxes it takes a second or two.
 
     Args:
-        small_bytes: Files up to this go up in one request,
+        small_bytes: Files up to this go up in one request, in base64,
+        attach_json_bytes: with so much around them;
         range_bytes: larger ones in a session and a request for each range.
         most_mailboxes: At most so many are told of.
     """
     parameters = {
         "small": small_bytes,
+        "attach_json": attach_json_bytes,
         "range": range_bytes,
         "most": most_mailboxes,
         "sample": sample,

@@ -6,14 +6,18 @@ from datetime import UTC, datetime, timedelta
 
 import runtime
 from forecast import Fleet, Forecast, Later, Usage, Workload, foresee, planned
-from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
+from graph_client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, attach_bytes
 from limiter import BudgetUsage
 from models import workload
 from models.workload import Waiting
 
 #: Until the first call was made: nobody documents how long one takes, users tell of 0.2 to 1 s.
 _UNMEASURED_CALL = timedelta(milliseconds=300)
-_FILES = {"small_bytes": SMALL_ATTACHMENT_BYTES, "range_bytes": UPLOAD_RANGE_BYTES}
+_FILES = {
+    "small_bytes": SMALL_ATTACHMENT_BYTES,
+    "attach_json_bytes": ATTACH_JSON_BYTES,
+    "range_bytes": UPLOAD_RANGE_BYTES,
+}
 
 
 def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes: int = 0) -> Forecast:
@@ -26,7 +30,10 @@ def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes:
         workloads = [_workload(each) for each in workload.waiting(**_FILES)]
     else:
         unused = runtime.limiter.usage("a mailbox that nothing was sent from")
-        workloads = planned(emails, mailboxes, attachment_bytes=attachment_bytes, usage=_usage(unused), **_FILES)
+        upload_bytes, attach_requests = _cost(attachment_bytes)
+        workloads = planned(
+            emails, mailboxes, upload_bytes=upload_bytes, attach_requests=attach_requests, usage=_usage(unused)
+        )
     paused_until = runtime.limiter.tenant_paused_until()
     fleet = Fleet(
         plain_concurrency=runtime.configuration.send_plain_concurrency,
@@ -37,6 +44,15 @@ def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes:
         paused_for=paused_until - datetime.now(UTC) if paused_until else timedelta(),
     )
     return foresee(workloads, fleet)
+
+
+def _cost(attachment_bytes: int) -> tuple[int, int]:
+    """Return how many bytes go up for an attachment, and in how many requests."""
+    if attachment_bytes == 0:
+        return 0, 0
+    if attachment_bytes <= SMALL_ATTACHMENT_BYTES:
+        return attach_bytes(attachment_bytes), 1
+    return attachment_bytes, 1 - (-attachment_bytes // UPLOAD_RANGE_BYTES)
 
 
 def _workload(waiting: Waiting) -> Workload:

@@ -218,6 +218,17 @@ def test_a_backup_that_graph_throttles_pauses_the_mailbox_for_the_scheduler_too(
     assert 85 < pause_of_sender() <= 90
 
 
+def test_a_wait_that_graph_asks_for_with_another_error_binds_everyone_too(fleet: Fleet) -> None:
+    sent(fleet)
+    fleet.graph.fail(500, operation="mime", retry_after="90")
+    assert fleet.backup() == ["done"]
+    assert 85 < pause_of_sender() <= 90
+    assert runtime.limiter.paused_until(SENDER) is not None
+    (row,) = table("sent_emails")
+    assert row["backup_attempt_count"] == 1
+    assert rows("SELECT backup_due_at - updated_at FROM sent_emails") == [(timedelta(seconds=90),)]
+
+
 def test_a_backup_that_meets_the_tenants_limit_pauses_everyone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     sent(fleet)
     monkeypatch.setattr(runtime, "graph", ThrottlingGraph())

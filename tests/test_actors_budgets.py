@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
 
 import orjson
+import psycopg2
 import pytest
 import support
 from support import SENDER, Fleet, claim, email_row, make_due, rows, store, table
 
+import models
 import runtime
 from actors import budgets
 from actors.outcomes import pause_fleet
+from graph_client import SMALL_ATTACHMENT_BYTES
 from graph_client.errors import Throttled
 from limiter import Emptied, Exhausted, Wanted
-from models import ClaimedEmail, turns
+from models import ClaimedEmail, turns, uploads
 from outbox import Unconfirmed
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
@@ -31,8 +35,28 @@ def used(budget: str, mailbox: str | None = SENDER) -> int:
     return next(each.used for each in usage if each.budget == budget)
 
 
+def with_files(fleet: Fleet, *sizes: int) -> str:
+    files = [{"name": f"{n}", "size": n, "urlOrId": fleet.graph.file_url(n, name=f"{n}")} for n in sizes]
+    return store(attachments=files)
+
+
+def sent_with_files(fleet: Fleet, *sizes: int) -> None:
+    with_files(fleet, *sizes)
+    assert fleet.send() == ["done"]
+
+
+def received_bytes(fleet: Fleet) -> int:
+    """How much Graph has been sent in bodies."""
+    return sum(request["request_bytes"] for request in fleet.graph.requests())
+
+
 def empty_redis() -> None:
     runtime.redis.flushdb()
+
+
+def restore() -> None:
+    empty_redis()
+    budgets.keep_counts()
 
 
 def statuses() -> list[str]:
@@ -49,6 +73,14 @@ def test_budget_is_charged_once_from_the_dispatch_to_the_send(fleet: Fleet) -> N
     fleet.run("send_plain")
     assert (used("sends"), used("recipients")) == (1, 2)
     assert statuses() == ["processed"]
+
+
+def test_files_are_charged_as_they_go_up(fleet: Fleet) -> None:
+    # When one goes up in base64, and one in ranges
+    sent_with_files(fleet, SMALL_ATTACHMENT_BYTES, SMALL_ATTACHMENT_BYTES + 1)
+    # Then
+    assert received_bytes(fleet) > 7_000_000
+    assert 0 <= used("upload_bytes") - received_bytes(fleet) < 2000
 
 
 def test_mail_beyond_the_budget_is_not_handed_out_and_its_mailbox_is_not_looked_at_until_then(
@@ -283,6 +315,142 @@ def test_after_a_loss_no_more_is_sent_in_the_minute_than_the_limit(fleet: Fleet,
         rows("UPDATE mailboxes SET full_until = NULL")
         fleet.send()
     assert len(fleet.graph.deliveries()) == 3
+
+
+def test_after_a_loss_files_count_as_they_went_up(fleet: Fleet) -> None:
+    sent_with_files(fleet, SMALL_ATTACHMENT_BYTES, SMALL_ATTACHMENT_BYTES + 1)
+    requests = used("requests")
+    restore()
+    assert 0 <= used("upload_bytes") - received_bytes(fleet) < 4000
+    assert requests <= used("requests") <= requests + 10
+
+
+def test_after_a_loss_a_body_counts_with_its_length(fleet: Fleet) -> None:
+    store(body={"contentType": "text", "content": "ü" * 300_000})
+    fleet.send()
+    restore()
+    assert 0 <= used("upload_bytes") - received_bytes(fleet) < 2000
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_after_a_loss_what_went_up_for_mail_that_waits_to_be_sent_counts(fleet: Fleet, due: bool) -> None:
+    # Given a mail whose files are up and whose send was refused
+    fleet.graph.throttle(operation="send_draft")
+    id = with_files(fleet, 1_000_000)
+    fleet.send()
+    assert (email_row(id)["status"], email_row(id)["lease_until"]) == ("received", None)
+    if due:
+        rows("UPDATE incoming_emails SET next_attempt_at = NULL")
+    # When
+    restore()
+    # Then
+    assert 0 <= used("upload_bytes") - received_bytes(fleet) < 4000
+    assert used("requests") >= 3
+    assert used("sends") == 0
+    # Unless it was long ago
+    rows("UPDATE file_uploads SET updated_at = now() - interval '6 minutes'")
+    restore()
+    assert used("upload_bytes") < 4000
+
+
+def test_after_a_loss_files_count_that_a_worker_brings_up_for_long(fleet: Fleet) -> None:
+    id = with_files(fleet, 1_000_000)
+    fleet.schedule()
+    uploads.plan(claim(id, intent=False), email_row(id)["payload"]["attachments"])
+    rows("UPDATE incoming_emails SET reserved_at = now() - interval '20 minutes'")
+    restore()
+    assert used("upload_bytes") > 1_300_000
+    assert used("sends") == 0
+
+
+def test_after_a_loss_a_late_backup_counts_when_it_was_made(fleet: Fleet) -> None:
+    store()
+    fleet.send()
+    rows("UPDATE sent_emails SET sent_at = now() - interval '1 hour', updated_at = now() - interval '1 hour'")
+    restore()
+    assert (used("requests"), used("recipients")) == (0, 1)
+    fleet.backup()
+    restore()
+    assert used("requests") >= 2
+    assert (used("sends"), used("recipients")) == (0, 1)
+
+
+LONG_AGO = "00000000-0000-7000-8000-000000000000"
+
+
+@pytest.mark.parametrize("sizes", [(), (100,)])
+def test_after_a_loss_mail_counts_that_was_found_absent_long_ago_and_is_sent_now(
+    fleet: Fleet, sizes: tuple[int, ...]
+) -> None:
+    # Given a mail of which an intent of long ago is kept as evidence
+    id = with_files(fleet, *sizes)
+    claim(id, intent=False)
+    rows(
+        """
+        INSERT INTO sent_emails (id, incoming_email_id, status, intent_at) VALUES (%(old)s, %(id)s, 'not_sent', now())
+        """,
+        {"old": LONG_AGO, "id": id},
+    )
+    rows("UPDATE incoming_emails SET status = 'received', lease_token = NULL, lease_until = NULL")
+    # When
+    assert fleet.send() == ["done"]
+    assert support.sending(id) == "sent"
+    restore()
+    # Then
+    assert used("sends") == 1
+
+
+def test_after_a_loss_mail_counts_whose_draft_was_in_doubt_for_long_and_is_sent_now(fleet: Fleet) -> None:
+    id = store()
+    claim(id).mark_in_doubt(look_again_in=timedelta(), evidence={"seen": "timeout"})
+    rows("UPDATE sent_emails SET id = %(old)s", {"old": LONG_AGO})
+    rows("UPDATE incoming_emails SET next_attempt_at = NULL")
+    email = claim(id, intent=False)
+    email.repeat_intent(support.LEASE, "a draft", evidence={"seen": "a draft"})
+    email.record_sent(backup_delay=support.LEASE, publish_within=support.LEASE)
+    restore()
+    assert used("sends") == 1
+
+
+def test_limits_that_were_unset_since_an_old_copy_of_redis_do_not_come_back_with_it(fleet: Fleet) -> None:
+    # Given a Redis that was started from a copy of before a limit was unset
+    rows("INSERT INTO mailboxes (mailbox, updated_at) VALUES (%(ben)s, now() - interval '1 day')", {"ben": BEN})
+    runtime.limiter.set_limits(BEN, {"sends": 7})
+    runtime.redis.delete("mailfleet:{limits}:born")
+    assert not runtime.limiter.is_whole()
+    # When
+    budgets.keep_counts()
+    # Then
+    assert _usage(BEN).limit == 30
+
+
+def test_what_was_spent_is_found_out_however_long_it_takes(fleet: Fleet, tables: str) -> None:
+    # Given a table that keeps the question waiting for longer than statements may take
+    empty_redis()
+    with closing(psycopg2.connect(tables)) as other, ThreadPoolExecutor(1) as pool:
+        with other, other.cursor() as locking:
+            locking.execute("LOCK TABLE file_uploads")
+            # When
+            restoring = pool.submit(_restore_within, "50ms")
+            support.wait_until("it has waited for long", lambda: restoring.done() or rows(_WAITS_FOR_LONG))
+        # Then
+        restoring.result()
+    assert runtime.limiter.is_whole()
+
+
+_WAITS_FOR_LONG = """
+    SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE relation = 'file_uploads'::regclass AND NOT granted
+      AND query_start < clock_timestamp() - interval '100 milliseconds'
+"""
+
+
+def _restore_within(timeout: str) -> None:
+    try:
+        rows("SELECT set_config('statement_timeout', %(timeout)s, false)", {"timeout": timeout})
+        budgets.keep_counts()
+    finally:
+        models.disconnect()
 
 
 def test_what_is_in_flight_during_a_loss_keeps_its_reservation(fleet: Fleet, limit: Limit) -> None:

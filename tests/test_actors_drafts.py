@@ -16,8 +16,9 @@ from support import SENDER, Fleet, email_row, lapse, sending, store, table
 
 import models
 import runtime
-from actors import drafts
+from actors import drafts, outcomes
 from actors.composition import graph_message
+from attachments import SourceUnavailable
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 from models import rows, scheduling, uploads
 from simulator import files
@@ -250,6 +251,25 @@ def test_a_step_that_fails_is_repeated_and_nothing_is_there_twice(fleet: Fleet, 
     support.wait_until("it is sent", sent)
     assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
     assert email_row(id)["attempt_count"] <= 4
+
+
+def test_a_wait_that_graph_asks_for_with_another_error_binds_everyone_who_talks_to_the_mailbox(fleet: Fleet) -> None:
+    fleet.graph.fail(500, operation="create_draft", retry_after="90")
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    fleet.send()
+    assert email_row(id)["attempt_count"] == 1
+    assert 85 < support.seconds_until("mailboxes", "paused_until", "mailbox", SENDER) <= 90
+    assert runtime.limiter.paused_until(SENDER) is not None
+    assert 85 < support.seconds_until("incoming_emails", "next_attempt_at", "id", id) <= 90
+
+
+def test_a_source_that_asks_to_wait_holds_back_its_own_mail_alone(fleet: Fleet) -> None:
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    email = support.claim(id, intent=False)
+    outcomes.record(email, SourceUnavailable("busy", retry_after=timedelta(seconds=90)))
+    assert 85 < support.seconds_until("incoming_emails", "next_attempt_at", "id", id) <= 90
+    assert runtime.limiter.paused_until(SENDER) is None
+    assert rows("SELECT 1 FROM mailboxes WHERE paused_until IS NOT NULL") == []
 
 
 def test_a_lost_upload_session_begins_that_file_again_and_leaves_the_others(fleet: Fleet) -> None:

@@ -195,6 +195,17 @@ def test_throttling_pauses_the_mailbox_for_everyone_and_costs_no_attempt(
     assert len(fleet.graph.deliveries(mailbox=SENDER)) == 2
 
 
+@pytest.mark.parametrize("wait", [{"retry_after": "0"}, {"retry_after": None, "retry_after_date_seconds": -5}])
+def test_throttling_that_asks_for_no_wait_is_no_loop_without_a_pause(fleet: Fleet, wait: dict[str, Any]) -> None:
+    fleet.graph.throttle(SENDER, **wait)
+    id = store()
+    fleet.send()
+    assert email_row(id)["attempt_count"] == 0
+    assert rows("SELECT next_attempt_at - updated_at FROM incoming_emails") == [(timedelta(seconds=1),)]
+    ((paused_for,),) = rows("SELECT paused_until - updated_at FROM mailboxes")
+    assert paused_for == timedelta(seconds=1)
+
+
 # Outcome unknown
 
 

@@ -104,6 +104,8 @@ def test_planned_attachments_fill_the_upload_budget() -> None:
     told = foreseen("--emails", "100", "--attachments-mb", "10")
     assert (told["binds"], told["emails"]) == ("upload_bytes", 100)
     assert told["done_in"] > 6 * 300
+    # A small one goes up in base64: 37 in five minutes, not 50
+    assert foreseen("--emails", "100", "--attachments-mb", "3")["done_in"] > 2 * 300
 
 
 def test_ten_to_the_ninth_emails_are_foreseen() -> None:

@@ -23,7 +23,7 @@ NEWS = "news@contoso.example"
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
 ROOMY = 10**9
 CALL = timedelta(milliseconds=150)
-FILES = {"small_bytes": 3_000_000, "range_bytes": 3_932_160}
+NO_FILE = {"upload_bytes": 0, "attach_requests": 0}
 
 
 def fleet(**changes: Any) -> Fleet:
@@ -95,7 +95,7 @@ def test_the_requests_of_the_backup_are_counted() -> None:
 
 def test_bytes_go_up_range_by_range() -> None:
     usage = (FOUR_AT_A_TIME, Usage("upload_bytes", 150_000_000))
-    (ten,) = planned(10, 1, attachment_bytes=100_000_000, usage=usage, **FILES)
+    (ten,) = planned(10, 1, upload_bytes=100_000_000, attach_requests=27, usage=usage)
     assert (ten.attached, ten.attach_requests) == (10, 270)
     # 38 ranges fit into a window, so 1,000 MB take seven.
     assert done(foresee([ten], fleet())) == pytest.approx(6 * 300 * STAY, abs=30)
@@ -187,7 +187,7 @@ def test_the_binding_mailbox_is_named_with_what_would_help() -> None:
 
 def test_all_that_are_late_for_the_same_reason_are_spread() -> None:
     usage = (FOUR_AT_A_TIME, Usage("sends", 30))
-    late = planned(100_000, 10, attachment_bytes=0, usage=usage, **FILES)
+    late = planned(100_000, 10, usage=usage, **NO_FILE)
     assert "of each of 10 mailboxes binds: 30 a minute; spread over 30 more mailboxes: done in" in (
         foresee(late, fleet()).advice
     )
@@ -207,12 +207,12 @@ def test_concurrency_that_binds_is_to_be_raised_with_its_threads() -> None:
 
 
 def test_planned_mail_is_shared_evenly() -> None:
-    shares = planned(10, 4, attachment_bytes=0, usage=(), **FILES)
+    shares = planned(10, 4, usage=(), **NO_FILE)
     assert [(share.mailbox, share.plain, share.alike) for share in shares] == [
         ("each of 2 mailboxes", 3, 2),
         ("each of 2 others", 2, 2),
     ]
-    assert [(share.mailbox, share.plain) for share in planned(2, 5, attachment_bytes=0, usage=(), **FILES)] == [
+    assert [(share.mailbox, share.plain) for share in planned(2, 5, usage=(), **NO_FILE)] == [
         ("each of 2 mailboxes", 1)
     ]
 
@@ -391,7 +391,7 @@ def test_more_mail_takes_no_less_and_a_higher_limit_no_more(
 
 def test_any_number_is_foreseen_at_once() -> None:
     usage = [FOUR_AT_A_TIME, Usage("requests", 10_000), Usage("sends", 30), Usage("recipients", 10_000)]
-    everything = planned(10**9, 10**6, attachment_bytes=150_000_000, usage=usage, **FILES)
+    everything = planned(10**9, 10**6, upload_bytes=150_000_000, attach_requests=40, usage=usage)
     foreseen = foresee(everything, fleet(usage=[Usage("tenant_requests", 130_000)], plain_concurrency=64))
     assert foreseen.emails == 10**9
     assert done(foreseen) > 0

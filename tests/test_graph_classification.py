@@ -56,6 +56,17 @@ def test_a_429_is_a_throttle_whatever_the_call_and_the_code(operation: Operation
     assert (error.retry_after, error.scope) == (timedelta(seconds=120), "mailbox")
 
 
+@pytest.mark.parametrize("date", ["Sun, 01 Mar 2026 12:00:00 GMT", "Sun, 01 Mar 2099 12:00:00 GMT"])
+def test_a_date_to_wait_for_is_reckoned_by_the_clock_that_wrote_it(date: str) -> None:
+    later = date.replace("12:00:00", "12:00:40")
+    assert classify(reply(429, Retry_After=later, Date=date), GET).retry_after == timedelta(seconds=40)
+
+
+@pytest.mark.parametrize("date", [{}, {"Date": "soon"}])
+def test_without_a_date_of_the_answer_ours_will_do(date: dict[str, str]) -> None:
+    assert classify(reply(429, Retry_After="Sun, 01 Mar 2026 12:00:40 GMT", **date), GET).retry_after == timedelta(0)
+
+
 def test_a_throttle_that_says_no_wait_has_none() -> None:
     assert classify(reply(429), GET).retry_after is None
 

@@ -11,7 +11,7 @@ import pytest
 import requests
 from requests_mock import ANY, Mocker
 
-from graph_client import MAX_REQUEST_BYTES, Call, GraphClient, errors
+from graph_client import MAX_REQUEST_BYTES, SMALL_ATTACHMENT_BYTES, Call, GraphClient, attach_bytes, errors
 
 GRAPH = "https://graph.example/v1.0"
 USER = f"{GRAPH}/users/ann@contoso.example"
@@ -64,7 +64,8 @@ def test_send_mail_posts_the_message_and_keeps_a_copy(graph: GraphClient, reques
 def test_an_accepted_send_that_carries_a_retry_after_is_accepted(
     graph: GraphClient, calls: list[Call], requests_mock: Mocker
 ) -> None:
-    requests_mock.post(f"{USER}/sendMail", status_code=202, headers={"Retry-After": "5"})
+    headers = {"Retry-After": "Sun, 01 Mar 2026 12:00:05 GMT", "Date": "Sun, 01 Mar 2026 12:00:00 GMT"}
+    requests_mock.post(f"{USER}/sendMail", status_code=202, headers=headers)
 
     graph.send_mail(MAILBOX, MESSAGE)
 
@@ -267,6 +268,24 @@ def test_a_next_page_on_another_host_does_not_get_the_token(graph: GraphClient, 
     assert requests_mock.call_count == 1
 
 
+def test_a_date_that_graph_refuses_in_a_look_up_is_left_out_from_then_on(
+    graph: GraphClient, requests_mock: Mocker
+) -> None:
+    refused = {"status_code": 400, "json": {"error": {"code": "ErrorInvalidArgument"}}}
+    found = {"json": {"value": [{"id": "m1", "isDraft": False}]}}
+    requests_mock.get(f"{USER}/messages", [refused, refused, refused, found, found])
+    since = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+    # It was not the date that is refused
+    with pytest.raises(errors.InvalidMessage):
+        graph.find_by_tag(MAILBOX, "v", since=since)
+    for _ in range(2):
+        assert [message.id for message in graph.find_by_tag(MAILBOX, "v", since=since).messages] == ["m1"]
+
+    dated = ["createdDateTime" in parse_qs(urlsplit(r.url).query)["$filter"][0] for r in requests_mock.request_history]
+    assert dated == [True, False, True, False, False]
+
+
 def test_an_attachment_is_posted_in_base64(graph: GraphClient, requests_mock: Mocker) -> None:
     requests_mock.post(
         f"{USER}/messages/m1/attachments", status_code=201, json={"id": "a1", "name": "logo.png", "size": 104}
@@ -285,6 +304,16 @@ def test_an_attachment_is_posted_in_base64(graph: GraphClient, requests_mock: Mo
         "contentId": "logo",
     }
     assert (attachment.id, attachment.size_bytes) == ("a1", 104)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, SMALL_ATTACHMENT_BYTES])
+def test_what_an_attachment_sends_is_known_before(graph: GraphClient, requests_mock: Mocker, size: int) -> None:
+    answer = {"id": "a1", "name": "a", "size": size}
+    requests_mock.post(f"{USER}/messages/m1/attachments", status_code=201, json=answer)
+
+    graph.attach(MAILBOX, "m1", name="文" * 255, content_type="a/b", content=bytes(size), content_id="c" * 255)
+
+    assert 0 < attach_bytes(size) - len(requests_mock.request_history[0].body) < 1000
 
 
 def test_an_attachment_that_no_request_can_hold_needs_an_upload_session(

@@ -19,11 +19,11 @@ from models.workload import Waiting
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
 
-SMALL, RANGE = 3_000_000, 3_932_160
+SMALL, RANGE, JSON = 3_000_000, 3_932_160, 1_000
 
 
 def waiting(**bounds: int) -> list[Waiting]:
-    return workload.waiting(small_bytes=SMALL, range_bytes=RANGE, **bounds)
+    return workload.waiting(small_bytes=SMALL, attach_json_bytes=JSON, range_bytes=RANGE, **bounds)
 
 
 def only() -> Waiting:
@@ -67,7 +67,8 @@ def test_files_cost_their_bytes_and_the_requests_that_bring_them_up() -> None:
     store(publisher_message_id="b", attachments=files)
     # One, one, session and range, session and range, session and two ranges.
     assert only().attach_requests == 1 + 1 + 2 + 2 + 3
-    assert 0 < only().upload_bytes - sum(file["size"] for file in files) - payload_bytes < 2000
+    in_base64 = JSON + JSON + SMALL // 3 * 4
+    assert 0 < only().upload_bytes - in_base64 - sum(file["size"] for file in files[2:]) - payload_bytes < 2000
 
 
 def test_mail_that_is_not_due_is_told_with_its_first_mean_and_last_instant() -> None:

@@ -146,6 +146,9 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
 
 def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:
     wait, budget = hold_back(email.mailbox, refused)
+    if isinstance(refused, limits.Unavailable):
+        # Its charge may have been moved to the call that was not made: what is given back might be another mail's.
+        email.charged_at_ms = None
     _snooze(email, wait, str(refused), budget)
 
 

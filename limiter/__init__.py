@@ -104,7 +104,7 @@ class Limiter:
     """The limits of every mailbox and of the tenant. Threads share one; it holds a connection pool and no state.
 
     Args:
-        redis: A client, or a URL; a client made from a URL gives up after half a second and one retry.
+        redis: A client, or a URL; a client made from a URL gives up after a second, and repeats nothing.
         budgets: The limits, where `set_limits` has set no others.
         slot_lease: How long a slot is held at most. Longer than any call to Graph takes, or more calls than slots run.
         windows: Milliseconds in which each budget is counted. Graph's, unless a test has no time for them.

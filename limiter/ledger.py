@@ -53,8 +53,8 @@ SLOWED_TO_AT_LEAST_PERCENT = 10
 #: So many throttled mailboxes within 20 s, if they are half of those that talked to Graph, are the tenant's matter.
 THROTTLED_MAILBOXES = 10
 
-#: How long to wait for Redis, in seconds as redis-py wants it, before the one retry and before giving up.
-REDIS_TIMEOUT_SECONDS = 0.5
+#: How long to wait for Redis before giving up, in seconds as redis-py wants it.
+REDIS_TIMEOUT_SECONDS = 1
 #: Longer than finding out what was spent takes; writing it down takes as long as it needs.
 _RESTORING = timedelta(seconds=30)
 #: So many windows are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
@@ -93,7 +93,12 @@ class Verdict(NamedTuple):
 
 
 class Ledger:
-    """Asks Redis; the only place that knows its keys, and how it fails."""
+    """Asks Redis; the only place that knows its keys, and how it fails.
+
+    Nothing is asked twice. A script may have run though its answer was lost: run again, it would charge twice, or give
+    back what is another's. A connection that ended while it lay idle is no such case, for it is looked at and made anew
+    before a command is sent (see `connect`).
+    """
 
     def __init__(
         self,
@@ -425,13 +430,17 @@ def _usage(
 
 
 def connect(url: str) -> Redis:
-    """Return a client that gives up soon: a worker that waits for Redis holds a thread and sends nothing."""
+    """Return a client that gives up soon: a worker that waits for Redis holds a thread and sends nothing.
+
+    It repeats no command whose answer it lost. Before it sends one it looks whether the connection has ended meanwhile,
+    as after a restart of Redis, and makes another: redis-py's pool does so without being told.
+    """
     return Redis.from_url(
         url,
         socket_timeout=REDIS_TIMEOUT_SECONDS,
         socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
         socket_keepalive=True,
-        retry=Retry(NoBackoff(), retries=1),
+        retry=Retry(NoBackoff(), retries=0),
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
+import limiter_support
 import orjson
 import pytest
 import support
-from support import SENDER, Fleet, claim, email_row, make_due, rows, store, table
+from limiter_support import Wire
+from support import SENDER, Fleet, claim, email_row, make_due, rows, store, table, work
 
 import runtime
 from actors import budgets
@@ -19,6 +21,7 @@ from models import turns
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure, limit = support.configure, support.limit
+limiter_redis, wire = limiter_support.limiter_redis, limiter_support.wire
 
 Limit = Callable[..., None]
 BEN = "ben@example.com"
@@ -131,6 +134,23 @@ def test_while_everything_is_paused_in_redis_nothing_is_handed_out_and_no_mailbo
 
 
 # Given back
+
+
+def test_what_redis_may_have_moved_to_a_call_is_not_taken_back_from_another_mail(
+    fleet: Fleet, limit: Limit, wire: Wire
+) -> None:
+    # Given two mails whose budget was reserved together
+    support.store_many(2)
+    fleet.schedule()
+    messages = fleet.take("send_plain")
+    assert used("sends") == 2
+    # When one is admitted, but its worker does not learn it
+    limit(url=wire.url)
+    wire.loses = "cut"
+    work(messages[0])
+    # Then it is sent later, and the other's budget is still charged
+    assert (wire.loses, sorted(statuses())) == (None, ["dispatched", "received"])
+    assert used("sends") == 2
 
 
 @pytest.mark.parametrize("operation", ["send_mail"])

@@ -7,11 +7,11 @@ counts too; so the limits are kept before the call, by all processes together.
 would have to wait occupies no worker. `Limiter.slot` asks Redis before each call. The script looks at the pauses (what
 ``Retry-After`` demanded), the mailbox's concurrent slots and every window the call is charged to, and takes all or
 nothing; what was reserved is moved to the instant of the call, or is charged again if the call comes so late that it
-has left the window. A slot is a lease: a worker that dies returns its slot when the lease runs out, and releasing a
-slot twice or late is harmless. A call that lacks nothing but a slot may wait for one: it is handed over by whoever
-returns one, to sends first, and among these to the one whose wait ends first; nobody who comes later gets it before
-them. Only Redis's clock is read, so the workers' clocks may differ. Whoever cannot ask Redis may not call Graph
-(`Unavailable`).
+has left the window. A slot is a lease: a worker that dies returns its slot when the lease runs out, releasing a slot
+twice or late is harmless, and a call that takes long renews it. A call that lacks nothing but a slot may wait for one:
+it is handed over by whoever returns one, to sends first, and among these to the one whose wait ends first; nobody who
+comes later gets it before them. Only Redis's clock is read, so the workers' clocks may differ. Whoever cannot ask Redis
+may not call Graph (`Unavailable`).
 
 **Windows.** A window is a ring of counters and their sum, so its size and cost do not grow with the traffic. What was
 charged stays counted for the window's length and 1/60 to 1/40 of it more. The error is on the strict side only: at
@@ -106,7 +106,8 @@ class Limiter:
     Args:
         redis: A client, or a URL; a client made from a URL gives up after a second, and repeats nothing.
         budgets: The limits, where `set_limits` has set no others.
-        slot_lease: How long a slot is held at most. Longer than any call to Graph takes, or more calls than slots run.
+        slot_lease: How long a slot is held without being renewed. A call that takes longer must renew it, or more calls
+            than slots run.
         windows: Milliseconds in which each budget is counted. Graph's, unless a test has no time for them.
         ramp_step: How long each step of the ramp after a pause lasts.
         prefix: What every key begins with.
@@ -123,6 +124,7 @@ class Limiter:
         prefix: str = "mailfleet",
     ) -> None:
         client = connect(redis) if isinstance(redis, str) else redis
+        self.slot_lease = slot_lease
         self._ledger = Ledger(client, budgets, slot_lease, ramp_step, windows, prefix)
 
     # Calls
@@ -184,6 +186,10 @@ class Limiter:
         if bucket.refusal:
             raise bucket.refusal
         return bucket.slot
+
+    def renew(self, slot: Slot) -> None:
+        """Hold a slot for the length of its lease from now on, once more if it had run out; never raises."""
+        self._ledger.renew(slot)
 
     def release(self, slot: Slot) -> None:
         """Return a slot. Harmless when it was returned before or its lease has run out; never raises."""

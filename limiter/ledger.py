@@ -218,6 +218,13 @@ class Ledger:
                 # Whoever stops waiting, for whatever reason, must not be handed a slot, or hands it on.
                 self.release(slot)
 
+    def renew(self, slot: Slot) -> None:
+        """Have the slot's lease begin anew. Never raises: the call that it is for goes on whatever Redis says."""
+        try:
+            self._hold(self._head(slot.owner), [_ms(self._lease), slot.token])
+        except RedisError as error:
+            logger.warning("Redis does not answer, a slot's lease is not renewed: %s", type(error).__name__)
+
     def release(self, slot: Slot) -> None:
         """Return a slot, held or not. Never raises: the call it was for is over, and its lease returns it too."""
         try:

@@ -157,14 +157,10 @@ def _set_limits(owners: Sequence[spending.OwnLimits]) -> None:
             if owner.throttled_until:
                 runtime.limiter.pause_all(owner.throttled_until)
             continue
-        slowed = [Slowed.parse(budget, _record(how)) for budget, how in owner.slowed.items()]
+        slowed = [Slowed.from_row(budget, how) for budget, how in owner.slowed.items()]
         runtime.limiter.set_slowed(mailbox, slowed)
         if owner.throttled_until:
             runtime.limiter.pause(mailbox, owner.throttled_until)
-
-
-def _record(how: dict[str, int]) -> str:
-    return ":".join(str(how[part]) for part in ("limit", "at", "whole", "strikes"))
 
 
 @contextmanager

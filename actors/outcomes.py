@@ -192,8 +192,7 @@ def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> 
     blamed = next((budget for words, budget in _BLAMED.items() if words in throttled.message), budget)
     slowed, everybody = runtime.limiter.throttled(mailbox, wait, budget=blamed)
     if slowed:
-        at = round(slowed.at.timestamp() * 1000)
-        record_slowed(mailbox, blamed, {**slowed._asdict(), "at": at})
+        record_slowed(mailbox, blamed, slowed.as_row())
         LOWERED.labels(blamed).inc()
         log.warning("%s of the mailbox: %s", blamed, slowed)
     if everybody:

@@ -246,8 +246,9 @@ class Limiter:
     def throttled(self, mailbox: str, wait: timedelta, *, budget: str) -> tuple[Slowed | None, bool]:
         """Pause a mailbox that Graph throttled, and learn from it.
 
-        The third time within ten minutes the budget is lowered to 60 % of what was used of it. If ten mailboxes or more
-        are throttled within 20 seconds, and half of those that talked to Graph, everything is paused.
+        The third time within ten minutes the budget is lowered to 60 % of the most that was used of it at any of the
+        three: the first has emptied the window for the others. If ten mailboxes or more are throttled within 20
+        seconds, and half of those that talked to Graph, everything is paused.
 
         Args:
             budget: What Graph's words are about, or ``sends``, or ``requests``, after what was asked.

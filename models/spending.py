@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
@@ -126,7 +126,7 @@ def own_limits(changed_within: timedelta | None = None) -> list[OwnLimits]:
     ]
 
 
-def record_slowed(mailbox: str, budget: str, how: dict[str, Any]) -> None:
+def record_slowed(mailbox: str, budget: str, how: dict[str, int]) -> None:
     """Keep that a limit of a mailbox was lowered, in the place of what was kept of that budget."""
     rows(
         """

@@ -29,6 +29,7 @@ from telemetry import LIMITER_REFUSALS, RESTORED
 #: What an operator sets reaches Redis at once; if Redis was away then, within this of its return.
 _SYNC_EVERY = timedelta(seconds=30)
 _CHANGED_WITHIN = timedelta(hours=1)
+_RECOVERY = timedelta(milliseconds=limits.RECOVERY_MS)
 #: Longer than Redis can be away without anybody seeing to it.
 _CHANGED_MEANWHILE = timedelta(days=30)
 #: A scheduler hands out for no longer than this, unless it stands still.
@@ -125,7 +126,13 @@ def _restore() -> None:
         runtime.limiter.hold(mailbox, tokens, runtime.configuration.graph_timeout)
     runtime.limiter.spent(_spent())
     runtime.crash_point(CrashPoint.BUDGET_RESTORING)
-    _set_limits(spending.own_limits())
+    owners = spending.own_limits(lowered_within=_RECOVERY)
+    _tell(owners)
+    for owner in owners:
+        if owner.slowed:
+            runtime.limiter.set_slowed(
+                owner.mailbox, [Slowed.from_row(budget, how) for budget, how in owner.slowed.items()]
+            )
 
 
 def _spent() -> list[Spent]:
@@ -149,18 +156,14 @@ def _spent() -> list[Spent]:
 _LONGEST_STAY = 1 + (limits.SLACK + 1) / limits.SUBWINDOWS
 
 
-def _set_limits(owners: Sequence[spending.OwnLimits]) -> None:
+def _tell(owners: Sequence[spending.OwnLimits]) -> None:
+    """Tell Redis what operators have set, and until when Graph wants to be left alone."""
+    runtime.limiter.set_all_limits({None if each.mailbox == EVERY else each.mailbox: each.limits for each in owners})
     for owner in owners:
-        mailbox = None if owner.mailbox == EVERY else owner.mailbox
-        runtime.limiter.set_limits(mailbox, owner.limits)
-        if mailbox is None:
-            if owner.throttled_until:
-                runtime.limiter.pause_all(owner.throttled_until)
-            continue
-        slowed = [Slowed.from_row(budget, how) for budget, how in owner.slowed.items()]
-        runtime.limiter.set_slowed(mailbox, slowed)
-        if owner.throttled_until:
-            runtime.limiter.pause(mailbox, owner.throttled_until)
+        if owner.throttled_until and owner.mailbox == EVERY:
+            runtime.limiter.pause_all(owner.throttled_until)
+        elif owner.throttled_until:
+            runtime.limiter.pause(owner.mailbox, owner.throttled_until)
 
 
 @contextmanager
@@ -185,7 +188,10 @@ def limits_may_be_unknown() -> None:
 
 
 class _Sync:
-    """Has the limits that operators have set reach Redis even if it was away when they did."""
+    """Has the limits that operators have set reach Redis even if it was away when they did.
+
+    Not what was lowered: Redis lowers it, and may have done so a moment ago. It is told only after a loss.
+    """
 
     def __init__(self) -> None:
         self.missed = True
@@ -194,7 +200,7 @@ class _Sync:
     def keep(self) -> None:
         if time.monotonic() < self._next_at:
             return
-        _set_limits(spending.own_limits(_CHANGED_MEANWHILE if self.missed else _CHANGED_WITHIN))
+        _tell(spending.changed_limits(_CHANGED_MEANWHILE if self.missed else _CHANGED_WITHIN))
         if self.missed:
             mailboxes.look_anew(EVERY)
         self.missed = False

@@ -75,9 +75,11 @@ from .budgets import (
 )
 from .ledger import RAMP_STEP, TENANT, Ledger, Slot, Verdict, connect
 from .refusals import Emptied, Exhausted, NeverFits, Refused, Unavailable
+from .scripts import RECOVERY_MS
 
 __all__ = [
     "CONCURRENCY",
+    "RECOVERY_MS",
     "SLACK",
     "SUBWINDOWS",
     "WINDOWS",
@@ -282,7 +284,11 @@ class Limiter:
         They replace those that were set before, and bind every process from its next call on. 0 switches a limit off.
         PostgreSQL is where they are kept: whoever finds Redis emptied sets them again.
         """
-        self._ledger.set_limits(mailbox, limits)
+        self._ledger.set_limits({mailbox: limits})
+
+    def set_all_limits(self, limits: Mapping[str | None, Mapping[str, int]]) -> None:
+        """Set limits as `set_limits` does, of many mailboxes together."""
+        self._ledger.set_limits(limits)
 
     def set_slowed(self, mailbox: str, slowed: Iterable[Slowed]) -> None:
         """Set which limits of a mailbox are lowered, as `throttled` has told before."""

@@ -57,7 +57,7 @@ THROTTLED_MAILBOXES = 10
 REDIS_TIMEOUT_SECONDS = 1
 #: Longer than finding out what was spent takes; writing it down takes as long as it needs.
 _RESTORING = timedelta(seconds=30)
-#: So many windows are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
+#: So many windows or limits are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
 _WRITTEN_TOGETHER = 100
 
 #: No pause is longer: its end must be a date.
@@ -320,29 +320,35 @@ class Ledger:
 
     # What outlives Redis
 
-    def set_limits(self, mailbox: str | None, limits: Mapping[str, int]) -> None:
-        """Set the own limits of a mailbox, or the fleet's (`TENANT`), in the place of those that it has."""
-        for budget in limits:
-            if budget not in self._limits or (mailbox is not TENANT and budget.startswith("tenant_")):
-                raise ValueError(f"{budget}: no such limit here")
-        check_units(limits.values())
-        self._write_hash(self._key(self.owner(mailbox), "limits"), limits)
+    def set_limits(self, limits: Mapping[str | None, Mapping[str, int]]) -> None:
+        """Set the own limits of mailboxes, and the fleet's (`TENANT`), in the place of those that each has."""
+        for mailbox, own in limits.items():
+            for budget in own:
+                if budget not in self._limits or (mailbox is not TENANT and budget.startswith("tenant_")):
+                    raise ValueError(f"{budget}: no such limit here")
+            check_units(own.values())
+        self._write_hashes({self._key(self.owner(mailbox), "limits"): own for mailbox, own in limits.items()})
 
     def set_slowed(self, mailbox: str, slowed: Iterable[Slowed]) -> None:
         """Set which limits of a mailbox are lowered, in the place of those that are."""
         records = {each.budget: each.record() for each in slowed}
         for budget in records.keys() - {CONCURRENCY}:
             self._window(mailbox, budget)
-        self._write_hash(self._key(self.owner(mailbox), "slowed"), records, lasts_ms=scripts.RECOVERY_MS)
+        self._write_hashes({self._key(self.owner(mailbox), "slowed"): records}, lasts_ms=scripts.RECOVERY_MS)
 
-    def _write_hash(self, key: str, fields: Mapping[str, str | int], lasts_ms: int | None = None) -> None:
-        with _answering(), self._redis.pipeline() as pipeline:
-            pipeline.delete(key)
-            if fields:
-                pipeline.hset(key, mapping=dict(fields.items()))
-            if lasts_ms:
-                pipeline.pexpire(key, lasts_ms)
-            pipeline.execute()
+    def _write_hashes(
+        self, hashes: Mapping[str, Mapping[str, int] | Mapping[str, str]], lasts_ms: int | None = None
+    ) -> None:
+        written = list(hashes.items())
+        for first in range(0, len(written), _WRITTEN_TOGETHER):
+            with _answering(), self._redis.pipeline() as pipeline:
+                for key, fields in written[first : first + _WRITTEN_TOGETHER]:
+                    pipeline.delete(key)
+                    if fields:
+                        pipeline.hset(key, mapping=dict(fields.items()))
+                    if lasts_ms:
+                        pipeline.pexpire(key, lasts_ms)
+                pipeline.execute()
 
     # After a loss
 

@@ -45,7 +45,8 @@ TAG = "String {7c1f6c1e-52a5-4f0b-8f4e-0d6f5d1a9c55} Name mailfleet-email-id"
 SEND_QUEUE = "send_email"
 REJECTED_QUEUE = "send_email.rejected"
 
-#: A slot must outlive the call that holds it; a dead worker's slot comes back after this.
+#: A slot outlasts the silences of its call, and who reads a long answer renews it; a dead worker's comes back after its
+#: lease. Only a range of an upload that goes slower than some 45 kB a second is no longer counted while it runs.
 _SLOT_MARGIN = timedelta(seconds=30)
 _MILLISECOND = timedelta(milliseconds=1)
 _batchers: list[Batcher[Any]] = []

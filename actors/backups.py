@@ -24,7 +24,7 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
-from actors.graph_calls import backup_call
+from actors.graph_calls import Renewing, backup_call
 from actors.outcomes import AttemptsUsedUp, heed, hold_back, pause_everything, pause_fleet, pause_mailbox
 from actors.waiting import CLOCKS_DIFFER, after_throttling, backoff, unreachable
 from crash_points import CrashPoint
@@ -99,17 +99,17 @@ def _copy_known(backup: ClaimedBackup) -> tuple[str, SealedBlob] | None:
     if backup.graph_message_id is None:
         return None
     try:
-        with backup_call(backup):
-            return backup.graph_message_id, _copy(backup, backup.graph_message_id)
+        with backup_call(backup) as renewing:
+            return backup.graph_message_id, _copy(backup, backup.graph_message_id, renewing)
     except ItemNotFound:
         return None
 
 
 def _copy_found(backup: ClaimedBackup) -> tuple[str, SealedBlob]:
     # Two requests, one after the other: one slot and one question to the limiter will do.
-    with backup_call(backup, requests=2):
+    with backup_call(backup, requests=2) as renewing:
         message_id = _find(backup)
-        return message_id, _copy(backup, message_id)
+        return message_id, _copy(backup, message_id, renewing)
 
 
 def _find(backup: ClaimedBackup) -> str:
@@ -122,9 +122,9 @@ def _find(backup: ClaimedBackup) -> str:
     raise NotInMailbox("the mail is not in the mailbox")
 
 
-def _copy(backup: ClaimedBackup, message_id: str) -> SealedBlob:
+def _copy(backup: ClaimedBackup, message_id: str, renewing: Renewing) -> SealedBlob:
     with runtime.graph.fetch_mime(backup.mailbox, message_id) as chunks:
-        return runtime.vault.seal(chunks, associated_data=bind_to(backup.incoming_email_id, message_id))
+        return runtime.vault.seal(renewing(chunks), associated_data=bind_to(backup.incoming_email_id, message_id))
 
 
 def _record(backup: ClaimedBackup, error: Exception) -> None:

@@ -31,6 +31,7 @@ from telemetry import LIMITER_REFUSALS, RESTORED
 #: What an operator sets reaches Redis at once; if Redis was away then, within this of its return.
 _SYNC_EVERY = timedelta(seconds=30)
 _CHANGED_WITHIN = timedelta(hours=1)
+_RECOVERY = timedelta(milliseconds=limits.RECOVERY_MS)
 #: Longer than Redis can be away without anybody seeing to it.
 _CHANGED_MEANWHILE = timedelta(days=30)
 #: A mail that is too large for what is left of a budget lets smaller ones pass for so long since it was received; then
@@ -133,8 +134,13 @@ def keep_counts() -> None:
 def _restore() -> None:
     for mailbox, tokens in spending.under_way().items():
         runtime.limiter.hold(mailbox, tokens, runtime.configuration.graph_timeout)
+    standing = spending.own_limits(lowered_within=_RECOVERY)
     # An older copy has limits that were unset since.
-    _set_limits(spending.own_limits(_CHANGED_MEANWHILE))
+    _tell([*spending.changed_limits(_CHANGED_MEANWHILE), *standing])
+    for owner in standing:
+        if owner.slowed:
+            slowed = [Slowed.from_row(budget, how) for budget, how in owner.slowed.items()]
+            runtime.limiter.set_slowed(owner.mailbox, slowed)
     runtime.limiter.spent(_spent())
     runtime.crash_point(CrashPoint.BUDGET_RESTORING)
 
@@ -162,22 +168,14 @@ def _spent() -> list[Spent]:
 _LONGEST_STAY = 1 + (limits.SLACK + 1) / limits.SUBWINDOWS
 
 
-def _set_limits(owners: Sequence[spending.OwnLimits]) -> None:
+def _tell(owners: Sequence[spending.OwnLimits]) -> None:
+    """Tell Redis what operators have set, and until when Graph wants to be left alone."""
+    runtime.limiter.set_all_limits({None if each.mailbox == EVERY else each.mailbox: each.limits for each in owners})
     for owner in owners:
-        mailbox = None if owner.mailbox == EVERY else owner.mailbox
-        runtime.limiter.set_limits(mailbox, owner.limits)
-        if mailbox is None:
-            if owner.throttled_until:
-                runtime.limiter.pause_all(owner.throttled_until)
-            continue
-        slowed = [Slowed.parse(budget, _record(how)) for budget, how in owner.slowed.items()]
-        runtime.limiter.set_slowed(mailbox, slowed)
-        if owner.throttled_until:
-            runtime.limiter.pause(mailbox, owner.throttled_until)
-
-
-def _record(how: dict[str, int]) -> str:
-    return ":".join(str(how[part]) for part in ("limit", "at", "whole", "strikes"))
+        if owner.throttled_until and owner.mailbox == EVERY:
+            runtime.limiter.pause_all(owner.throttled_until)
+        elif owner.throttled_until:
+            runtime.limiter.pause(owner.mailbox, owner.throttled_until)
 
 
 @contextmanager
@@ -202,7 +200,10 @@ def limits_may_be_unknown() -> None:
 
 
 class _Sync:
-    """Has the limits that operators have set reach Redis even if it was away when they did."""
+    """Has the limits that operators have set reach Redis even if it was away when they did.
+
+    Not what was lowered: Redis lowers it, and may have done so a moment ago. It is told only after a loss.
+    """
 
     def __init__(self) -> None:
         self.missed = True
@@ -211,7 +212,7 @@ class _Sync:
     def keep(self) -> None:
         if time.monotonic() < self._next_at:
             return
-        _set_limits(spending.own_limits(_CHANGED_MEANWHILE if self.missed else _CHANGED_WITHIN))
+        _tell(spending.changed_limits(_CHANGED_MEANWHILE if self.missed else _CHANGED_WITHIN))
         if self.missed:
             mailboxes.look_anew(EVERY)
         self.missed = False

@@ -12,14 +12,14 @@ revoked, and further pages: one takes a hundred attachments or messages with the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import runtime
 from graph_client import looking_first
-from limiter import Exhausted, Reservation, Wanted
+from limiter import Exhausted, Reservation, Slot, Wanted
 from models import ClaimedBackup, ClaimedEmail
 from settings import LEASE_MARGIN
 
@@ -27,6 +27,8 @@ from settings import LEASE_MARGIN
 SLOT_WAIT = timedelta(seconds=1)
 #: A request that starts sooner after it was admitted does not ask again for pauses.
 _FRESH = timedelta(milliseconds=50)
+
+Renewing = Callable[[Iterable[bytes]], Iterator[bytes]]
 
 
 @contextmanager
@@ -58,17 +60,28 @@ def graph_call(email: ClaimedEmail, *, sends: bool = False, upload_bytes: int = 
 
 
 @contextmanager
-def backup_call(backup: ClaimedBackup, *, requests: int = 1) -> Iterator[None]:
+def backup_call(backup: ClaimedBackup, *, requests: int = 1) -> Iterator[Renewing]:
     """Hold one of the mailbox's slots for so many requests, one after the other.
+
+    Yields what passes on the chunks of a long answer, and renews the slot for as long as they come.
 
     Raises:
         Refused: The limiter says not now; nothing was charged.
     """
     with (
-        runtime.limiter.slot(backup.mailbox, requests=requests, wait=SLOT_WAIT),
+        runtime.limiter.slot(backup.mailbox, requests=requests, wait=SLOT_WAIT) as slot,
         _looking_first(backup.mailbox, lambda: None),
     ):
-        yield
+        yield partial(_renewing, slot, time.monotonic())
+
+
+def _renewing(slot: Slot, renewed_at: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    renew_after = runtime.limiter.slot_lease.total_seconds() / 3
+    for chunk in chunks:
+        if time.monotonic() - renewed_at > renew_after:
+            runtime.limiter.renew(slot)
+            renewed_at = time.monotonic()
+        yield chunk
 
 
 def send_of(email: ClaimedEmail) -> Wanted:

@@ -148,6 +148,9 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
 
 def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:
     wait, budget = hold_back(email.mailbox, refused)
+    if isinstance(refused, limits.Unavailable):
+        # Its charge may have been moved to the call that was not made: what is given back might be another mail's.
+        email.charged_at_ms = None
     _snooze(email, wait, str(refused), budget)
 
 
@@ -198,8 +201,7 @@ def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> 
     blamed = next((budget for words, budget in _BLAMED.items() if words in throttled.message), budget)
     slowed, everybody = runtime.limiter.throttled(mailbox, wait, budget=blamed)
     if slowed:
-        at = round(slowed.at.timestamp() * 1000)
-        record_slowed(mailbox, blamed, {**slowed._asdict(), "at": at})
+        record_slowed(mailbox, blamed, slowed.as_row())
         LOWERED.labels(blamed).inc()
         log.warning("%s of the mailbox: %s", blamed, slowed)
     if everybody:

@@ -174,9 +174,9 @@ def _choose(route: Route, in_flight: int, busy: Busy, *, internal_only: bool) ->
     return _Chosen(to_look_up, to_send)
 
 
-def _add(candidates: Sequence[Candidate], busy: Busy) -> None:
-    for candidate in candidates:
-        busy.sends[candidate.mailbox] = busy.sends.get(candidate.mailbox, 0) + 1
+def _add(emails: Sequence[Candidate | Dispatch], busy: Busy) -> None:
+    for email in emails:
+        busy.sends[email.mailbox] = busy.sends.get(email.mailbox, 0) + 1
 
 
 def _claim(
@@ -192,6 +192,7 @@ def _claim(
             wanted += [picks[mail.id] for mail in mails.to_send if mail.id in picks]
             capacity = _limits()[route] - routes[route]
             claims[route] = scheduling.claim(route, wanted, capacity=capacity, lease=configuration.lease)
+            _add(claims[route], busy)
         turns.note_served([mail for mails in chosen.values() for mail in mails.to_send if mail.id in picks])
         backups, more_backups = scheduling.claim_backups(
             concurrency=configuration.backup_concurrency, share=_share(), busy=busy, lease=configuration.lease

@@ -7,11 +7,11 @@ counts too; so the limits are kept before the call, by all processes together.
 would have to wait occupies no worker. `Limiter.slot` asks Redis before each call. The script looks at the pauses (what
 ``Retry-After`` demanded), the mailbox's concurrent slots and every window the call is charged to, and takes all or
 nothing; what was reserved is moved to the instant of the call, or is charged again if the call comes so late that it
-has left the window. A slot is a lease: a worker that dies returns its slot when the lease runs out, and releasing a
-slot twice or late is harmless. A call that lacks nothing but a slot may wait for one: it is handed over by whoever
-returns one, to sends first, and among these to the one whose wait ends first; nobody who comes later gets it before
-them. Only Redis's clock is read, so the workers' clocks may differ. Whoever cannot ask Redis may not call Graph
-(`Unavailable`).
+has left the window. A slot is a lease: a worker that dies returns its slot when the lease runs out, releasing a slot
+twice or late is harmless, and a call that takes long renews it. A call that lacks nothing but a slot may wait for one:
+it is handed over by whoever returns one, to sends first, and among these to the one whose wait ends first; nobody who
+comes later gets it before them. Only Redis's clock is read, so the workers' clocks may differ. Whoever cannot ask Redis
+may not call Graph (`Unavailable`).
 
 **Windows.** A window is a ring of counters and their sum, so its size and cost do not grow with the traffic. What was
 charged stays counted for the window's length and 1/60 to 1/40 of it more. The error is on the strict side only: at
@@ -75,9 +75,11 @@ from .budgets import (
 )
 from .ledger import RAMP_STEP, TENANT, Ledger, Slot, Verdict, connect
 from .refusals import Emptied, Exhausted, NeverFits, Refused, Unavailable
+from .scripts import RECOVERY_MS
 
 __all__ = [
     "CONCURRENCY",
+    "RECOVERY_MS",
     "SLACK",
     "SUBWINDOWS",
     "WINDOWS",
@@ -104,9 +106,10 @@ class Limiter:
     """The limits of every mailbox and of the tenant. Threads share one; it holds a connection pool and no state.
 
     Args:
-        redis: A client, or a URL; a client made from a URL gives up after half a second and one retry.
+        redis: A client, or a URL; a client made from a URL gives up after a second, and repeats nothing.
         budgets: The limits, where `set_limits` has set no others.
-        slot_lease: How long a slot is held at most. Longer than any call to Graph takes, or more calls than slots run.
+        slot_lease: How long a slot is held without being renewed. A call that takes longer must renew it, or more calls
+            than slots run.
         windows: Milliseconds in which each budget is counted. Graph's, unless a test has no time for them.
         ramp_step: How long each step of the ramp after a pause lasts.
         prefix: What every key begins with.
@@ -123,6 +126,7 @@ class Limiter:
         prefix: str = "mailfleet",
     ) -> None:
         client = connect(redis) if isinstance(redis, str) else redis
+        self.slot_lease = slot_lease
         self._ledger = Ledger(client, budgets, slot_lease, ramp_step, windows, prefix)
 
     # Calls
@@ -185,6 +189,10 @@ class Limiter:
             raise bucket.refusal
         return bucket.slot
 
+    def renew(self, slot: Slot) -> None:
+        """Hold a slot for the length of its lease from now on, once more if it had run out; never raises."""
+        self._ledger.renew(slot)
+
     def release(self, slot: Slot) -> None:
         """Return a slot. Harmless when it was returned before or its lease has run out; never raises."""
         self._ledger.release(slot)
@@ -240,8 +248,9 @@ class Limiter:
     def throttled(self, mailbox: str, wait: timedelta, *, budget: str) -> tuple[Slowed | None, bool]:
         """Pause a mailbox that Graph throttled, and learn from it.
 
-        The third time within ten minutes the budget is lowered to 60 % of what was used of it. If ten mailboxes or more
-        are throttled within 20 seconds, and half of those that talked to Graph, everything is paused.
+        The third time within ten minutes the budget is lowered to 60 % of the most that was used of it at any of the
+        three: the first has emptied the window for the others. If ten mailboxes or more are throttled within 20
+        seconds, and half of those that talked to Graph, everything is paused.
 
         Args:
             budget: What Graph's words are about, or ``sends``, or ``requests``, after what was asked.
@@ -275,7 +284,11 @@ class Limiter:
         They replace those that were set before, and bind every process from its next call on. 0 switches a limit off.
         PostgreSQL is where they are kept: whoever finds Redis emptied sets them again.
         """
-        self._ledger.set_limits(mailbox, limits)
+        self._ledger.set_limits({mailbox: limits})
+
+    def set_all_limits(self, limits: Mapping[str | None, Mapping[str, int]]) -> None:
+        """Set limits as `set_limits` does, of many mailboxes together."""
+        self._ledger.set_limits(limits)
 
     def set_slowed(self, mailbox: str, slowed: Iterable[Slowed]) -> None:
         """Set which limits of a mailbox are lowered, as `throttled` has told before."""

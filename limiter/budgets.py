@@ -135,16 +135,27 @@ class Slowed(NamedTuple):
         return f"slowed to {self.limit} at {self.at:%H:%M}: {self.strikes} × 429"
 
     @classmethod
+    def from_row(cls, budget: str, row: Mapping[str, int]) -> Slowed:
+        """Read what `as_row` returns."""
+        at = datetime.fromtimestamp(row["at"] / 1000, UTC)
+        return cls(budget, row["limit"], at, row["whole"], row["strikes"])
+
+    def as_row(self) -> dict[str, int]:
+        """Return what is kept of it besides the budget, in the order of the ledger's record; ``at`` in milliseconds."""
+        at_ms = round(self.at.timestamp() * 1000)
+        return {"limit": self.limit, "at": at_ms, "whole": self.whole, "strikes": self.strikes}
+
+    @classmethod
     def parse(cls, budget: str, record: str) -> Slowed:
-        """Read what the ledger keeps: ``limit:at:whole:strikes``, the instant in milliseconds."""
-        limit, at, whole, strikes = map(int, record.split(":"))
-        return cls(budget, limit, datetime.fromtimestamp(at / 1000, UTC), whole, strikes)
+        """Read what the ledger keeps: ``limit:at:whole:strikes``."""
+        limit, at_ms, whole, strikes = map(int, record.split(":"))
+        return cls.from_row(budget, {"limit": limit, "at": at_ms, "whole": whole, "strikes": strikes})
 
     def record(self) -> str:
         """Return what `parse` reads."""
-        at_ms = round(self.at.timestamp() * 1000)
-        check_units([self.limit - 1, at_ms, self.whole, self.strikes])  # a limit of 0 would be none
-        return f"{self.limit}:{at_ms}:{self.whole}:{self.strikes}"
+        row = self.as_row()
+        check_units([self.limit - 1, *row.values()])  # a limit of 0 would be none
+        return ":".join(map(str, row.values()))
 
 
 class Window(NamedTuple):

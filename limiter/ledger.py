@@ -53,12 +53,12 @@ SLOWED_TO_AT_LEAST_PERCENT = 10
 #: So many throttled mailboxes within 20 s, if they are half of those that talked to Graph, are the tenant's matter.
 THROTTLED_MAILBOXES = 10
 
-#: How long to wait for Redis, in seconds as redis-py wants it, before the one retry and before giving up.
-REDIS_TIMEOUT_SECONDS = 0.5
+#: How long to wait for Redis before giving up, in seconds as redis-py wants it.
+REDIS_TIMEOUT_SECONDS = 1
 #: Longer than finding out what was spent takes; writing it down takes as long as it needs, each part less than this.
 _FINDING_OUT = timedelta(minutes=2)
 _WRITING_DOWN = timedelta(seconds=30)
-#: So many windows are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
+#: So many windows or limits are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
 _WRITTEN_TOGETHER = 100
 
 #: No pause is longer: its end must be a date.
@@ -94,7 +94,12 @@ class Verdict(NamedTuple):
 
 
 class Ledger:
-    """Asks Redis; the only place that knows its keys, and how it fails."""
+    """Asks Redis; the only place that knows its keys, and how it fails.
+
+    Nothing is asked twice. A script may have run though its answer was lost: run again, it would charge twice, or give
+    back what is another's. A connection that ended while it lay idle is no such case, for it is looked at and made anew
+    before a command is sent (see `connect`).
+    """
 
     def __init__(
         self,
@@ -214,6 +219,13 @@ class Ledger:
                 # Whoever stops waiting, for whatever reason, must not be handed a slot, or hands it on.
                 self.release(slot)
 
+    def renew(self, slot: Slot) -> None:
+        """Have the slot's lease begin anew. Never raises: the call that it is for goes on whatever Redis says."""
+        try:
+            self._hold(self._head(slot.owner), [_ms(self._lease), slot.token])
+        except RedisError as error:
+            logger.warning("Redis does not answer, a slot's lease is not renewed: %s", type(error).__name__)
+
     def release(self, slot: Slot) -> None:
         """Return a slot, held or not. Never raises: the call it was for is over, and its lease returns it too."""
         try:
@@ -309,29 +321,35 @@ class Ledger:
 
     # What outlives Redis
 
-    def set_limits(self, mailbox: str | None, limits: Mapping[str, int]) -> None:
-        """Set the own limits of a mailbox, or the fleet's (`TENANT`), in the place of those that it has."""
-        for budget in limits:
-            if budget not in self._limits or (mailbox is not TENANT and budget.startswith("tenant_")):
-                raise ValueError(f"{budget}: no such limit here")
-        check_units(limits.values())
-        self._write_hash(self._key(self.owner(mailbox), "limits"), limits)
+    def set_limits(self, limits: Mapping[str | None, Mapping[str, int]]) -> None:
+        """Set the own limits of mailboxes, and the fleet's (`TENANT`), in the place of those that each has."""
+        for mailbox, own in limits.items():
+            for budget in own:
+                if budget not in self._limits or (mailbox is not TENANT and budget.startswith("tenant_")):
+                    raise ValueError(f"{budget}: no such limit here")
+            check_units(own.values())
+        self._write_hashes({self._key(self.owner(mailbox), "limits"): own for mailbox, own in limits.items()})
 
     def set_slowed(self, mailbox: str, slowed: Iterable[Slowed]) -> None:
         """Set which limits of a mailbox are lowered, in the place of those that are."""
         records = {each.budget: each.record() for each in slowed}
         for budget in records.keys() - {CONCURRENCY}:
             self._window(mailbox, budget)
-        self._write_hash(self._key(self.owner(mailbox), "slowed"), records, lasts_ms=scripts.RECOVERY_MS)
+        self._write_hashes({self._key(self.owner(mailbox), "slowed"): records}, lasts_ms=scripts.RECOVERY_MS)
 
-    def _write_hash(self, key: str, fields: Mapping[str, str | int], lasts_ms: int | None = None) -> None:
-        with _answering(), self._redis.pipeline() as pipeline:
-            pipeline.delete(key)
-            if fields:
-                pipeline.hset(key, mapping=dict(fields.items()))
-            if lasts_ms:
-                pipeline.pexpire(key, lasts_ms)
-            pipeline.execute()
+    def _write_hashes(
+        self, hashes: Mapping[str, Mapping[str, int] | Mapping[str, str]], lasts_ms: int | None = None
+    ) -> None:
+        written = list(hashes.items())
+        for first in range(0, len(written), _WRITTEN_TOGETHER):
+            with _answering(), self._redis.pipeline() as pipeline:
+                for key, fields in written[first : first + _WRITTEN_TOGETHER]:
+                    pipeline.delete(key)
+                    if fields:
+                        pipeline.hset(key, mapping=dict(fields.items()))
+                    if lasts_ms:
+                        pipeline.pexpire(key, lasts_ms)
+                pipeline.execute()
 
     # After a loss
 
@@ -426,13 +444,17 @@ def _usage(
 
 
 def connect(url: str) -> Redis:
-    """Return a client that gives up soon: a worker that waits for Redis holds a thread and sends nothing."""
+    """Return a client that gives up soon: a worker that waits for Redis holds a thread and sends nothing.
+
+    It repeats no command whose answer it lost. Before it sends one it looks whether the connection has ended meanwhile,
+    as after a restart of Redis, and makes another: redis-py's pool does so without being told.
+    """
     return Redis.from_url(
         url,
         socket_timeout=REDIS_TIMEOUT_SECONDS,
         socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
         socket_keepalive=True,
-        retry=Retry(NoBackoff(), retries=1),
+        retry=Retry(NoBackoff(), retries=0),
     )
 
 

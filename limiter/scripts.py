@@ -374,7 +374,7 @@ return ends > now and ends or nil
 """
 )
 
-#: Counts what Graph throttled; KEYS go on with the strikes and the window of the budget.
+#: Counts what Graph throttled; KEYS go on with the strikes, each "at:used", and the window of the budget.
 #: ARGV: concurrency, ramp step, budget, its limit, width and ring (0: the slots), strikes that slow, how long they are
 #: remembered, what is left of the limit in percent, the least in percent, the prefix of the counts of mailboxes that
 #: talk, that of those that were throttled, how many throttled ones make it the tenant's, for how long Graph wants to be
@@ -409,17 +409,20 @@ if tenants then pause(key.tenant_pause) end
 -- Calls that were under way together are throttled together: they count once. The tenant's matter is not the mailbox's.
 if was_paused or tenants then return {'', tenants and 1 or 0} end
 local strikes, needed = KEYS[10], tonumber(ARGV[7])
-redis.call('RPUSH', strikes, now)
+local budget, ring = ARGV[3], tonumber(ARGV[6])
+-- The call that was throttled has returned its slot.
+local used = ring > 0 and read(KEYS[11], tonumber(ARGV[5]), ring).used or held() + 1
+redis.call('RPUSH', strikes, string.format('%d:%d', now, used))
 redis.call('LTRIM', strikes, -needed, -1)
 redis.call('PEXPIRE', strikes, ARGV[8])
-if redis.call('LLEN', strikes) < needed or now - redis.call('LINDEX', strikes, 0) > tonumber(ARGV[8]) then
-  return {'', 0}
-end
+local seen = redis.call('LRANGE', strikes, 0, -1)
+if #seen < needed or now - seen[1]:match('^%d+') > tonumber(ARGV[8]) then return {'', 0} end
 
 redis.call('DEL', strikes)
-local budget, ring = ARGV[3], tonumber(ARGV[6])
 local limit, set = limit_of(budget, tonumber(ARGV[4]))
-local used = math.max(ring > 0 and read(KEYS[11], tonumber(ARGV[5]), ring).used or held(), 1)
+-- What it took to be throttled was used before the first pause; since then the window has emptied.
+for _, strike in ipairs(seen) do used = math.max(used, tonumber(strike:match('%d+$'))) end
+if used == 0 then used = math.max(limit, 1) end
 local whole = set
 if set == 0 then whole = limit > 0 and tonumber(slowed[budget]:match('^%d+:%d+:(%d+):')) or used end
 local lowered = math.floor((limit > 0 and math.min(limit, used) or used) * ARGV[9] / 100)

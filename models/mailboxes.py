@@ -78,21 +78,37 @@ _PAUSE_ROUTE = _PAUSE.format(table="routes", key="route")
 
 
 def refuse(mailbox: str, *, why: str, first_wait: timedelta, longest_wait: timedelta) -> timedelta:
-    """Pause a mailbox that refused us, longer each time in a row, and return for how long.
+    """Pause a mailbox that refused us, longer each time in a row, and return for how long it is paused now.
 
-    Until it has taken a mail again the scheduler lets one email at a time probe it.
+    Calls that were under way together are refused together: they count once, and the later ones do not lengthen the
+    pause. Until the mailbox has taken a mail again the scheduler lets one email at a time probe it.
+
+    Args:
+        longest_wait: Of the pause, and of what is returned; the pause that stands may be an operator's and longer.
     """
-    count: int = rows(
-        """
-        INSERT INTO mailboxes (mailbox, refusal_count) VALUES (%(mailbox)s, 1)
-        ON CONFLICT (mailbox) DO UPDATE SET refusal_count = mailboxes.refusal_count + 1, updated_at = now()
-        RETURNING refusal_count
-        """,
-        {"mailbox": mailbox.lower()},
+    paused_for: timedelta = rows(
+        _REFUSE,
+        {"mailbox": mailbox.lower(), "why": why, "us": _MAILFLEET, "first": first_wait, "longest": longest_wait},
     )[0][0]
-    wait: timedelta = min(first_wait * 2 ** min(count - 1, 20), longest_wait)
-    pause(mailbox, wait, why=why)
-    return wait
+    return paused_for
+
+
+_COUNTS = "(m.refusal_count = 0 OR coalesce(m.paused_until <= now(), true))"
+# 2^20 of anything is above the longest, and an interval of 2^1000 would be an error.
+_REFUSE = f"""
+    INSERT INTO mailboxes AS m (mailbox, refusal_count, paused_until, pause_reason, paused_by)
+    VALUES (%(mailbox)s, 1, now() + least(%(first)s, %(longest)s), %(why)s, %(us)s)
+    ON CONFLICT (mailbox) DO UPDATE
+    SET refusal_count = m.refusal_count + {_COUNTS}::int, updated_at = now(),
+        (paused_until, pause_reason, paused_by) = (
+            SELECT * FROM (VALUES
+                (m.paused_until, m.pause_reason, m.paused_by),
+                (CASE WHEN {_COUNTS} THEN now() + least(%(first)s * 2 ^ least(m.refusal_count, 20), %(longest)s) END,
+                 %(why)s, %(us)s)
+            ) AS pause (ends, reason, by) ORDER BY ends DESC NULLS LAST LIMIT 1
+        )
+    RETURNING least(greatest(paused_until - now(), '0'), %(longest)s)
+"""
 
 
 def resume(mailbox: str) -> bool:

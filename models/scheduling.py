@@ -242,7 +242,8 @@ _CLAIM_BACKUPS = f"""
                CASE WHEN paused_until > now() THEN least(paused_until, now() + %(longest_wait)s)
                     -- Left due if there is nobody behind them: the end of another wakes the scheduler.
                     WHEN too_many > 0 AND more
-                    THEN now() + least(too_many * %(crowded_wait)s::interval, %(longest_crowded_wait)s) END AS put_off_until
+                    THEN now() + least(too_many * %(crowded_wait)s::interval, %(longest_crowded_wait)s)
+               END AS put_off_until
         FROM met LEFT JOIN picked USING (id)
     ), locked AS MATERIALIZED (
         -- These alone: to lock all that were met, twenty times a second, costs more than the rest of a sweep.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
@@ -145,24 +145,25 @@ class OwnLimits(NamedTuple):
     throttled_until: datetime | None
 
 
-def own_limits(changed_within: timedelta | None = None) -> list[OwnLimits]:
-    """Return the limits that mailboxes have of their own; with ``changed_within`` also those that lost them lately."""
-    return [
-        OwnLimits(*row)
-        for row in rows(
-            f"""
-            SELECT mailbox, limits, slowed,
-                   CASE WHEN {_PAUSED_BY_GRAPH} THEN paused_until END
-            FROM mailboxes
-            WHERE limits <> '{{}}' OR slowed <> '{{}}' OR ({_PAUSED_BY_GRAPH})
-               OR updated_at > now() - %(changed_within)s::interval
-            """,
-            {"changed_within": changed_within},
-        )
-    ]
+_OWN_LIMITS = f"SELECT mailbox, limits, slowed, CASE WHEN {_PAUSED_BY_GRAPH} THEN paused_until END FROM mailboxes"
 
 
-def record_slowed(mailbox: str, budget: str, how: dict[str, Any]) -> None:
+def own_limits(*, lowered_within: timedelta) -> list[OwnLimits]:
+    """Return all that binds mailboxes now; what was lowered longer ago than that has grown back and may be left out."""
+    standing = f"""
+        {_OWN_LIMITS} WHERE limits <> '{{}}' OR ({_PAUSED_BY_GRAPH})
+                        OR (slowed <> '{{}}' AND updated_at > now() - %(lowered_within)s::interval)
+    """
+    return [OwnLimits(*row) for row in rows(standing, {"lowered_within": lowered_within})]
+
+
+def changed_limits(within: timedelta) -> list[OwnLimits]:
+    """Return what binds those mailboxes now for which it may have changed lately, if only by having none any more."""
+    changed = f"{_OWN_LIMITS} WHERE updated_at > now() - %(within)s::interval"
+    return [OwnLimits(*row) for row in rows(changed, {"within": within})]
+
+
+def record_slowed(mailbox: str, budget: str, how: dict[str, int]) -> None:
     """Keep that a limit of a mailbox was lowered, in the place of what was kept of that budget."""
     rows(
         """

@@ -66,6 +66,7 @@ class Busy(NamedTuple):
 
 # How many more of a mailbox's emails may be in flight. One that refuses us is probed with one at a time; else it is the
 # number of requests that it may make at a time, its own or every mailbox's if one was set, or `share`.
+# A concurrency that throttling has lowered is not looked at: the slots keep it, and what waits for one is snoozed.
 _ROOM = """
     CASE WHEN m.refusal_count > 0 THEN 1 - coalesce(busy.backups, 0)
          ELSE least(nullif(coalesce((m.limits->>'concurrency')::bigint, (every.limits->>'concurrency')::bigint), 0),

@@ -13,10 +13,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
@@ -80,6 +81,57 @@ class RedisServer:
             client.execute_command(*command.split())
 
 
+class Wire:
+    """A way to a Redis, at ``url``, that can lose the next answer to a script: it runs, and what it says is gone."""
+
+    def __init__(self, redis_url: str) -> None:
+        parts = urlsplit(redis_url)
+        self._redis = (parts.hostname or "127.0.0.1", parts.port or 6379)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        credentials = parts.netloc.rpartition("@")[:2]
+        own = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = parts._replace(netloc="".join([*credentials, own])).geturl()
+        #: How the next is lost: "swallowed" leaves the connection open, "cut" ends it. None: it is not, or is lost.
+        self.loses: str | None = None
+        self._ends = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(self._redis)
+                self._ends += [near, far]
+                lost = threading.Event()
+                threading.Thread(target=self._ask, args=(near, far, lost), daemon=True).start()
+                threading.Thread(target=self._answer, args=(far, near, lost), daemon=True).start()
+
+    def _ask(self, near: socket.socket, far: socket.socket, lost: threading.Event) -> None:
+        with suppress(OSError):
+            while asked := near.recv(65536):
+                if self.loses and b"EVALSHA" in asked:
+                    lost.set()
+                far.sendall(asked)
+            far.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, far: socket.socket, near: socket.socket, lost: threading.Event) -> None:
+        with suppress(OSError):
+            while answer := far.recv(65536):
+                if not lost.is_set():
+                    near.sendall(answer)
+                    continue
+                loses, self.loses = self.loses, None
+                if loses == "cut":
+                    break
+            near.shutdown(socket.SHUT_RDWR)
+
+
 def answers(client: Redis) -> bool:
     try:
         return bool(client.ping())
@@ -115,6 +167,13 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def wire(limiter_redis: str) -> Iterator[Wire]:
+    wire = Wire(limiter_redis)
+    yield wire
+    wire.close()
 
 
 @pytest.fixture

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import support
@@ -191,6 +194,46 @@ def test_the_limiter_holds_a_backup_back_without_an_attempt(fleet: Fleet, limit:
     assert (table("email_backups"), table("sent_emails")[0]["backup_attempt_count"]) == ([], 0)
     assert fleet.backup() == ["done"]
     assert len(table("email_backups")) == 1
+
+
+class DrippingGraph:
+    """A Graph whose MIME takes longer than a third of the slot's lease to arrive."""
+
+    def __init__(self, lasts: timedelta) -> None:
+        self._lasts = lasts
+        #: When the slot would lapse, as each chunk is asked for.
+        self.lapses_at: list[float] = []
+
+    def find_by_tag(self, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(messages=[SimpleNamespace(id="message", is_draft=False)])
+
+    @contextmanager
+    def fetch_mime(self, *_: object) -> Iterator[Iterator[bytes]]:
+        yield self._chunks()
+
+    def _chunks(self) -> Iterator[bytes]:
+        for wait in (timedelta(), self._lasts, timedelta()):
+            (slots,) = runtime.redis.scan_iter("mailfleet:*:slots")
+            self.lapses_at += [lapses_at for _, lapses_at in runtime.redis.zrange(slots, 0, -1, withscores=True)]
+            threading.Event().wait(wait.total_seconds())
+            yield b"chunk"
+
+
+def test_the_slot_of_a_long_fetch_is_renewed_while_bytes_come(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a message that takes so long that its slot would come back before it is there
+    sent(fleet)
+    lease = timedelta(seconds=3)
+    graph = DrippingGraph(lease / 2)
+    redis_url = runtime.configuration.redis_url.get_secret_value()
+    monkeypatch.setattr(runtime, "limiter", runtime.limits.Limiter(redis_url, runtime.limits.Budgets(), lease))
+    monkeypatch.setattr(runtime, "graph", graph)
+    # When
+    assert fleet.backup() == ["done"]
+    # Then its one slot was renewed once, and returned
+    first, second, third = graph.lapses_at
+    assert first == second < third
+    assert len(table("email_backups")) == 1
+    assert runtime.limiter.usage(SENDER)[0].used == 0
 
 
 class ThrottlingGraph:

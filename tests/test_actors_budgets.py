@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
+import limiter_support
 import orjson
 import psycopg2
 import pytest
 import support
-from support import SENDER, Fleet, claim, email_row, make_due, rows, store, table
+from limiter_support import Wire
+from support import SENDER, Fleet, claim, email_row, make_due, rows, store, table, work
 
 import models
 import runtime
@@ -19,12 +21,14 @@ from actors import budgets
 from actors.outcomes import pause_fleet
 from graph_client import SMALL_ATTACHMENT_BYTES
 from graph_client.errors import Throttled
-from limiter import Emptied, Exhausted, Wanted
+from limiter import Emptied, Exhausted, Slowed, Wanted
 from models import ClaimedEmail, turns, uploads
+from models import limits as set_by_operators
 from outbox import Unconfirmed
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure, limit = support.configure, support.limit
+limiter_redis, wire = limiter_support.limiter_redis, limiter_support.wire
 
 Limit = Callable[..., None]
 BEN = "ben@example.com"
@@ -206,6 +210,23 @@ def test_while_everything_is_paused_in_redis_nothing_is_handed_out_and_no_mailbo
 
 
 # Given back
+
+
+def test_what_redis_may_have_moved_to_a_call_is_not_taken_back_from_another_mail(
+    fleet: Fleet, limit: Limit, wire: Wire
+) -> None:
+    # Given two mails whose budget was reserved together
+    support.store_many(2)
+    fleet.schedule()
+    messages = fleet.take("send_plain")
+    assert used("sends") == 2
+    # When one is admitted, but its worker does not learn it
+    limit(url=wire.url)
+    wire.loses = "cut"
+    work(messages[0])
+    # Then it is sent later, and the other's budget is still charged
+    assert (wire.loses, sorted(statuses())) == (None, ["dispatched", "received"])
+    assert used("sends") == 2
 
 
 @pytest.mark.parametrize("operation", ["send_mail"])
@@ -499,6 +520,38 @@ def test_limits_that_were_set_or_learned_and_graphs_pauses_outlive_redis(fleet: 
     assert "slowed to 9" in str(sends[SENDER].why)
     assert runtime.limiter.paused_until(SENDER)
     assert runtime.limiter.paused_until(BEN) is None
+
+
+def test_what_was_lowered_so_long_ago_that_it_has_grown_back_is_not_written_down_again(fleet: Fleet) -> None:
+    slowed = orjson.dumps({"sends": {"limit": 9, "at": _now_ms() - 1_860_000, "whole": 20, "strikes": 3}}).decode()
+    rows(
+        """
+        INSERT INTO mailboxes (mailbox, slowed, updated_at)
+        VALUES (%(sender)s, %(slowed)s, now() - interval '31 minutes')
+        """,
+        {"sender": SENDER, "slowed": slowed},
+    )
+    empty_redis()
+    budgets.keep_counts()
+    assert [*runtime.redis.scan_iter("mailfleet:*:slowed")] == []
+
+
+def test_limits_that_redis_was_not_told_of_reach_it_and_what_it_has_lowered_meanwhile_stays_so(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given limits that were set and unset while Redis was away, and one that it has lowered a moment ago
+    runtime.limiter.set_limits(BEN, {"sends": 7})
+    set_by_operators.change(SENDER, {"requests": 500})
+    set_by_operators.change("carl@example.com", {"sends": 8})
+    set_by_operators.change(BEN, {"sends": None})
+    runtime.limiter.set_slowed(SENDER, [Slowed("sends", 9, datetime.now(UTC), 30, 3)])
+    # When a scheduler looks what it has missed
+    monkeypatch.setattr(budgets, "_sync", budgets._Sync())
+    budgets.keep_counts()
+    # Then
+    limits = {mailbox: _usage(mailbox).limit for mailbox in (SENDER, BEN, "carl@example.com")}
+    assert limits == {SENDER: 9, BEN: 30, "carl@example.com": 8}
+    assert [each.limit for each in runtime.limiter.usage(SENDER) if each.budget == "requests"] == [500]
 
 
 def _now_ms() -> int:

@@ -60,6 +60,19 @@ def test_no_more_is_in_flight_than_each_route_may_have(fleet: Fleet, configure: 
     assert (len(fleet.take("send_plain")), len(fleet.take("send_attached"))) == (3, 2)
 
 
+def test_a_mailbox_that_refuses_us_is_probed_by_a_send_or_by_a_backup_not_by_both(fleet: Fleet) -> None:
+    # Given a mailbox that refused, with a mail and a backup that are due
+    store(publisher_message_id="sent")
+    fleet.send()
+    mailboxes.refuse(SENDER, why="403", first_wait=timedelta(), longest_wait=timedelta())
+    store(publisher_message_id="waits")
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    # When
+    fleet.schedule()
+    # Then
+    assert len(fleet.take("send_plain")) + len(fleet.take("backup")) == 1
+
+
 def test_a_mailbox_has_no_more_in_flight_than_its_share_over_both_routes(fleet: Fleet, configure: Configure) -> None:
     configure(mailbox_concurrency=3)
     for n in range(4):

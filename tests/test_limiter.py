@@ -366,6 +366,24 @@ def test_returning_a_slot_late_or_twice_takes_none_from_its_next_holder(make: Ma
     assert used(limiter)["concurrency"] == 1
 
 
+def test_slot_that_is_renewed_outlives_its_lease_and_is_returned_as_ever(make: Make) -> None:
+    # Given a call that takes longer than the lease, and so long at first that the slot is gone
+    lease = 200 * MILLISECOND
+    limiter = make(only(mailbox_concurrency=1), slot_lease=lease)
+    slot = limiter.acquire(MAILBOX)
+    let_pass(lease * 1.1)
+    assert used(limiter)["concurrency"] == 0
+    # When it is renewed, by one with a lease that no test outlasts
+    make(only(mailbox_concurrency=1)).renew(slot)
+    let_pass(lease * 1.1)
+    # Then it is held
+    with pytest.raises(Exhausted, match="concurrency"):
+        limiter.acquire(MAILBOX)
+    # And can be returned
+    limiter.release(slot)
+    assert used(limiter)["concurrency"] == 0
+
+
 def test_short_lease_does_not_shorten_a_long_one(make: Make) -> None:
     # Given a slot with a long lease and one with a short lease
     budgets = only(mailbox_concurrency=2)

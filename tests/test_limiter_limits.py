@@ -15,6 +15,7 @@ from limiter_support import (
     MINUTE,
     ONE,
     Make,
+    eventually,
     keys_of,
     let_pass,
     only,
@@ -182,6 +183,25 @@ def test_third_429_lowers_the_limit_to_three_fifths_of_what_was_used(make: Make)
     assert usage_of(limiter, "sends").limit == 7
 
 
+def test_what_a_mailbox_used_is_what_it_had_used_before_the_first_pause(make: Make) -> None:
+    # Given a mailbox that sent 20 before Graph throttled it, and whose window has emptied while it waited
+    limiter = make(Budgets())
+    limiter.reserve({MAILBOX: [ONE] * 20})
+    assert strikes(limiter, 1) == [None]
+    eventually(lambda: usage_of(limiter, "sends").used == 0)
+    # When it is throttled twice more
+    *_, third = strikes(limiter, 2)
+    # Then it has three fifths of the 20
+    assert third is not None
+    assert (third.limit, third.whole) == (12, 30)
+
+
+def test_where_nothing_was_used_the_limit_in_force_is_lowered(make: Make) -> None:
+    limiter = make(Budgets())
+    limiter.set_limits(MAILBOX, {"sends": 10})
+    assert [each.limit for each in strikes(limiter, 3) if each] == [6]
+
+
 def test_calls_that_are_throttled_together_count_once(make: Make) -> None:
     # When calls that were under way together are throttled, one after the other
     limiter = make(Budgets(), windows=LONG)
@@ -213,8 +233,9 @@ def test_strikes_are_counted_for_each_budget_and_mailbox(make: Make) -> None:
 
 
 def test_concurrency_is_learned_from_the_slots_that_are_held(make: Make) -> None:
+    # Given a mailbox with four calls, of which one was throttled and has returned its slot
     limiter = make(Budgets(mailbox_concurrency=4))
-    for _ in range(4):
+    for _ in range(3):
         limiter.acquire(MAILBOX)
     *_, slowed = strikes(limiter, 3, "concurrency")
     assert slowed is not None

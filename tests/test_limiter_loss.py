@@ -18,8 +18,10 @@ from limiter_support import (
     MINUTE,
     ONE,
     SECOND,
+    UNLIMITED,
     Make,
     RedisServer,
+    Wire,
     eventually,
     let_pass,
     make_whole,
@@ -34,7 +36,7 @@ from redis import Redis
 from limiter import Budgets, Emptied, Exhausted, Limiter, Reservation, Spent, Unavailable, Wanted
 
 limiter_redis, client, own_redis = limiter_support.limiter_redis, limiter_support.client, limiter_support.own_redis
-prefix, make = limiter_support.prefix, limiter_support.make
+prefix, make, wire = limiter_support.prefix, limiter_support.make, limiter_support.wire
 
 
 @pytest.fixture
@@ -81,6 +83,7 @@ def test_nothing_is_admitted_while_redis_is_away(own_redis: RedisServer) -> None
         limiter.reserve({MAILBOX: [ONE]})
     with pytest.raises(Unavailable):
         limiter.is_whole()
+    limiter.renew(held)
     limiter.release(held)
     limiter.refund(MAILBOX, Reservation(held.at_ms), ONE)
     assert time.monotonic() - began < 5
@@ -117,6 +120,53 @@ def test_full_redis_admits_nothing_but_takes_slots_back(own_redis: RedisServer) 
         limiter.reserve({MAILBOX: [ONE]})
     limiter.release(slot)
     assert used(limiter)["concurrency"] == 0
+
+
+# Answers that are lost
+
+
+@pytest.mark.parametrize("loses", ["swallowed", "cut"])
+def test_what_was_done_is_not_done_again_because_its_answer_was_lost(
+    make: Make, wire: Wire, prefix: str, loses: str
+) -> None:
+    # Given a worker that has reserved for two sends, and used each script before
+    limiter, distant = make(windows=LONG), Limiter(wire.url, UNLIMITED, LEASE, windows=LONG, prefix=prefix)
+    first, _, refunded = distant.reserve({MAILBOX: [ONE, ONE, ONE]})[MAILBOX]
+    assert isinstance(first, Reservation)
+    assert isinstance(refunded, Reservation)
+    distant.refund(MAILBOX, refunded, ONE)
+    distant.release(distant.acquire(MAILBOX))
+    charged = used(limiter)
+    # When Redis gives one back, charges for another and admits a call, each without that its answer arrives
+    wire.loses = loses
+    distant.refund(MAILBOX, first, ONE)
+    # Then each has happened once
+    assert used(limiter)["sends"] == charged["sends"] - 1
+    wire.loses = loses
+    with pytest.raises(Unavailable):
+        distant.reserve({MAILBOX: [ONE]})
+    assert used(limiter)["sends"] == charged["sends"]
+    wire.loses = loses
+    with pytest.raises(Unavailable):
+        distant.acquire(MAILBOX)
+    assert used(limiter)["requests"] == charged["requests"] + 1
+    assert wire.loses is None
+    # And what comes next is answered
+    distant.acquire(MAILBOX)
+
+
+def test_connection_that_redis_has_closed_meanwhile_costs_no_answer(make: Make, own_redis: RedisServer) -> None:
+    # Given a worker whose connection lies idle
+    limiter = Limiter(own_redis.url, Budgets(), LEASE)
+    make_whole(limiter)
+    # When Redis closes it
+    own_redis.execute("CLIENT KILL TYPE normal")
+    # Then the next call is admitted all the same
+    limiter.acquire(MAILBOX)
+    # And so after a restart
+    own_redis.stop()
+    own_redis.start()
+    assert not limiter.is_whole()
 
 
 # Emptied

@@ -120,12 +120,43 @@ def test_a_mailbox_whose_pause_has_ended_and_that_is_only_probed_is_resumed_too(
     assert not mailboxes.resume(ANN)
 
 
+def refuse(longest: timedelta = 5 * MINUTE) -> timedelta:
+    return mailboxes.refuse(ANN, why="403", first_wait=MINUTE, longest_wait=longest)
+
+
+def pause_passes() -> None:
+    rows("UPDATE mailboxes SET paused_until = now()")
+
+
 def test_refusals_in_a_row_pause_longer_each_time_up_to_the_longest() -> None:
-    waits = [mailboxes.refuse(ANN, why="403", first_wait=MINUTE, longest_wait=5 * MINUTE) for _ in range(5)]
+    waits = []
+    for _ in range(5):
+        waits.append(refuse())
+        pause_passes()
     assert waits == [MINUTE, 2 * MINUTE, 4 * MINUTE, 5 * MINUTE, 5 * MINUTE]
-    assert 295 < paused_for() <= 300
     rows("UPDATE mailboxes SET refusal_count = 1000")
-    assert mailboxes.refuse(ANN, why="403", first_wait=MINUTE, longest_wait=HOUR) == HOUR
+    assert refuse(HOUR) == HOUR
+    assert 3595 < paused_for() <= 3600
+
+
+def test_calls_that_are_refused_together_count_as_one_refusal() -> None:
+    # Given four calls that were under way when the mailbox began to refuse
+    waits = [refuse() for _ in range(4)]
+    # Then its pause is that of the first
+    assert table("mailboxes")[0]["refusal_count"] == 1
+    assert 55 < paused_for() <= 60
+    assert waits == sorted(waits, reverse=True)
+    # And when it is over, the next one counts
+    pause_passes()
+    assert refuse() == 2 * MINUTE
+
+
+def test_a_refusal_counts_while_another_pause_stands_and_does_not_shorten_it() -> None:
+    by_hand(None)
+    # Then whoever was refused asks again in a while, as the operator may have ended the pause
+    assert refuse() == 5 * MINUTE
+    assert table("mailboxes")[0]["refusal_count"] == 1
+    assert mailboxes.pauses()[0].paused_by == "olga"
 
 
 def test_resuming_forgets_the_refusals() -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -125,8 +125,37 @@ Days = Annotated[timedelta, _of(timedelta(days=1))]
 #: At least one of something must be possible.
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
-#: A limit on use; 0 switches it off.
-Limit = Annotated[int, Field(ge=0)]
+
+
+class Bounds(NamedTuple):
+    """The values that a limit on use may have besides 0, which switches it off."""
+
+    least: int
+    most: int
+
+    def check(self, limit: int) -> int:
+        """Return the limit.
+
+        Raises:
+            ValueError: It is out of bounds; says what it must be.
+        """
+        if limit != 0 and not self.least <= limit <= self.most:
+            raise ValueError(f"must be 0 (no limit) or from {self.least} to {self.most}")
+        return limit
+
+
+# Whether it is set here or by an operator while the fleet runs.
+CONCURRENCY_BOUNDS = Bounds(1, 1_000)
+#: One call charges up to two requests; a limit below what one call charges would have all mail given up.
+REQUESTS_BOUNDS = Bounds(2, 1_000_000_000)
+#: One request has up to 4 MB (a small attachment in base64, a range of a large one).
+UPLOAD_MB_BOUNDS = Bounds(5, 1_000_000)
+COUNT_BOUNDS = Bounds(1, 1_000_000_000)
+
+Concurrency = Annotated[int, AfterValidator(CONCURRENCY_BOUNDS.check)]
+Requests = Annotated[int, AfterValidator(REQUESTS_BOUNDS.check)]
+Megabytes = Annotated[int, AfterValidator(UPLOAD_MB_BOUNDS.check)]
+Limit = Annotated[int, AfterValidator(COUNT_BOUNDS.check)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(comma_separated)]
 
 
@@ -188,16 +217,16 @@ class Settings(BaseSettings):
         "BACKUP_CONCURRENCY", "Backups in flight, whole fleet.", default=32, unit="emails"
     )
 
-    mailbox_concurrency: Limit = _setting(
+    mailbox_concurrency: Concurrency = _setting(
         "MAILBOX_CONCURRENCY", "Requests to Graph at a time per mailbox. 0: no limit.", default=4, unit="requests"
     )
-    mailbox_requests_per_10_minutes: Limit = _setting(
+    mailbox_requests_per_10_minutes: Requests = _setting(
         "MAILBOX_REQUESTS_PER_10_MINUTES",
         "Requests to Graph per mailbox. 0: no limit.",
         default=10_000,
         unit="requests",
     )
-    mailbox_upload_mb_per_5_minutes: Limit = _setting(
+    mailbox_upload_mb_per_5_minutes: Megabytes = _setting(
         "MAILBOX_UPLOAD_MB_PER_5_MINUTES", "Bytes sent to Graph per mailbox. 0: no limit.", default=150, unit="MB"
     )
     mailbox_sends_per_minute: Limit = _setting(
@@ -209,7 +238,7 @@ class Settings(BaseSettings):
         default=10_000,
         unit="recipients",
     )
-    tenant_requests_per_10_seconds: Limit = _setting(
+    tenant_requests_per_10_seconds: Requests = _setting(
         "TENANT_REQUESTS_PER_10_SECONDS",
         "Requests to Graph, all mailboxes. 0: no limit.",
         default=130_000,

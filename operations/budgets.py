@@ -16,29 +16,21 @@ from models.limits import SetLimit
 from models.mailboxes import Held
 from models.turns import EVERY
 from operations.errors import NotALimit
+from settings import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS, Bounds
 
-
-class Bounds(NamedTuple):
-    """The values that a limit may have besides 0, which switches it off."""
-
-    least: int
-    most: int
-
-
-_COUNT = Bounds(1, 1_000_000_000)
-#: One call charges up to two requests; a limit below what one call charges would have all mail given up.
-_REQUESTS = Bounds(2, 1_000_000_000)
 #: What may be set for a mailbox, or for each of them.
 MAILBOX_LIMITS: Mapping[str, Bounds] = {
-    "concurrency": Bounds(1, 1_000),
-    "requests": _REQUESTS,
-    # One request has up to 4 MB (a small attachment in base64, a range of a large one).
-    "upload_bytes": Bounds(5_000_000, 1_000_000_000_000),
-    "sends": _COUNT,
-    "recipients": _COUNT,
+    "concurrency": CONCURRENCY_BOUNDS,
+    "requests": REQUESTS_BOUNDS,
+    "upload_bytes": Bounds(*(megabytes * 1_000_000 for megabytes in UPLOAD_MB_BOUNDS)),
+    "sends": COUNT_BOUNDS,
+    "recipients": COUNT_BOUNDS,
 }
 #: What may be set for the tenant.
-TENANT_LIMITS: Mapping[str, Bounds] = {"tenant_requests": _REQUESTS, "tenant_external_recipients": _COUNT}
+TENANT_LIMITS: Mapping[str, Bounds] = {
+    "tenant_requests": REQUESTS_BOUNDS,
+    "tenant_external_recipients": COUNT_BOUNDS,
+}
 
 
 class Limit(NamedTuple):
@@ -115,9 +107,11 @@ def set_limits(mailbox: str | None, limits: Mapping[str, int], *, who: str) -> L
         NotALimit: Nothing was changed.
     """
     for name, limit in limits.items():
-        least, most = _bounds(mailbox, name)
-        if limit != 0 and not least <= limit <= most:
-            raise NotALimit(f"{name} must be 0 (no limit) or from {least} to {most}")
+        bounds = _bounds(mailbox, name)
+        try:
+            bounds.check(limit)
+        except ValueError as problem:
+            raise NotALimit(f"{name} {problem}") from None
     return _change(mailbox, limits, "limits.set", who)
 
 

@@ -72,6 +72,17 @@ def test_limits_are_set_shown_with_who_set_them_and_unset() -> None:
     assert {action for _, action, _ in audited()} == {"limits.set", "limits.unset"}
 
 
+def test_a_limit_that_single_mails_may_exceed_is_set_with_a_warning() -> None:
+    ended = mailfleet("limits", "set", "recipients=5", "tenant_external_recipients=499", "sends=1")
+    assert ended.status == 0
+    assert ended.complaint.splitlines() == [
+        "A single mail with more than 5 recipients will be given up (never_fits).",
+        "A single mail with more than 499 external recipients will be given up (never_fits).",
+    ]
+    for arguments in (("set", "recipients=500", "tenant_external_recipients=0"), ("unset", "recipients")):
+        assert mailfleet("limits", *arguments).complaint == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -152,6 +152,25 @@ def test_zero_switches_a_limit_off(environment: pytest.MonkeyPatch, variable: st
     assert load().shown()[variable] == "0"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("MAILBOX_CONCURRENCY", "1001", "from 1 to 1000"),
+        ("MAILBOX_REQUESTS_PER_10_MINUTES", "1", "from 2 to"),
+        ("TENANT_REQUESTS_PER_10_SECONDS", "1", "from 2 to"),
+        ("MAILBOX_UPLOAD_MB_PER_5_MINUTES", "4", "from 5 to"),
+        ("MAILBOX_RECIPIENTS_PER_DAY", "1000000001", "to 1000000000"),
+    ],
+)
+def test_a_limit_that_no_call_fits_into_is_refused(
+    environment: pytest.MonkeyPatch, variable: str, value: str, sentence: str
+) -> None:
+    environment.setenv(variable, value)
+    (problem,) = problems()
+    assert problem.startswith(f"{variable}: must be 0 (no limit) or ")
+    assert sentence in problem
+
+
 def test_lists_are_separated_by_commas(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("ALLOWED_SENDERS", " a@example.com, *@example.org ,,")
     assert load().allowed_senders == ("a@example.com", "*@example.org")

@@ -14,13 +14,12 @@ from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
-import requests
 
 from graph_client import errors
 from graph_client.classification import Operation, Reply, classify
 from graph_client.records import Call
 from graph_client.retry_after import retry_after_in
-from graph_client.transport import Transport, read
+from graph_client.transport import Response, Transport, read
 
 #: Graph takes no longer request; 4 MB are named in
 #: https://learn.microsoft.com/graph/api/user-post-messages and enforced with 413. Checked before anything is sent.
@@ -97,27 +96,27 @@ class Calls:
             raise errors.ConnectionLost("the answer did not arrive whole", **reply.facts())
         return reply
 
-    def open(self, request: Request, *, authorised: bool = True) -> requests.Response:
+    def open(self, request: Request, *, authorised: bool = True) -> Response:
         """Like ``call``, with the body of the answer still to be read."""
         if request.body is not None and len(request.body) > MAX_REQUEST_BYTES:
             raise errors.MessageTooLarge("the request exceeds what Graph takes")
         response = self._with_fresh_token(request) if authorised else self._observed(request, None)
-        if _is_success(request.operation, response.status_code):
+        if _is_success(request.operation, response.status):
             return response
         reply = _reply(response, read(response, MAX_ERROR_BYTES))
         raise classify(reply, request.operation, self._on_unknown_code)
 
-    def _with_fresh_token(self, request: Request) -> requests.Response:
+    def _with_fresh_token(self, request: Request) -> Response:
         """Repeat the request once with another token after a 401, which precedes any effect on the mailbox."""
         token = self._tokens.token()
         response = self._observed(request, token)
-        if response.status_code != 401:
+        if response.status != 401:
             return response
         read(response, MAX_ERROR_BYTES)
         self._tokens.drop(token)
         return self._observed(request, self._tokens.token())
 
-    def _observed(self, request: Request, token: str | None) -> requests.Response:
+    def _observed(self, request: Request, token: str | None) -> Response:
         client_request_id = request.client_request_id or str(uuid.uuid4())
         headers = {**self._headers, **request.headers, "client-request-id": client_request_id}
         if token is not None:
@@ -127,22 +126,25 @@ class Calls:
         began, response = time.perf_counter(), None
         try:
             response = self._transport.open(
-                request.method, request.url, headers, request.body, repeatable=request.operation.repeatable
+                request.method,
+                request.url,
+                headers,
+                request.body,
+                client_request_id=client_request_id,
+                repeatable=request.operation.repeatable,
             )
             return response
         finally:
             self._report(request, client_request_id, time.perf_counter() - began, response)
 
-    def _report(
-        self, request: Request, client_request_id: str, seconds: float, response: requests.Response | None
-    ) -> None:
+    def _report(self, request: Request, client_request_id: str, seconds: float, response: Response | None) -> None:
         if self._on_call is None:
             return
-        headers = {} if response is None else response.headers
+        headers: Mapping[str, str] = {} if response is None else response.headers
         call = Call(
             operation=request.operation.name,
             mailbox=request.mailbox,
-            status=None if response is None else response.status_code,
+            status=None if response is None else response.status,
             duration=timedelta(seconds=seconds),
             retry_after=retry_after_in(headers),
             request_id=headers.get("request-id"),
@@ -158,9 +160,8 @@ def _is_success(operation: Operation, status: int) -> bool:
     return 200 <= status < 300 if operation.repeatable else status == 202
 
 
-def _reply(response: requests.Response, body: bytes | None) -> Reply:
-    sent_id = response.request.headers["client-request-id"]
-    return Reply(response.status_code, response.headers, body or b"", sent_id)
+def _reply(response: Response, body: bytes | None) -> Reply:
+    return Reply(response.status, response.headers, body or b"", response.client_request_id)
 
 
 def encode(value: Any) -> bytes:

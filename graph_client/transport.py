@@ -4,9 +4,9 @@ The difference decides whether a mail may be sent again, and neither requests no
 timeout in the TLS handshake is reported as a read timeout, and a broken record while reading as a TLS error. So the
 connections note the moment at which a request begins to be written.
 
-What requests does for each request (environment's proxies, CA bundle, netrc: about 200 microseconds) is done once
-per host here, with requests' own rules: ``REQUESTS_CA_BUNDLE``, ``HTTPS_PROXY`` and ``NO_PROXY`` count as they are
-when a host is first talked to. There is no retry and no redirect at this level.
+Requests go through urllib3; of requests, which costs as much again for each, only the rules are used, once per host:
+``REQUESTS_CA_BUNDLE``, ``HTTPS_PROXY`` and ``NO_PROXY`` count as they are when a host is first talked to. (msal wants a
+session of requests': `new_session`.) There is no retry and no redirect at this level.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import http.client
 import ipaddress
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
+from urllib3 import BaseHTTPResponse
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
@@ -34,6 +34,9 @@ from graph_client import errors
 #: A connection idle for longer is not used again. Whoever closes first risks that a request meets the closing,
 #: which for a send costs a look into the mailbox; load balancers and proxies commonly close at 60 seconds or later.
 MAX_IDLE = timedelta(seconds=50)
+
+#: A thread talks to Graph and to a few hosts that take uploads.
+_MOST_POOLS = 16
 
 #: Everything that the libraries below raise for a network that misbehaves.
 FOREIGN = (
@@ -179,6 +182,15 @@ class _Adapter(HTTPAdapter):
         _wire.departed = False
         return super().send(*args, **kwargs)
 
+    def pool(self, origin: str) -> HTTPConnectionPool:
+        """Return the connections to a host, by way of the proxy if there is one."""
+        proxies, verify = surroundings(origin)
+        # In the clear is only this machine, which no proxy reaches.
+        way = proxies if origin.startswith("https:") else None
+        pool = self.get_connection_with_tls_context(requests.Request("GET", origin).prepare(), verify, way)
+        self.cert_verify(pool, origin, verify, None)  # type: ignore[no-untyped-call]
+        return cast(HTTPConnectionPool, pool)
+
 
 class _Session(requests.Session):
     def get_redirect_target(self, resp: Any) -> None:
@@ -238,8 +250,29 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+class Response(NamedTuple):
+    """An answer as far as its headers; the body is read with `read` or `chunks`, or given up with `close`."""
+
+    raw: BaseHTTPResponse
+    client_request_id: str
+
+    @property
+    def status(self) -> int:
+        return self.raw.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Their names compare without case."""
+        return self.raw.headers
+
+    def close(self) -> None:
+        """Let go of the answer; a connection on which some of it is still to come is closed."""
+        self.raw.close()
+        self.raw.release_conn()
+
+
 class Transport:
-    """One session per thread, so that threads share nothing; a thread's connections are closed when it ends.
+    """Connections of each thread's own, so that threads share nothing; they are closed when it ends.
 
     To be made after a fork, or at least not used before it.
     """
@@ -249,16 +282,17 @@ class Transport:
         self._timeout = timeout.total_seconds()
         self._threads = threading.local()
 
-    def _session(self) -> requests.Session:
-        session: requests.Session | None = getattr(self._threads, "session", None)
-        if session is None:
-            session = self._threads.session = new_session()
-        return session
-
     def open(
-        self, method: str, url: str, headers: dict[str, str], body: bytes | None, *, repeatable: bool
-    ) -> requests.Response:
-        """Send the request and return the answer as far as its headers; read it with ``read`` or ``chunks``.
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        *,
+        client_request_id: str,
+        repeatable: bool,
+    ) -> Response:
+        """Send the request and return the answer as far as its headers.
 
         Raises:
             InsecureUrl: The URL is plain http to another machine.
@@ -266,18 +300,38 @@ class Transport:
             ConnectionLost: It left and no answer came; it may be repeated.
             AnswerLost: It left and no answer came; it must not be repeated.
         """
-        request = requests.PreparedRequest()
-        request.method, request.url, request.body = method, url, body
-        request.headers = CaseInsensitiveDict(headers)
-        request.hooks = {"response": []}
         origin = origin_of(url)
         require_secure(origin)
-        proxies, verify = surroundings(origin)
-        with translating(repeatable, headers.get("client-request-id")):
+        try:
+            with translating(repeatable, client_request_id):
+                _wire.departed = False
+                return Response(self._exchange(method, origin, url, headers, body), client_request_id)
+        finally:
             _wire.departed = True
-            return self._session().send(
-                request, stream=True, allow_redirects=False, timeout=self._timeout, proxies=proxies, verify=verify
-            )
+
+    def _exchange(
+        self, method: str, origin: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> BaseHTTPResponse:
+        return self._pool(origin).urlopen(
+            method,
+            url[len(origin) :] or "/",
+            body,
+            headers,
+            retries=False,
+            redirect=False,
+            assert_same_host=False,
+            timeout=self._timeout,
+            preload_content=False,
+            decode_content=False,
+        )
+
+    def _pool(self, origin: str) -> HTTPConnectionPool:
+        pools: dict[str, HTTPConnectionPool] = self._threads.__dict__.setdefault("pools", {})
+        if origin not in pools:
+            if len(pools) >= _MOST_POOLS:
+                pools.clear()
+            pools[origin] = _Adapter().pool(origin)
+        return pools[origin]
 
 
 @contextmanager
@@ -289,25 +343,25 @@ def translating(repeatable: bool, client_request_id: str | None) -> Iterator[Non
         raise translate(exc, repeatable=repeatable, client_request_id=client_request_id) from origin(exc)
 
 
-def read(response: requests.Response, limit_bytes: int) -> bytes | None:
+def read(response: Response, limit_bytes: int) -> bytes | None:
     """Return the body, whose end frees the connection; None when it exceeds the limit or did not arrive whole."""
     try:
         body: bytes = response.raw.read(limit_bytes + 1, decode_content=True)
     except FOREIGN:
-        response.raw.close()
+        response.close()
         return None
     if len(body) > limit_bytes:
-        response.raw.close()
+        response.close()
         return None
     return body
 
 
-def chunks(response: requests.Response, chunk_bytes: int) -> Iterator[bytes]:
+def chunks(response: Response, chunk_bytes: int) -> Iterator[bytes]:
     """Yield the body piece by piece, each at most ``chunk_bytes`` long.
 
     Raises:
         ConnectionLost: The body ended early; what was yielded is not the whole.
     """
-    with translating(True, response.request.headers.get("client-request-id")):
+    with translating(True, response.client_request_id):
         _wire.departed = True
         yield from response.raw.stream(chunk_bytes, decode_content=True)

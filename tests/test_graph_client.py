@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import graph_support
 import pytest
-import requests
 from requests_mock import ANY, Mocker
 
 from graph_client import MAX_REQUEST_BYTES, SMALL_ATTACHMENT_BYTES, Call, GraphClient, attach_bytes, errors
@@ -18,6 +18,9 @@ USER = f"{GRAPH}/users/ann@contoso.example"
 MAILBOX = "ann@contoso.example"
 TAG_ID = "String {9b5c0f2e-6f0b-4a44-8d6e-0b6f3f1f8a11} Name email-id"
 MESSAGE: dict[str, Any] = {"subject": "Grüße", "toRecipients": [{"emailAddress": {"address": "bob@fabrikam.example"}}]}
+
+mocked = graph_support.mocked
+pytestmark = pytest.mark.usefixtures("mocked")
 
 
 class Tokens:
@@ -340,26 +343,3 @@ def test_a_missing_mime_raises_before_anything_is_read(graph: GraphClient, reque
 
     with pytest.raises(errors.ItemNotFound), graph.fetch_mime(MAILBOX, "m1"):
         raise AssertionError("the block is not entered")
-
-
-def test_the_environments_proxy_and_ca_bundle_are_used(
-    tokens: Tokens, requests_mock: Mocker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/etc/ssl/own.pem")
-    requests_mock.post("https://proxied.example/users/a@b/sendMail", status_code=202)
-
-    GraphClient("https://proxied.example", tokens, timedelta(seconds=5), TAG_ID).send_mail("a@b", MESSAGE)
-
-    (sent,) = requests_mock.request_history
-    assert sent.verify == "/etc/ssl/own.pem"
-    assert sent.proxies["https"] == "http://proxy.example:3128"
-
-
-def test_a_reset_reported_by_requests_on_a_send_leaves_the_outcome_unknown(
-    graph: GraphClient, requests_mock: Mocker
-) -> None:
-    requests_mock.post(f"{USER}/sendMail", exc=requests.ConnectionError(ConnectionResetError()))
-
-    with pytest.raises(errors.AnswerLost):
-        graph.send_mail(MAILBOX, MESSAGE)

@@ -406,3 +406,27 @@ def test_a_base_url_in_the_clear_is_refused_off_the_loopback(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "https://graph.example"])
 def test_https_and_the_loopback_are_accepted(url: str) -> None:
     client_at(url)
+
+
+def test_a_call_goes_through_the_environments_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a proxy that refuses to connect anybody
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:secret@127.0.0.1:{server.server_port}")
+    asked: list[tuple[str, str | None]] = []
+
+    def refuse(handler: Handler) -> None:
+        asked.append((handler.path, handler.headers["Proxy-Authorization"]))
+        handler.send_error(407)
+
+    monkeypatch.setattr(Handler, "do_CONNECT", refuse, raising=False)
+    # When
+    with pytest.raises(errors.ConnectionFailed):
+        client_at("https://graph.proxied.example/v1.0").send_mail(MAILBOX, MESSAGE)
+    # Then
+    assert asked == [("graph.proxied.example:443", "Basic dXNlcjpzZWNyZXQ=")]
+
+
+def test_a_certificate_is_held_against_the_environments_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/bundle.pem")
+
+    with pytest.raises(errors.ConnectionFailed):
+        client_at("https://graph.bundled.example/v1.0").send_mail(MAILBOX, MESSAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import graph_support
 import pytest
 from requests_mock import Mocker
 
@@ -14,6 +15,9 @@ MAILBOX = "ann@contoso.example"
 CREATE = f"{GRAPH}/users/{MAILBOX}/messages/m1/attachments/createUploadSession"
 UPLOAD_URL = "https://outlook.example/api/upload?authtoken=s3cret"
 SESSION = UploadSession(MAILBOX, UPLOAD_URL, None)
+
+mocked = graph_support.mocked
+pytestmark = pytest.mark.usefixtures("mocked")
 
 
 class FixedToken:

@@ -107,6 +107,11 @@ def record_expired(email: ClaimedEmail) -> None:
     mail_log(Step.EXPIRED, incoming_email_id=email.id)
 
 
+def hold(email: ClaimedEmail) -> None:
+    """Put an email back that is paused: it is the scheduler's again, which passes it over until the pause ends."""
+    _snooze(email, timedelta(), "paused", "paused")
+
+
 def record(email: ClaimedEmail, error: Exception) -> None:
     """Record why the mail was not sent and when it is tried again; raise what dead-letters the message."""
     try:

@@ -99,8 +99,10 @@ def _send_prepared(email: ClaimedEmail, draft_id: str, commit_intent: Callable[[
 
 
 def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> None:
-    """Look an email in doubt up; send any other."""
-    if email.in_doubt_for is not None:
+    """Look an email in doubt up; send any other. Do neither if it was paused since it was dispatched."""
+    if email.paused:
+        outcomes.hold(email)
+    elif email.in_doubt_for is not None:
         settle(email, email.in_doubt_for)
     elif email.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")

@@ -68,7 +68,10 @@ _CLAIM = """
     SELECT claimed.*, s.status, s.graph_message_id, now() - s.intent_at, now() - (
         SELECT max(resolved_at) FROM dlq WHERE dlq.incoming_email_id = claimed.id AND dlq.status = 'replayed'
            AND dlq.queue_name <> 'backup' AND dlq.resolved_at > s.intent_at
-    )
+    ), EXISTS (SELECT 1 FROM mailboxes m
+               -- Found by the key, whatever the planner thinks of the index of pauses.
+               WHERE m.mailbox IN (claimed.mailbox, '*') AND coalesce(m.paused_until > now(), false))
+       OR EXISTS (SELECT 1 FROM routes r WHERE r.route = %(route)s AND r.paused_until > now())
     FROM claimed LEFT JOIN sent_emails s ON s.incoming_email_id = claimed.id
 """
 # The last query of the statement sees sent_emails as it was before it.
@@ -95,6 +98,8 @@ class ClaimedEmail:
     doubted_draft_id: str | None
     #: For how long an operator has wanted this email sent although it was given up in doubt; None if none did.
     replayed_for: timedelta | None
+    #: Its mailbox, its route or everything was paused after it was dispatched: nothing is to begin.
+    paused: bool = False
     correlation_id: str | None = None
     reply_to: str | None = None
     traceparent: str | None = None
@@ -151,7 +156,7 @@ class ClaimedEmail:
             traceparent,
             created_at,
         ) = row[:12]
-        sending, doubted_draft_id, intended_for, replayed_for = row[12:]
+        sending, doubted_draft_id, intended_for, replayed_for, paused = row[12:]
         in_doubt = sending in (Sending.SENDING, Sending.IN_DOUBT)
         return cls(
             id=str(id),
@@ -167,6 +172,7 @@ class ClaimedEmail:
             in_doubt_for=intended_for if in_doubt else None,
             doubted_draft_id=doubted_draft_id if in_doubt else None,
             replayed_for=replayed_for if in_doubt else None,
+            paused=paused,
             correlation_id=correlation_id,
             reply_to=reply_to,
             traceparent=traceparent,

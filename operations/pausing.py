@@ -30,7 +30,9 @@ class Resumed(NamedTuple):
 
 
 def pause(subject: str, *, why: str, who: str, wait: timedelta | None = None) -> Pause:
-    """Dispatch nothing from a mailbox, by a route, or at all. Mail that a worker has in hand goes out.
+    """Begin nothing from a mailbox, by a route, or at all. Mail that a worker has in hand goes out.
+
+    What is dispatched already and waits for a worker is put back when one takes it up. Backups that are, are made.
 
     Args:
         subject: A mailbox's address, a route, or `EVERY` mailbox.

@@ -12,6 +12,7 @@ from support import SENDER, Fleet, email_row, everything, lapse, make_due, secon
 
 import actors
 import models
+import operations
 import runtime
 from graph_client import GraphClient
 from models import mailboxes, rows
@@ -166,6 +167,53 @@ def test_a_mail_that_can_never_fit_its_budget_is_given_up(fleet: Fleet, limit: C
     id = store(to=["a@example.org", "b@example.org", "c@example.org"])
     assert fleet.send() == ["dead-lettered"]
     assert (email_row(id)["status"], table("dlq")[0]["reason"]) == ("failed", "never_fits")
+
+
+# Paused
+
+
+@pytest.mark.parametrize("subject", [SENDER, mailboxes.EVERY, "no-attachment"])
+def test_mail_that_waits_for_a_worker_is_not_begun_after_a_pause(fleet: Fleet, subject: str) -> None:
+    # Given a mail that is dispatched when an operator pauses it
+    id = store()
+    fleet.schedule()
+    operations.pause(subject, why="wrong newsletter", who="olga")
+    # When a worker takes it up
+    assert fleet.run("send_plain") == ["done"]
+    # Then it waits as if it had never been dispatched
+    assert fleet.graph.requests(operation="send_mail") == []
+    row = email_row(id)
+    assert (row["status"], row["attempt_count"], row["last_error"]) == ("received", 0, "paused")
+    assert (sending(id), runtime.limiter.usage(SENDER)[3].used) == (None, 0)
+    assert fleet.send() == []
+    # And goes out when it is resumed
+    operations.resume(subject, who="olga")
+    fleet.send()
+    assert fleet.mails(id) == 1
+
+
+def test_mail_of_others_goes_out_during_a_pause(fleet: Fleet) -> None:
+    id = store()
+    fleet.schedule()
+    operations.pause("ben@example.com", why="holiday", who="olga")
+    operations.pause("attachment", why="store is down", who="olga")
+    fleet.run("send_plain")
+    assert fleet.mails(id) == 1
+
+
+def test_a_look_up_that_waits_for_a_worker_is_put_off_by_a_pause_and_the_mail_stays_in_doubt(fleet: Fleet) -> None:
+    fleet.graph.lose_next_answer(mailbox=SENDER)
+    id = store()
+    fleet.send()
+    make_due(id)
+    fleet.schedule()
+    operations.pause(SENDER, why="holiday", who="olga")
+    before = len(fleet.graph.requests())
+    assert fleet.run("send_plain") == ["done"]
+    assert (sending(id), len(fleet.graph.requests())) == ("in_doubt", before)
+    operations.resume(SENDER, who="olga")
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
 
 
 # Graph throttles

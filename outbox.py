@@ -364,14 +364,17 @@ class Batcher(Generic[Item]):
 
     For what need not be waited for and may be lost: if passing a batch on fails, or the process dies, either a sweep
     makes up for it or nothing depends on it.
+
+    Args:
+        linger: For how long items are gathered, from the first one on.
     """
 
-    #: Gathering so long costs nobody anything and makes batches of single items.
-    LINGER = timedelta(milliseconds=10)
-
-    def __init__(self, name: str, pass_on: Callable[[list[Item]], object]) -> None:
+    def __init__(
+        self, name: str, pass_on: Callable[[list[Item]], object], linger: timedelta = timedelta(milliseconds=10)
+    ) -> None:
         self._name = name
         self._pass_on = pass_on
+        self._linger = linger
         self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -398,7 +401,7 @@ class Batcher(Generic[Item]):
         while open:
             gathered = [self._waiting.get()]
             if gathered[0] is not None:
-                time.sleep(self.LINGER.total_seconds())
+                time.sleep(self._linger.total_seconds())
             while len(gathered) < _BATCH and not self._waiting.empty():
                 gathered.append(self._waiting.get())
             open = None not in gathered

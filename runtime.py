@@ -166,9 +166,9 @@ def wake_mirror() -> None:
     wake("mirror_dead_letters")
 
 
-def batcher(name: str, pass_on: Callable[[list[Item]], object]) -> Batcher[Item]:
+def batcher(name: str, pass_on: Callable[[list[Item]], object], linger: timedelta) -> Batcher[Item]:
     """Return a batcher that is emptied at the end of the process, before the publisher is."""
-    made = Batcher(name, pass_on)
+    made = Batcher(name, pass_on, linger)
     _batchers.append(made)
     return made
 
@@ -248,6 +248,8 @@ fleet_broker = FleetBroker(
 dramatiq.set_broker(fleet_broker)
 
 publisher = Publisher(rabbitmq, declare)
-events: Batcher[Event] = batcher("events", publish_events)
+#: Long enough that the mails of a busy process share a statement and a confirmation, too short to be felt.
+_LINGER = timedelta(milliseconds=20)
+events: Batcher[Event] = batcher("events", publish_events, _LINGER)
 wake_ups = WakeUps(redis, lambda name: enqueue([fleet_broker.get_actor(name).message()]), crash_point)
-_wake_ups_of_mails: Batcher[str] = batcher("wake-ups", lambda names: [wake(name) for name in set(names)])
+_wake_ups_of_mails: Batcher[str] = batcher("wake-ups", lambda names: [wake(name) for name in set(names)], _LINGER)

@@ -23,6 +23,9 @@ from models.turns import BATCH, READY, Busy
 _LOCK = 0x6D61696C666C6565
 #: Backups of a paused mailbox are looked at again by then even if the pause lasts: an operator may have ended it.
 _LONGEST_PUT_OFF = timedelta(minutes=15)
+#: Due backups that a sweep looks at: several times as many as are made at once. If none of them can be made now, they
+#: are put off, and it looks again.
+_BACKUPS_MET = 64
 #: Backups of a mailbox that has its share in flight let those of others come first, for so long for each that is before
 #: them (two short requests, several mailbox slots), and for a minute at most.
 _CROWDED_PUT_OFF = timedelta(milliseconds=100)
@@ -142,8 +145,10 @@ def in_flight() -> tuple[dict[Route, int], Busy]:
     busy.backups.update(
         rows(
             """
-            SELECT e.mailbox, count(*) FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
-            WHERE s.backup_lease_until IS NOT NULL GROUP BY e.mailbox
+            SELECT mailbox, count(*) FROM (
+                SELECT (SELECT mailbox FROM incoming_emails WHERE id = incoming_email_id) FROM sent_emails
+                WHERE backup_lease_until IS NOT NULL
+            ) leased GROUP BY mailbox
             """,
             prepared=True,
         )
@@ -221,14 +226,14 @@ _CLAIM_BACKUPS = f"""
     WITH due AS MATERIALIZED (
         SELECT id, incoming_email_id, backup_due_at FROM sent_emails
         WHERE backup_due_at <= now() AND backup_lease_until IS NULL
-        ORDER BY backup_due_at LIMIT {BATCH}
+        ORDER BY backup_due_at LIMIT {_BACKUPS_MET}
     ), met AS MATERIALIZED (
         SELECT due.id, due.backup_due_at, greatest(m.paused_until, every.paused_until) AS paused_until,
                coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
                    -- One that refuses us is probed with one at a time, be it a send or a backup.
                    + CASE WHEN m.refusal_count > 0 THEN %(share)s - 1 + coalesce(busy.sends, 0) ELSE 0 END
                    - %(share)s AS too_many,
-               count(*) OVER () = {BATCH} AS more
+               count(*) OVER () = {_BACKUPS_MET} AS more
         FROM due JOIN incoming_emails e ON e.id = due.incoming_email_id
         LEFT JOIN mailboxes m ON m.mailbox = e.mailbox
         LEFT JOIN mailboxes every ON every.mailbox = '*' AND every.paused_until > now()

@@ -493,7 +493,7 @@ def test_a_mailbox_never_has_more_than_its_share_of_backups_in_flight() -> None:
 
 def test_a_backlog_of_backups_that_must_wait_is_met_once_and_then_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given more backups of a paused and of a busy mailbox than one sweep meets, all due before another's
-    monkeypatch.setattr(scheduling, "BATCH", 3)
+    monkeypatch.setattr(scheduling, "_BACKUPS_MET", 3)
     paused, busy, (last,) = sent_many(4), sent_many(7, "ben@example.com"), sent_many(1, "zoe@example.com")
     mailboxes.pause("ann@example.com", MINUTE, why="429")
     # When

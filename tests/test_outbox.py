@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any
 
 import pika
@@ -330,14 +331,19 @@ def test_a_batcher_passes_on_what_comes_after_its_close() -> None:
     assert passed == [1, 2]
 
 
-def test_a_batcher_does_not_wait_for_more_than_a_moment() -> None:
-    assert timedelta(milliseconds=20) >= Batcher.LINGER
+def test_a_batcher_gathers_for_a_while_from_the_first_item_on() -> None:
+    passed: SimpleQueue[list[int]] = SimpleQueue()
+    batcher = Batcher[int]("numbers", passed.put, linger=timedelta(seconds=0.3))
+    for number in range(3):
+        batcher.add([number])
+        time.sleep(0.01)
+    assert passed.get(timeout=10) == [0, 1, 2]
 
 
 def test_every_batcher_is_emptied_at_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_batchers", [*runtime._batchers])
     passed: list[int] = []
-    runtime.batcher("numbers", passed.extend).add([1, 2])
+    runtime.batcher("numbers", passed.extend, timedelta()).add([1, 2])
     runtime.close()
     assert passed == [1, 2]
     assert {runtime.events, runtime._wake_ups_of_mails, scheduling.receipts} <= set(runtime._batchers)

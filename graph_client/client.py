@@ -38,6 +38,8 @@ ATTACH_JSON_BYTES = 1536
 MIME_CHUNK_BYTES = 64 * 1024
 
 _PAGE_SIZE = 100
+#: What a query may hold as it is (RFC 3986, section 3.4), but for what separates its parts.
+_QUERY_SAFE = "/?:@!$'()*,;"
 
 _SEND_MAIL = Operation("send_mail", target="mailbox", repeatable=False)
 _SEND_DRAFT = Operation("send_draft", repeatable=False)
@@ -98,6 +100,9 @@ class GraphClient:
         require_secure(self._origin)
         self._tokens = tokens
         self._tag_id = tag_id
+        # Outlook understands the tag in exactly this form, and no other. Quoted here, for it is long.
+        tagged = f"singleValueExtendedProperties/Any(ep: ep/id eq {_literal(tag_id)} and ep/value eq "
+        self._tagged = f"$select={Message.SELECT}&$top={_PAGE_SIZE}&$filter={quote(tagged, safe=_QUERY_SAFE)}"
         self._refuses_dates = False
         self._calls = Calls(tokens, timeout, user_agent, on_call, on_unknown_code)
 
@@ -172,10 +177,7 @@ class GraphClient:
             return found
 
     def _find_tagged(self, mailbox: str, value: str, further: str) -> Found:
-        tag_id, wanted = _literal(self._tag_id), _literal(value)
-        # Outlook understands the tag in exactly this form, and no other.
-        tag = f"singleValueExtendedProperties/Any(ep: ep/id eq {tag_id} and ep/value eq {wanted})"
-        query = f"$filter={quote(tag + further, safe='')}&$select={Message.SELECT}&$top={_PAGE_SIZE}"
+        query = self._tagged + quote(f"{_literal(value)}){further}", safe=_QUERY_SAFE)
         found = Found([], [])
         for messages, request_id in self._pages(
             _FIND, mailbox, f"{self._mailbox(mailbox)}/messages?{query}", Message.from_graph

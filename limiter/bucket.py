@@ -35,8 +35,8 @@ class FleetBucket(AbstractBucket):
         self._ledger = ledger
         self._mailbox = mailbox
         self._windows = ledger.windows(mailbox) + ledger.windows(TENANT)
-        # Not through the property, which wants rates of one unit, in order.
-        self._rates = [Rate(max(window.limit, 1), window.interval) for window in self._windows]
+        # Not through the property, which wants rates of one unit.
+        self._rates = ledger.rates
         self._extra = extra
         self._wait = wait
         self._reserved_at_ms = reserved_at_ms

@@ -164,17 +164,16 @@ class Window(NamedTuple):
     budget: str
     key: str
     limit: int
-    interval: int
+    #: Milliseconds of a sub-window, rounded up: a longer window is a stricter one.
+    width: int
+    #: Sub-windows that count: those that the window's length covers, the one it covers in part, and the slack.
+    ring: int
 
-    @property
-    def width(self) -> int:
-        """Milliseconds of a sub-window, rounded up: a longer window is a stricter one."""
-        return -(-self.interval // SUBWINDOWS)
-
-    @property
-    def ring(self) -> int:
-        """Sub-windows that count: those that the window's length covers, the one it covers in part, and the slack."""
-        return -(-self.interval // self.width) + 1 + SLACK
+    @classmethod
+    def of(cls, budget: str, key: str, limit: int, interval: int) -> Window:
+        """Return the window whose length is ``interval`` milliseconds."""
+        width = -(-interval // SUBWINDOWS)
+        return cls(budget, key, limit, width, -(-interval // width) + 1 + SLACK)
 
     def described(self, units: int) -> str:
         """What a script is told of the window."""

@@ -11,10 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from hashlib import sha256
+from operator import itemgetter
 from secrets import token_hex
 from typing import NamedTuple
 
+from pyrate_limiter import Rate
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -61,6 +64,8 @@ _WRITING_DOWN = timedelta(seconds=30)
 #: So many windows or limits are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
 _WRITTEN_TOGETHER = 100
 
+#: Of so many mailboxes a process remembers the keys: some 2 kB each.
+_KNOWN_MAILBOXES = 1_000
 #: No pause is longer: its end must be a date.
 _LONGEST_PAUSE = timedelta(days=36_500)
 
@@ -132,21 +137,28 @@ class Ledger:
         self._spent = redis.register_script(scripts.SPENT)
         self._end_of_turn = redis.register_script(scripts.END_TURN)
 
+        self._speed = (self._limits[CONCURRENCY], _ms(ramp_step))
+        # Each call asks for its mailbox's keys, and they are a dozen.
+        self.windows = lru_cache(maxsize=_KNOWN_MAILBOXES)(self._windows)
+        self._head = lru_cache(maxsize=_KNOWN_MAILBOXES)(self._head_of)
+        in_order = sorted(windows.items(), key=itemgetter(1))
+        self.rates = [Rate(max(self._limits[budget], 1), interval) for budget, interval in in_order]
+
     # Keys
 
     def owner(self, mailbox: str | None) -> str:
         """Return how keys name a mailbox, or the `TENANT`."""
         return "tenant" if mailbox is TENANT else sha256(mailbox.lower().encode()).hexdigest()[:32]
 
-    def windows(self, mailbox: str | None) -> list[Window]:
+    def _windows(self, mailbox: str | None) -> tuple[Window, ...]:
         """Return the windows in which a mailbox, or the `TENANT`, is counted."""
         owner = self.owner(mailbox)
-        return [
+        return tuple(
             # The interval is part of the key, for a ring of other sub-windows could not be read.
-            Window(budget, self._key(owner, f"{budget}:{interval}"), self._limits[budget], interval)
+            Window.of(budget, self._key(owner, f"{budget}:{interval}"), self._limits[budget], interval)
             for budget, interval in self._intervals.items()
             if budget.startswith("tenant_") == (mailbox is TENANT)
-        ]
+        )
 
     def _window(self, mailbox: str | None, budget: str) -> Window:
         for window in self.windows(mailbox):
@@ -157,16 +169,12 @@ class Ledger:
     def _key(self, owner: str, of: str) -> str:
         return f"{self._prefix}:{owner}:{of}"
 
-    def _head(self, owner: str) -> list[str]:
+    def _head_of(self, owner: str) -> list[str]:
         """Return the keys of `scripts.HEAD`."""
         own = [self._key(owner, of) for of in ("limits", "slowed", "pause")]
         waiting = [self._key(owner, of) for of in ("slots", "waiting_send", "waiting")]
         tenants = self._key("tenant", "limits")
         return [self._born, tenants, *own, self._key("tenant", "pause"), *waiting]
-
-    @property
-    def _speed(self) -> tuple[int, int]:
-        return self._limits[CONCURRENCY], _ms(self._ramp_step)
 
     # Calls
 

@@ -292,7 +292,7 @@ def test_refund_takes_nothing_from_the_sub_window_that_has_its_place_in_the_ring
 ) -> None:
     limiter = make(only(mailbox_sends_per_minute=5), windows=LONG)
     (reservation,) = reserve(limiter, ONE)
-    window = Window("sends", "", 5, LONG["sends"])
+    window = Window.of("sends", "", 5, LONG["sends"])
     limiter.refund(MAILBOX, Reservation(reservation.at_ms - window.ring * window.width), ONE)
     limiter.refund(MAILBOX, Reservation(reservation.at_ms + window.ring * window.width), ONE)
     assert sums(client, prefix, "sends") == (1, 1)

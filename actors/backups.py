@@ -17,7 +17,7 @@ A second copy of a message, however it came about, finds the first.
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import dramatiq
 from dramatiq.middleware import CurrentMessage
@@ -43,6 +43,11 @@ from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
 from vault import SealedBlob, bind_to
 
 log = logging.getLogger(__name__)
+
+
+#: A mailbox may refuse us for so long before the copies of what it has sent use up their attempts: nothing is lost by
+#: waiting, for the mail is sent.
+_REFUSED_FOR = timedelta(days=7)
 
 
 class NotInMailbox(Exception):
@@ -145,8 +150,11 @@ def _record(backup: ClaimedBackup, error: Exception) -> None:
         case ConnectionFailed():
             backup.snooze(unreachable(), str(error))
         case MailboxUnavailable():
-            pause_mailbox(backup.mailbox, error)
-            _retry_or_fail(backup, error)
+            wait = 2 * pause_mailbox(backup.mailbox, error)  # another is the next to probe
+            if datetime.now(UTC) - backup.received_at < _REFUSED_FOR:
+                backup.snooze(wait, str(error))
+            else:
+                _retry_or_fail(backup, error, wait)
         case TransientError():
             _retry_or_fail(backup, error, heed(backup.mailbox, error))
         case _:

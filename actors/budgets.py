@@ -25,7 +25,7 @@ from graph_client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
 from models import mailboxes, spending, turns
 from models.scheduling import Lapsed, Pick
-from models.turns import EVERY, Candidate
+from models.turns import EVERY, Candidate, Full
 from telemetry import LIMITER_REFUSALS, RESTORED
 
 #: What an operator sets reaches Redis at once; if Redis was away then, within this of its return.
@@ -34,11 +34,13 @@ _CHANGED_WITHIN = timedelta(hours=1)
 _RECOVERY = timedelta(milliseconds=limits.RECOVERY_MS)
 #: Longer than Redis can be away without anybody seeing to it.
 _CHANGED_MEANWHILE = timedelta(days=30)
-#: A mail that is too large for what is left of a budget lets smaller ones pass for so long since it was received; then
-#: all wait until there is enough for it.
+#: A mail that is too large for what is left of its mailbox's budget lets smaller ones pass for so long since it was
+#: due; then all wait until there is enough for it.
 _OVERTAKEN_FOR = timedelta(hours=1)
 #: A scheduler hands out for no longer than this, unless it stands still.
 LONGEST_TURN = timedelta(seconds=3)
+#: What an operator asks for takes effect within a second; a scheduler has its turn for much less, unless it died in it.
+OPERATORS_PATIENCE = timedelta(milliseconds=700)
 _NEXT_IN_TURN = timedelta(milliseconds=10)
 #: What binds every mailbox is looked at again by whoever sweeps next, not noted for each.
 _OF_EVERYBODY = ("tenant_pause", "tenant_requests")
@@ -67,8 +69,8 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
     sends = {mailbox: [_send(candidate) for candidate in mails] for mailbox, mails in wanted.items()}
     answers = runtime.limiter.reserve(sends)
     picks: list[Pick] = []
-    full: dict[str, tuple[timedelta, str]] = {}
-    deferred: dict[str, tuple[timedelta, str]] = {}
+    full: dict[str, Full] = {}
+    too_large: list[tuple[Candidate, Exhausted]] = []
     everybody_waits: list[timedelta] = []
     for mailbox, mails in wanted.items():
         for candidate, answer in zip(mails, answers[mailbox], strict=True):
@@ -81,24 +83,43 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
                     everybody_waits.append(answer.retry_after)
                 case Exhausted(budget=budget) if budget in _OF_EVERYBODY:
                     everybody_waits.append(answer.retry_after)
-                case Exhausted() if answer.mailbox_wide or candidate.waited > _OVERTAKEN_FOR:
-                    _note(answer, full, EVERY if answer.budget == "tenant_external_recipients" else mailbox)
+                case Exhausted() if answer.mailbox_wide:
+                    full.setdefault(_whose(candidate, answer), Full(answer.retry_after, f"limit: {answer.budget}"))
                 case Exhausted():
-                    _note(answer, deferred, candidate.id)
+                    too_large.append((candidate, answer))
+    full = _without_room_for(too_large) | full
+    for each in full.values():
+        LIMITER_REFUSALS.labels(each.reason.removeprefix("limit: ")).inc()
     turns.note_full(full)
-    turns.defer(deferred)
     runtime.crash_point(CrashPoint.BUDGET_RESERVED)
-    return Reserved(picks, bool(full or deferred), max(everybody_waits, default=None))
+    return Reserved(picks, bool(full), max(everybody_waits, default=None))
 
 
 def _send(candidate: Candidate) -> Wanted:
     return Wanted(candidate.recipients, candidate.external_recipients)
 
 
-def _note(refused: Exhausted, noted: dict[str, tuple[timedelta, str]], key: str) -> None:
-    LIMITER_REFUSALS.labels(refused.budget).inc()
-    if key not in noted:
-        noted[key] = refused.retry_after, f"limit: {refused.budget}"  # each waits for its own: nothing comes together
+def _whose(candidate: Candidate, refused: Exhausted) -> str:
+    return EVERY if refused.budget == "tenant_external_recipients" else candidate.mailbox
+
+
+def _without_room_for(too_large: Sequence[tuple[Candidate, Exhausted]]) -> dict[str, Full]:
+    """Say from which size on mail is passed over: smaller mail may fit into what is left.
+
+    After a while it may not: or large mail would wait for ever.
+    """
+    if not too_large:
+        return {}
+    waited = turns.waited([candidate.id for candidate, _ in too_large])
+    full: dict[str, Full] = {}
+    for candidate, refused in too_large:
+        whose = _whose(candidate, refused)
+        size = candidate.external_recipients if whose == EVERY else candidate.recipients
+        if whose != EVERY and waited.get(candidate.id, timedelta()) > _OVERTAKEN_FOR:
+            size = 1
+        if whose not in full or size < full[whose].from_recipients:
+            full[whose] = Full(refused.retry_after, f"limit: {refused.budget}", size)
+    return full
 
 
 def refund(candidates: Sequence[Candidate], unused: Sequence[Pick]) -> None:
@@ -106,15 +127,20 @@ def refund(candidates: Sequence[Candidate], unused: Sequence[Pick]) -> None:
     known = {candidate.id: candidate for candidate in candidates}
     for pick in unused:
         if pick.reserved_at_ms is not None:
-            runtime.limiter.refund(pick.mailbox, Reservation(pick.reserved_at_ms), _send(known[pick.id]))
+            give_back(pick.mailbox, Reservation(pick.reserved_at_ms), _send(known[pick.id]))
+
+
+def give_back(mailbox: str, reservation: Reservation, send: Wanted) -> None:
+    """Take back what was charged for a send that is not made, and have others that wait for it looked at."""
+    runtime.limiter.refund(mailbox, reservation, send)
+    turns.note_room(mailbox)
 
 
 def refund_lapsed(lapsed: Sequence[Lapsed]) -> None:
     """Give back what was reserved for dispatches that no worker took: with the workers down a day's would be gone."""
     for each in lapsed:
         if each.unused is not None:
-            send = Wanted(each.recipients, each.external_recipients)
-            runtime.limiter.refund(each.mailbox, Reservation(each.unused), send)
+            give_back(each.mailbox, Reservation(each.unused), Wanted(each.recipients, each.external_recipients))
 
 
 def keep_counts() -> None:
@@ -179,13 +205,13 @@ def _tell(owners: Sequence[spending.OwnLimits]) -> None:
 
 
 @contextmanager
-def turn() -> Iterator[None]:
+def turn(patience: timedelta | None = None) -> Iterator[None]:
     """Hand out, or change limits, in one process at a time.
 
     Two that hand out would reserve for the same mail and find mailboxes full that are not. A scheduler that stands
-    still is not waited for.
+    still is not waited for: after ``patience`` (`LONGEST_TURN`) it is done without the turn.
     """
-    deadline = time.monotonic() + LONGEST_TURN.total_seconds()
+    deadline = time.monotonic() + (patience or LONGEST_TURN).total_seconds()
     while True:
         with runtime.limiter.turn("scheduler", LONGEST_TURN) as mine:
             if mine or time.monotonic() > deadline:

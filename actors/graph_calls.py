@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+import limiter as limits
 import runtime
+from actors.budgets import give_back
 from graph_client import looking_first
-from limiter import Exhausted, Reservation, Slot, Wanted
+from limiter import Exhausted, Reservation, Slot, TooLate, Wanted
 from models import ClaimedBackup, ClaimedEmail
 from settings import LEASE_MARGIN
 
@@ -27,6 +29,8 @@ from settings import LEASE_MARGIN
 SLOT_WAIT = timedelta(seconds=1)
 #: A request that starts sooner after it was admitted does not ask again for pauses.
 _FRESH = timedelta(milliseconds=50)
+#: A send that starts later after it was admitted may arrive when what it was charged has left the window of a minute.
+_LATEST_SEND = limits.SLACK * timedelta(milliseconds=limits.WINDOWS["sends"]) / limits.SUBWINDOWS
 
 Renewing = Callable[[Iterable[bytes]], Iterator[bytes]]
 
@@ -55,7 +59,7 @@ def graph_call(email: ClaimedEmail, *, sends: bool = False, upload_bytes: int = 
         configuration = runtime.configuration
         outlasting = configuration.graph_timeout + LEASE_MARGIN / 2
         held = partial(email.ensure_held, at_least=outlasting, lease=configuration.lease)
-        with _looking_first(email.mailbox, held):
+        with _looking_first(email.mailbox, held, latest=_LATEST_SEND if sends else None):
             yield
 
 
@@ -92,17 +96,19 @@ def send_of(email: ClaimedEmail) -> Wanted:
 def refund(email: ClaimedEmail) -> None:
     """Give back the send budget of an email that is proven not to be sent now."""
     if email.charged_at_ms is not None:
-        runtime.limiter.refund(email.mailbox, Reservation(email.charged_at_ms), send_of(email))
+        give_back(email.mailbox, Reservation(email.charged_at_ms), send_of(email))
 
 
 @contextmanager
-def _looking_first(mailbox: str, held: Callable[[], object]) -> Iterator[None]:
+def _looking_first(mailbox: str, held: Callable[[], object], *, latest: timedelta | None = None) -> Iterator[None]:
     admitted_at = time.monotonic()
 
     def look() -> None:
         if time.monotonic() - admitted_at > _FRESH.total_seconds():
             _look_at_pauses(mailbox)
         held()
+        if latest and time.monotonic() - admitted_at > latest.total_seconds():
+            raise TooLate
 
     with looking_first(look):
         yield

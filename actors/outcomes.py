@@ -4,7 +4,7 @@
 limiter says no              snoozed, no attempt spent; a mailbox at its limit is passed over
 Graph throttles              everyone leaves the mailbox alone until then; snoozed
 outcome unknown              in doubt: looked up, not repeated
-mailbox refuses              the mailbox is paused, longer each time; an attempt spent
+mailbox refuses              the mailbox is paused, longer each time; an attempt spent; another mail probes
 configuration refused        everything is paused shortly; snoozed: no mail is to blame
 Graph out of reach           snoozed: no mail is to blame, however long it lasts
 transient                    tried again with full jitter, or when Graph says, to everyone; an attempt spent
@@ -42,7 +42,7 @@ from graph_client.errors import (
 )
 from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes, turns
 from models.spending import record_slowed
-from models.turns import EVERY
+from models.turns import EVERY, Full
 from outbox import PUBLISH_WITHIN
 from telemetry import DEAD_LETTERS, LIMITER_REFUSALS, LOWERED, Step, mail_log
 
@@ -61,6 +61,10 @@ _DRAFT_ATTEMPTS = 3
 _DRAFT_LAG = timedelta(seconds=1)
 #: Graph's words when it says which limit is exceeded (graph error ApplicationThrottled; users' reports).
 _BLAMED = {"MailboxConcurrency": limits.CONCURRENCY, "IncomingBytes": "upload_bytes"}
+
+
+#: What a mailbox is full of, if nothing is left of it.
+_OF_MAILBOX = ("sends", "recipients", "requests", "upload_bytes")
 
 
 class AttemptsUsedUp(Exception):
@@ -137,7 +141,8 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
         case OutcomeUnknown():
             _doubt(email, error)
         case MailboxUnavailable():
-            _retry(email, error, pause_mailbox(email.mailbox, error))
+            # Another mail is the next to probe: it may be this one alone that is refused.
+            _retry(email, error, 2 * pause_mailbox(email.mailbox, error))
         case ConfigurationError():
             pause_everything()
             _snooze(email, unreachable(), str(error), "configuration")
@@ -161,13 +166,10 @@ def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:
 
 def hold_back(mailbox: str, refused: limits.Refused) -> tuple[timedelta, str]:
     """Have the scheduler pass over a mailbox that is at its limit; return when to ask again, and the limit's name."""
-    budget = refused.budget if isinstance(refused, limits.Exhausted) else "unavailable"
-    LIMITER_REFUSALS.labels(budget).inc()
-    if refused.mailbox_wide and budget in ("sends", "recipients"):
-        turns.note_full({mailbox: (refused.retry_after, f"limit: {budget}")})
-    elif refused.mailbox_wide and budget in ("requests", "upload_bytes"):
-        mailboxes.pause(mailbox, refused.retry_after, why=f"limit: {budget}")
-    return after_refusal(refused), budget
+    LIMITER_REFUSALS.labels(refused.budget).inc()
+    if refused.mailbox_wide and refused.budget in _OF_MAILBOX:
+        turns.note_full({mailbox: Full(refused.retry_after, f"limit: {refused.budget}")})
+    return after_refusal(refused), refused.budget
 
 
 def _leave_alone(email: ClaimedEmail, throttled: Throttled) -> None:

@@ -121,7 +121,7 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     # In any order: what a mailbox has room for goes to the first, and must not go to the same one each time.
     in_turn = random.sample([*Route], len(Route))
     open_routes = [route for route in in_turn if route not in closed.routes]
-    chosen = {route: _choose(route, routes[route], busy, internal_only=closed.external) for route in open_routes}
+    chosen = {route: _choose(route, routes[route], busy, external_from=closed.external_from) for route in open_routes}
     reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
     picks = {pick.id: pick for pick in reserved.picks}
     claims, backups, more_backups = _claim(chosen, picks)
@@ -153,7 +153,7 @@ def _share() -> int:
     return runtime.configuration.mailbox_concurrency or _UNLIMITED_SHARE
 
 
-def _choose(route: Route, in_flight: int, busy: Busy, *, internal_only: bool) -> _Chosen:
+def _choose(route: Route, in_flight: int, busy: Busy, *, external_from: int | None) -> _Chosen:
     """Choose what is to go out, look-ups first, and note it as busy for the routes that follow."""
     capacity = _limits()[route] - in_flight
     to_look_up = turns.look_ups(route, capacity=capacity, share=_share(), busy=busy)
@@ -165,7 +165,7 @@ def _choose(route: Route, in_flight: int, busy: Busy, *, internal_only: bool) ->
         share=_share(),
         busy=busy,
         after=_last_served[route],
-        internal_only=internal_only,
+        external_from=external_from,
     )
     to_send = turns.choose(found, min(capacity, scheduling.BATCH))
     _add(to_send, busy)

@@ -97,10 +97,18 @@ def _why(budget: Limit) -> str:
 def _held_rows(held: list[Held]) -> Iterator[list[Any]]:
     for each in held:
         if each.full_until:
-            yield [_named(each.mailbox), each.full_until, f"waits for budget: {each.full_reason}"]
+            yield [_named(each.mailbox), each.full_until, f"waits for budget: {each.full_reason}{_passed_over(each)}"]
         if each.refusal_count:
             times = f"{each.refusal_count} times in a row" if each.refusal_count > 1 else "once"
             yield [_named(each.mailbox), "it takes one", f"refuses us ({times}): probed one mail at a time"]
+
+
+def _passed_over(held: Held) -> str:
+    import operations
+
+    if held.full_from > 1:
+        return f" (mail with {held.full_from} or more)"
+    return " (mail that has any)" if held.mailbox == operations.EVERY else ""
 
 
 def _named(mailbox: str) -> str:

@@ -179,8 +179,13 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        """Ask for a token: it is not the request that is to be looked at first."""
         _wire.departed = False
-        return super().send(*args, **kwargs)
+        look, _wire.look = _wire.look, None
+        try:
+            return super().send(*args, **kwargs)
+        finally:
+            _wire.look = look
 
     def pool(self, origin: str) -> HTTPConnectionPool:
         """Return the connections to a host, by way of the proxy if there is one."""

@@ -19,8 +19,8 @@ least 97 % of a limit is usable, never more than 100 %.
 
 **Limits** are the settings', unless `set_limits` has set others for the fleet or for a mailbox: they bind every process
 from its next call on. What has no limit is counted all the same: one that is set later knows what was spent. A mailbox
-that Graph throttles three times in ten minutes has the limit lowered to 60 % of what it used (`throttled`); it grows
-back by 1/30 of the whole each minute.
+that Graph throttles three times in ten minutes, pauses not counted, has the limit lowered to 60 % of what it used
+(`throttled`); it grows back by 1/30 of the whole each minute.
 
 **After a pause** a mailbox's concurrency starts at one and doubles every `RAMP_STEP` until it reaches its limit, so
 that the waiting mail does not arrive as the burst that was throttled. After a tenant's pause every mailbox does so.
@@ -74,7 +74,7 @@ from .budgets import (
     check_units,
 )
 from .ledger import RAMP_STEP, TENANT, Ledger, Slot, Verdict, connect
-from .refusals import Emptied, Exhausted, NeverFits, Refused, Unavailable
+from .refusals import Emptied, Exhausted, NeverFits, Refused, TooLate, Unavailable
 from .scripts import RECOVERY_MS
 
 __all__ = [
@@ -95,6 +95,7 @@ __all__ = [
     "Slot",
     "Slowed",
     "Spent",
+    "TooLate",
     "Unavailable",
     "Wanted",
 ]
@@ -248,9 +249,9 @@ class Limiter:
     def throttled(self, mailbox: str, wait: timedelta, *, budget: str) -> tuple[Slowed | None, bool]:
         """Pause a mailbox that Graph throttled, and learn from it.
 
-        The third time within ten minutes the budget is lowered to 60 % of the most that was used of it at any of the
-        three: the first has emptied the window for the others. If ten mailboxes or more are throttled within 20
-        seconds, and half of those that talked to Graph, everything is paused.
+        The third time within ten minutes, pauses not counted, the budget is lowered to 60 % of the most that was used
+        of it at any of the three: the first has emptied the window for the others. If ten mailboxes or more are
+        throttled within 20 seconds, and half of those that talked to Graph, everything is paused.
 
         Args:
             budget: What Graph's words are about, or ``sends``, or ``requests``, after what was asked.

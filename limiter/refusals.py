@@ -12,6 +12,8 @@ UNAVAILABLE_RETRY = timedelta(seconds=1)
 class Refused(Exception):
     """Raised when a call to Graph may not be made now."""
 
+    #: What refuses, by the name that it has in metrics.
+    budget: str
     retry_after: timedelta
     mailbox_wide: bool
 
@@ -38,6 +40,7 @@ class Exhausted(Refused):
 class Unavailable(Refused):
     """Raised when Redis does not answer. A charge may have been made all the same: that errs on the strict side."""
 
+    budget = "unavailable"
     retry_after = UNAVAILABLE_RETRY
     mailbox_wide = True
 
@@ -48,11 +51,26 @@ class Unavailable(Refused):
 class Emptied(Refused):
     """Raised when Redis has lost its counts, and what was spent is not written down again yet."""
 
+    budget = "unavailable"
     retry_after = UNAVAILABLE_RETRY
     mailbox_wide = True
 
     def __str__(self) -> str:
         return "Redis was emptied: the limiter waits until what was spent is written down again"
+
+
+class TooLate(Refused):
+    """Raised when a call starts so long after it was admitted that what it was charged might not count when it arrives.
+
+    What was charged counts for a while longer than its window (`SLACK`), and no longer than that may it be under way.
+    """
+
+    budget = "late"
+    retry_after = timedelta()
+    mailbox_wide = False
+
+    def __str__(self) -> str:
+        return "the call would have started too late after it was admitted"
 
 
 class NeverFits(ValueError):

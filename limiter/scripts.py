@@ -374,7 +374,7 @@ return ends > now and ends or nil
 """
 )
 
-#: Counts what Graph throttled; KEYS go on with the strikes, each "at:used", and the window of the budget.
+#: Counts what Graph throttled; KEYS go on with the strikes, each "at:wait:used", and the window of the budget.
 #: ARGV: concurrency, ramp step, budget, its limit, width and ring (0: the slots), strikes that slow, how long they are
 #: remembered, what is left of the limit in percent, the least in percent, the prefix of the counts of mailboxes that
 #: talk, that of those that were throttled, how many throttled ones make it the tenant's, for how long Graph wants to be
@@ -412,11 +412,14 @@ local strikes, needed = KEYS[10], tonumber(ARGV[7])
 local budget, ring = ARGV[3], tonumber(ARGV[6])
 -- The call that was throttled has returned its slot.
 local used = ring > 0 and read(KEYS[11], tonumber(ARGV[5]), ring).used or held() + 1
-redis.call('RPUSH', strikes, string.format('%d:%d', now, used))
+redis.call('RPUSH', strikes, string.format('%d:%d:%d', now, ARGV[14], used))
 redis.call('LTRIM', strikes, -needed, -1)
-redis.call('PEXPIRE', strikes, ARGV[8])
+redis.call('PEXPIRE', strikes, ARGV[8] + ARGV[14])
 local seen = redis.call('LRANGE', strikes, 0, -1)
-if #seen < needed or now - seen[1]:match('^%d+') > tonumber(ARGV[8]) then return {'', 0} end
+-- What they are apart is time in which something was sent: a pause may be longer than they are remembered.
+local apart = now - seen[1]:match('^%d+')
+for i = 1, #seen - 1 do apart = apart - seen[i]:match(':(%d+):') end
+if #seen < needed or apart > tonumber(ARGV[8]) then return {'', 0} end
 
 redis.call('DEL', strikes)
 local limit, set = limit_of(budget, tonumber(ARGV[4]))

@@ -256,21 +256,25 @@ class ClaimedEmail:
         sent_at: datetime | None = None,
         evidence: dict[str, Any] | None = None,
     ) -> list[Event]:
-        """Note that Graph has accepted the mail, and return what is to be published for ``publish_within``."""
-        sent_at = sent_at or datetime.now(UTC)
+        """Note that Graph has accepted the mail, and return what is to be published for ``publish_within``.
+
+        Args:
+            sent_at: As Graph says it; None: now, by PostgreSQL's clock, since budgets are reckoned from it.
+        """
         return self._move(
             Status.PROCESSED,
             "next_attempt_at = NULL, last_error = NULL",
             """
             sent AS (
-                UPDATE sent_emails SET status = 'sent', sent_at = %(sent_at)s, graph_message_id = %(graph_message_id)s,
+                UPDATE sent_emails
+                SET status = 'sent', sent_at = coalesce(%(sent_at)s, now()), graph_message_id = %(graph_message_id)s,
                        backup_due_at = now() + %(backup_delay)s, updated_at = now(), response_metadata = {amended}
                 WHERE incoming_email_id IN (SELECT id FROM email)
             ), answering AS (
                 UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
             ), {event}
             """,
-            event=self._event(EventType.SENT, sent_at),
+            event=self._event(EventType.SENT, sent_at or datetime.now(UTC)),
             mailbox=self.mailbox,
             publish_within=publish_within,
             evidence=evidence,

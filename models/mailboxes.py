@@ -41,6 +41,8 @@ class Held(NamedTuple):
     mailbox: str
     full_until: datetime | None
     full_reason: str | None
+    #: Mail with fewer recipients goes on; of every mailbox, with fewer external ones.
+    full_from: int
     refusal_count: int
 
 
@@ -176,7 +178,7 @@ def held(mailbox: str | None = None) -> list[Held]:
     found = rows(
         """
         SELECT mailbox, CASE WHEN full_until > now() THEN full_until END,
-               CASE WHEN full_until > now() THEN full_reason END, refusal_count
+               CASE WHEN full_until > now() THEN full_reason END, full_from, refusal_count
         FROM mailboxes
         WHERE (full_until > now() OR refusal_count > 0) AND coalesce(mailbox = %(mailbox)s, true)
         ORDER BY mailbox
@@ -189,22 +191,20 @@ def held(mailbox: str | None = None) -> list[Held]:
 def look_anew(mailbox: str) -> None:
     """Have the scheduler ask again for what the mailbox has waited for budget: its limits are others now.
 
-    Its mail too: what was too large for what was left, and what a worker had in hand when nothing was left.
+    Its mail too: what a worker had in hand when nothing was left.
 
     Args:
         mailbox: `EVERY`: all of them.
     """
-    concerned = {"mailbox": mailbox.lower(), "every": EVERY, "us": _MAILFLEET, "batch": BATCH}
+    concerned = {"mailbox": mailbox.lower(), "every": EVERY, "batch": BATCH}
     rows(_NO_LONGER_FULL, concerned)
     while len(rows(_NO_LONGER_DEFERRED, concerned)) == BATCH:
         pass
 
 
 _NO_LONGER_FULL = """
-    UPDATE mailboxes
-    SET full_until = NULL, full_reason = NULL,
-        paused_until = CASE WHEN paused_by = %(us)s AND pause_reason LIKE 'limit: %%' THEN NULL ELSE paused_until END
-    WHERE (full_until IS NOT NULL OR paused_until IS NOT NULL) AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
+    UPDATE mailboxes SET full_until = NULL, full_reason = NULL
+    WHERE full_until IS NOT NULL AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
 """
 _WAKE = """
     WITH waiting AS MATERIALIZED (
@@ -216,7 +216,5 @@ _WAKE = """
     UPDATE incoming_emails e SET next_attempt_at = NULL, updated_at = now()
     FROM waiting WHERE e.id = waiting.id RETURNING 1
 """
-_NO_LONGER_DEFERRED = _WAKE.format(
-    why="last_error LIKE 'limit: %%' OR last_error LIKE '%%: none left, try again in %%'"
-)
+_NO_LONGER_DEFERRED = _WAKE.format(why="last_error LIKE '%%: none left, try again in %%'")
 _RELEASE = _WAKE.format(why="last_error IS NOT NULL")

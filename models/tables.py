@@ -195,6 +195,7 @@ class Mailbox(_Row):
     refusal_count = peewee.IntegerField()
     limits = JsonField()
     full_until = TimestampField(null=True)
+    full_from = peewee.IntegerField(default=1)
     full_reason = peewee.TextField(null=True)
     slowed = JsonField()
     last_tenant = peewee.TextField(null=True)

@@ -29,6 +29,13 @@ BATCH = 500
 WEIGHTS = {0: 6, 1: 3, 2: 1}
 #: A full mailbox is looked at no sooner than this: a few mails together cost less than each for itself.
 _SHORTEST_FULL = timedelta(milliseconds=500)
+#: Nor later: budget may come back before its time, from a mail that was not sent after all.
+_LONGEST_FULL = timedelta(minutes=5)
+#: While large mail is passed over, so many mails of a lane are looked at for smaller ones.
+_LOOKED_THROUGH = 500
+
+#: What is reserved for a send, and given back.
+_SEND_BUDGETS = ("sends", "recipients", "tenant_external_recipients")
 
 READY = "lease_until IS NULL AND next_attempt_at IS NULL"
 TO_SEND = f"status = 'received' AND {READY}"
@@ -46,15 +53,21 @@ class Candidate(NamedTuple):
     priority: int
     recipients: int
     external_recipients: int
-    #: Since it was received.
-    waited: timedelta
 
 
 class Closed(NamedTuple):
-    """What may not be dispatched now: mail of these routes, and, if so, mail with external recipients."""
+    """What may not be dispatched now: mail of these routes, and mail with at least so many external recipients."""
 
     routes: set[Route]
-    external: bool
+    external_from: int | None
+
+
+class Full(NamedTuple):
+    """For how long and why a mailbox is passed over, as far as mail has at least so many recipients."""
+
+    wait: timedelta
+    reason: str
+    from_recipients: int = 1
 
 
 class Busy(NamedTuple):
@@ -114,35 +127,45 @@ def _candidates(to_send: str) -> str:
               AND position < %(turns)s + (SELECT count(*) FROM mailboxes WHERE paused_until > now())
                                        + (SELECT count(*) FROM mailboxes WHERE full_until > now())
         ), open AS MATERIALIZED (
-            SELECT turn.mailbox, turn.position, m.last_tenant, {_ROOM} AS room
+            SELECT turn.mailbox, turn.position, m.last_tenant, {_ROOM} AS room,
+                   CASE WHEN m.full_until > now() THEN m.full_from END AS full_from
             FROM turn LEFT JOIN busy USING (mailbox) LEFT JOIN mailboxes m USING (mailbox) LEFT JOIN every ON true
             WHERE turn.mailbox IS NOT NULL AND coalesce(m.paused_until <= now(), true)
-              AND coalesce(m.full_until <= now(), true)
+              AND coalesce(m.full_until <= now() OR m.full_from > 1, true)
         )
         SELECT email.id::text, open.mailbox, open.room, lane.tenant, lane.priority, email.recipient_count,
-               coalesce(email.external_recipient_count, email.recipient_count), now() - email.created_at
+               email.external_recipients
         FROM (SELECT * FROM open WHERE room > 0 ORDER BY position LIMIT %(capacity)s) open CROSS JOIN LATERAL (
             SELECT 0 AS behind, * FROM {_lanes(to_send, "> coalesce(open.last_tenant, '')")} further
             UNION ALL
             SELECT 1, * FROM {_lanes(to_send, "<= coalesce(open.last_tenant, '')")} around
         ) lane CROSS JOIN LATERAL (
-            SELECT id, recipient_count, external_recipient_count, created_at FROM incoming_emails
-            WHERE {to_send} AND route = %(route)s AND mailbox = open.mailbox AND coalesce(tenant, '') = lane.tenant
-              AND priority = lane.priority
-              -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
-              AND coalesce(expires_at > now(), true)
+            SELECT * FROM (
+                SELECT id, recipient_count,
+                       coalesce(external_recipient_count, recipient_count) AS external_recipients
+                FROM incoming_emails
+                WHERE {to_send} AND route = %(route)s AND mailbox = open.mailbox AND coalesce(tenant, '') = lane.tenant
+                  AND priority = lane.priority
+                  -- One that came expired after the sweep had looked for such: its turn is in the next sweep.
+                  AND coalesce(expires_at > now(), true)
+                ORDER BY id LIMIT CASE WHEN coalesce(open.full_from, %(external_from)s::int) IS NULL
+                                       THEN least(open.room, %(capacity)s) ELSE {_LOOKED_THROUGH} END
+            ) oldest
+            WHERE coalesce(recipient_count < open.full_from, true)
+              AND coalesce(external_recipients < %(external_from)s::int, true)
             ORDER BY id LIMIT least(open.room, %(capacity)s)
         ) email
         ORDER BY open.position, lane.behind, lane.tenant, lane.priority, email.id
     """
 
 
-#: By whether mail with external recipients is passed over: each condition has its index.
-_CANDIDATES = {False: _candidates(TO_SEND), True: _candidates(_INTERNAL_TO_SEND)}
+_CANDIDATES = _candidates(TO_SEND)
+#: Has its own index: any number of mails with external recipients may wait before those that have none.
+_INTERNAL_CANDIDATES = _candidates(_INTERNAL_TO_SEND)
 
 
 def candidates(
-    route: Route, *, capacity: int, share: int, busy: Busy, after: str, internal_only: bool = False
+    route: Route, *, capacity: int, share: int, busy: Busy, after: str, external_from: int | None = None
 ) -> list[Candidate]:
     """Return ready emails of a route, mailbox by mailbox in order of turns, and within each tenant by tenant.
 
@@ -150,7 +173,7 @@ def candidates(
         capacity: How many are wanted; more are returned, to choose from.
         share: How many emails of a mailbox may be in flight, where nothing else is set.
         after: The mailbox that was served last; turns start behind it, and come round to it.
-        internal_only: Pass over mail with external recipients.
+        external_from: Pass over mail with so many external recipients or more.
     """
     if capacity <= 0:
         return []
@@ -160,9 +183,10 @@ def candidates(
         "capacity": wanted,
         "turns": wanted + len(busy.sends),
         "share": share,
+        "external_from": external_from,
         **_described(busy),
     }
-    statement = _CANDIDATES[internal_only]
+    statement = _INTERNAL_CANDIDATES if external_from == 1 else _CANDIDATES
     found = [Candidate(*row) for row in rows(statement, parameters | {"after": after}, prepared=True)]
     if after and len({candidate.mailbox for candidate in found}) < wanted:
         met = {candidate.mailbox for candidate in found}
@@ -223,7 +247,7 @@ _LOOK_UPS = f"""
     ), numbered AS (
         SELECT *, row_number() OVER (PARTITION BY mailbox ORDER BY updated_at) AS number FROM waiting
     )
-    SELECT id::text, mailbox, room, '', 0, 0, 0, interval '0' FROM numbered WHERE number <= room
+    SELECT id::text, mailbox, room, '', 0, 0, 0 FROM numbered WHERE number <= room
     ORDER BY updated_at LIMIT %(capacity)s
 """
 
@@ -254,51 +278,60 @@ def note_served(chosen: Sequence[Candidate]) -> None:
         )
 
 
-def note_full(full: dict[str, tuple[timedelta, str]]) -> None:
+def note_full(full: dict[str, Full]) -> None:
     """Pass over mailboxes whose send budget is used up, each for a while and with the reason. Look-ups go on.
 
-    `EVERY`: pass over mail with external recipients, whosever it is.
+    Of `EVERY` it is the external recipients that count: mail with fewer is not passed over, whosever it is.
     """
     if full:
         insert_many(
             """
-            INSERT INTO mailboxes (mailbox, full_until, full_reason) VALUES %s
+            INSERT INTO mailboxes (mailbox, full_until, full_reason, full_from) VALUES %s
             ON CONFLICT (mailbox) DO UPDATE
-            SET full_until = excluded.full_until, full_reason = excluded.full_reason RETURNING 1
+            SET full_until = excluded.full_until, full_reason = excluded.full_reason, full_from = excluded.full_from
+            RETURNING 1
             """,
-            [(mailbox, max(wait, _SHORTEST_FULL), why) for mailbox, (wait, why) in sorted(full.items())],
-            row="(%s, now() + %s, %s)",
+            [
+                (mailbox, min(max(each.wait, _SHORTEST_FULL), _LONGEST_FULL), each.reason, each.from_recipients)
+                for mailbox, each in sorted(full.items())
+            ],
+            row="(%s, now() + %s, %s, %s)",
         )
 
 
-def defer(deferred: dict[str, tuple[timedelta, str]]) -> None:
-    """Have emails wait each for itself: they are too large for what is left of a budget, others may not be."""
-    if deferred:
-        ids = [*deferred]
-        rows(
-            f"""
-            UPDATE incoming_emails e SET next_attempt_at = now() + deferred.wait, last_error = deferred.why,
-                                         updated_at = now()
-            FROM unnest(%(ids)s::uuid[], %(waits)s::interval[], %(reasons)s::text[]) AS deferred (id, wait, why)
-            WHERE e.id = deferred.id AND {TO_SEND}
-            """,
-            {
-                "ids": ids,
-                "waits": [max(deferred[id][0], _SHORTEST_FULL) for id in ids],
-                "reasons": [deferred[id][1] for id in ids],
-            },
-        )
+def note_room(mailbox: str) -> None:
+    """Look again at once at a mailbox that waits for send budget, and at external mail: some has come back to both."""
+    rows(
+        """
+        UPDATE mailboxes SET full_until = NULL, full_reason = NULL
+        WHERE mailbox IN (%(mailbox)s, %(every)s) AND full_until IS NOT NULL AND full_reason = ANY(%(reasons)s)
+        """,
+        {"mailbox": mailbox, "every": EVERY, "reasons": [f"limit: {budget}" for budget in _SEND_BUDGETS]},
+    )
+
+
+def waited(ids: Sequence[str]) -> dict[str, timedelta]:
+    """Return for how long each of these emails could have been sent, as far as it is known: since it was due."""
+    found = rows(
+        """
+        SELECT id::text, now() - greatest(created_at, (payload->>'send_at')::timestamptz) FROM incoming_emails
+        WHERE id = ANY(%(ids)s::uuid[])
+        """,
+        {"ids": list(ids)},
+    )
+    return dict(found)
 
 
 def closed() -> Closed:
     """Return what an operator, a pause of everything, or the limit of external recipients lets nothing out of now."""
-    found = rows(
-        """
-        SELECT route FROM routes WHERE paused_until > now()
-        UNION ALL SELECT '*' FROM mailboxes WHERE mailbox = '*' AND paused_until > now()
-        UNION ALL SELECT 'external' FROM mailboxes WHERE mailbox = '*' AND full_until > now()
-        """,
-        prepared=True,
+    found = dict(
+        rows(
+            """
+            SELECT route, 0 FROM routes WHERE paused_until > now()
+            UNION ALL SELECT '*', 0 FROM mailboxes WHERE mailbox = '*' AND paused_until > now()
+            UNION ALL SELECT 'external', full_from FROM mailboxes WHERE mailbox = '*' AND full_until > now()
+            """,
+            prepared=True,
+        )
     )
-    names = {name for (name,) in found}
-    return Closed({route for route in Route if {route, EVERY} & names}, "external" in names)
+    return Closed({route for route in Route if {route, EVERY} & found.keys()}, found.get("external"))

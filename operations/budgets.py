@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import models
 import runtime
-from actors.budgets import turn
+from actors.budgets import OPERATORS_PATIENCE, turn
 from limiter import Unavailable
 from models import audit, mailboxes
 from models import limits as set_by_operators
@@ -149,7 +149,7 @@ def _tell(mailbox: str | None) -> bool:
     """Tell Redis what stands in the table."""
     try:
         # A scheduler that knows the former limits has then noted for what it found no budget.
-        with turn():
+        with turn(OPERATORS_PATIENCE):
             runtime.limiter.set_limits(mailbox, set_by_operators.of(mailbox or EVERY))
     except Unavailable:
         return False

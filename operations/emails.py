@@ -9,6 +9,7 @@ import pika
 import contracts
 import models
 import runtime
+from actors.budgets import give_back
 from limiter import Reservation, Wanted
 from models import audit, cancelling, inspection
 from operations.errors import NotFound
@@ -53,7 +54,8 @@ def cancel(id: str, *, who: str) -> bool:
     runtime.events.add([cancelled.event])
     if cancelled.reserved_at_ms is not None:
         send = Wanted(cancelled.recipient_count, cancelled.external_recipient_count)
-        runtime.limiter.refund(cancelled.mailbox, Reservation(cancelled.reserved_at_ms), send)
+        give_back(cancelled.mailbox, Reservation(cancelled.reserved_at_ms), send)
+        runtime.wake("schedule_emails")
     mail_log(Step.CANCELLED, incoming_email_id=incoming_email_id)
     return True
 

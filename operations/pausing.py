@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import models
 import runtime
-from actors.budgets import turn
+from actors.budgets import OPERATORS_PATIENCE, turn
 from limiter import Unavailable
 from models import Route, audit, mailboxes
 from models.mailboxes import Pause
@@ -61,7 +61,7 @@ def resume(subject: str, *, who: str) -> Resumed:
         if subject not in _ROUTES:
             try:
                 # A scheduler that knows of the pause has then written it, and what follows from it, wherever it does.
-                open_turn.enter_context(turn())
+                open_turn.enter_context(turn(OPERATORS_PATIENCE))
                 _end_graphs_pause(subject)
             except Unavailable:
                 told = False

@@ -291,6 +291,19 @@ def test_a_pause_that_redis_cannot_be_told_is_recorded_all_the_same(
     assert 85 < pause_of_sender() <= 90
 
 
+def test_a_mailbox_that_refuses_for_days_costs_its_copies_no_attempts(fleet: Fleet) -> None:
+    id = sent(fleet)
+    fleet.graph.deny(SENDER)
+    for _ in range(3):
+        assert fleet.backup() == ["done"]
+        rows("UPDATE mailboxes SET paused_until = now()")
+    assert table("sent_emails")[0]["backup_attempt_count"] == 0
+    # When it still does after a week
+    rows("UPDATE incoming_emails SET created_at = now() - interval '8 days' WHERE id = %(id)s", {"id": id})
+    assert fleet.backup() == ["done"]
+    assert table("sent_emails")[0]["backup_attempt_count"] == 1
+
+
 def test_a_token_that_stays_refused_pauses_everything_and_is_no_backups_fault(fleet: Fleet) -> None:
     sent(fleet)
     fleet.graph.fail(401, code="InvalidAuthenticationToken", times=None)

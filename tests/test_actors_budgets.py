@@ -16,6 +16,7 @@ from limiter_support import Wire
 from support import SENDER, Fleet, claim, email_row, make_due, rows, store, table, work
 
 import models
+import operations
 import runtime
 from actors import budgets
 from actors.outcomes import pause_fleet
@@ -123,8 +124,8 @@ def test_a_mail_that_is_too_large_for_what_is_left_waits_and_a_smaller_one_goes(
     small = store(publisher_message_id="3")
     fleet.schedule()
     assert [message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")] == [first, small]
-    assert (email_row(large)["status"], email_row(large)["last_error"]) == ("received", "limit: recipients")
-    assert email_row(large)["next_attempt_at"] is not None
+    assert (email_row(large)["status"], email_row(large)["next_attempt_at"]) == ("received", None)
+    assert [(row["full_reason"], row["full_from"]) for row in table("mailboxes")] == [("limit: recipients", 2)]
 
 
 def test_external_recipients_are_the_tenants_and_hold_back_no_internal_mail(fleet: Fleet, limit: Limit) -> None:
@@ -251,7 +252,7 @@ def test_what_another_scheduler_took_meanwhile_gives_its_budget_back(
     store()
     note_full = turns.note_full
 
-    def taken_meanwhile(full: dict[str, tuple[timedelta, str]]) -> None:
+    def taken_meanwhile(full: dict[str, turns.Full]) -> None:
         note_full(full)
         rows("UPDATE incoming_emails SET status = 'dispatched', lease_until = now() + interval '1 minute'")
 
@@ -292,6 +293,26 @@ def _unconfirmed(_messages: object) -> Future[None]:
     return failed
 
 
+def test_a_large_mail_that_was_not_due_before_lets_others_pass(fleet: Fleet, limit: Limit) -> None:
+    # Given one that was published hours ago and is due now
+    limit(mailbox_recipients_per_day=3)
+    store(publisher_message_id="1")
+    fleet.send()
+    due = datetime.now(UTC)
+    large = store(
+        publisher_message_id="2", to=["a@example.org", "b@example.org", "c@example.org"], send_at=due.isoformat()
+    )
+    rows(
+        "UPDATE incoming_emails SET created_at = now() - interval '2 hours', next_attempt_at = NULL WHERE id = %(id)s",
+        {"id": large},
+    )
+    small = store(publisher_message_id="3")
+    # When
+    fleet.schedule()
+    # Then
+    assert [message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")] == [small]
+
+
 def test_a_mail_that_a_worker_died_with_stays_charged(fleet: Fleet) -> None:
     id = store()
     fleet.schedule()
@@ -300,6 +321,34 @@ def test_a_mail_that_a_worker_died_with_stays_charged(fleet: Fleet) -> None:
     assert ClaimedEmail.claim(id, attempt, route=turns.Route.PLAIN, lease=timedelta(), intent=True)
     fleet.schedule()
     assert used("sends") == 1
+
+
+@pytest.mark.parametrize("how", ["throttled", "cancelled", "not taken"])
+@pytest.mark.parametrize("budget", ["mailbox_recipients_per_day", "tenant_external_recipients_per_day"])
+def test_what_waits_for_budget_is_looked_at_when_it_is_given_back(
+    fleet: Fleet, limit: Limit, how: str, budget: str
+) -> None:
+    # Given one mail dispatched, and one of another tenant that waits for what it has reserved
+    limit(**{budget: 2})
+    first = store(publisher_message_id="1", cc=["carl@example.org"])
+    waiting = store(publisher_message_id="2", cc=["carl@example.org"])
+    fleet.schedule()
+    (message,) = fleet.take("send_plain")
+    assert [row["full_reason"] for row in table("mailboxes")]
+    # When it is not sent after all
+    if how == "throttled":
+        fleet.graph.throttle(SENDER, retry_after="1")
+        assert work(message) == "done"
+        rows("UPDATE mailboxes SET paused_until = NULL")
+        runtime.limiter.resume(SENDER)
+    elif how == "cancelled":
+        assert operations.cancel(first, who="tests")
+    else:
+        rows("UPDATE incoming_emails SET lease_until = now() WHERE lease_until IS NOT NULL")
+    rows("UPDATE incoming_emails SET next_attempt_at = now() + '1 hour' WHERE id = %(id)s", {"id": first})
+    fleet.schedule()
+    # Then
+    assert [message.kwargs["incoming_email_id"] for message in fleet.take("send_plain")] == [waiting]
 
 
 # After a loss

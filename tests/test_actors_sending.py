@@ -14,6 +14,7 @@ import actors
 import models
 import operations
 import runtime
+from actors import graph_calls
 from graph_client import GraphClient
 from models import mailboxes, rows
 
@@ -372,6 +373,42 @@ def test_a_mailbox_that_refuses_is_paused_longer_each_time_and_its_mail_spends_a
     fleet.send()
     assert {fleet.mails(first), fleet.mails(second)} == {1}
     assert table("mailboxes")[0]["refusal_count"] == 0
+
+
+def test_the_mails_of_a_mailbox_that_refuses_probe_in_turns(fleet: Fleet) -> None:
+    fleet.graph.deny(SENDER)
+    first = store(publisher_message_id="1")
+    fleet.send()
+    assert 58 < seconds_until("incoming_emails", "next_attempt_at", "id", first) <= 60
+    # When the pause of half a minute is over
+    second = store(publisher_message_id="2")
+    rows("UPDATE mailboxes SET paused_until = now()")
+    fleet.send()
+    # Then
+    assert [email_row(id)["attempt_count"] for id in (first, second)] == [1, 1]
+
+
+# Started too late
+
+
+@pytest.mark.parametrize("by_draft", [False, True])
+def test_a_send_that_starts_too_late_after_its_admission_is_not_made(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, configure: Configure, by_draft: bool
+) -> None:
+    # Given a worker that stands still between its admission and the request
+    configure(send_plain_via="draft" if by_draft else "sendmail")
+    monkeypatch.setattr(graph_calls, "_LATEST_SEND", timedelta(microseconds=1))
+    id = store()
+    # When
+    assert fleet.send() == ["done"]
+    # Then nothing was sent, nothing is in doubt, and no attempt and no budget was spent
+    row = email_row(id)
+    assert (row["status"], row["attempt_count"], sending(id), fleet.mails(id)) == ("received", 0, None, 0)
+    assert [each.used for each in runtime.limiter.usage(SENDER) if each.budget in ("sends", "recipients")] == [0, 0]
+    monkeypatch.undo()
+    make_due(id)
+    fleet.send()
+    assert fleet.mails(id) == 1
 
 
 # Configuration refused

@@ -25,7 +25,7 @@ from limiter_support import (
 )
 from redis import Redis
 
-from limiter import Budgets, Exhausted, Limiter, NeverFits, Reservation, Slowed, Wanted
+from limiter import Budgets, Exhausted, Limiter, NeverFits, Reservation, Slowed, Wanted, ledger
 
 limiter_redis, client = limiter_support.limiter_redis, limiter_support.client
 prefix, make = limiter_support.prefix, limiter_support.make
@@ -220,6 +220,18 @@ def test_call_that_is_throttled_while_everything_is_paused_is_no_strike(make: Ma
     for _ in range(3):
         assert limiter.throttled(MAILBOX, MILLISECOND, budget="sends") == (None, False)
         let_pass(2 * MILLISECOND)
+
+
+def test_a_mailbox_that_is_paused_for_long_is_slowed_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given pauses that are longer than strikes are remembered
+    monkeypatch.setattr(ledger, "STRIKES_COUNT_FOR", 2 * WAIT)
+    limiter = make(Budgets(), windows=LONG)
+    answers = []
+    for _ in range(3):
+        answers.append(limiter.throttled(MAILBOX, 4 * WAIT, budget="sends")[0])
+        while limiter.paused_until(MAILBOX):
+            let_pass(MILLISECOND)
+    assert [answer is None for answer in answers] == [True, True, False]
 
 
 def test_strikes_are_counted_for_each_budget_and_mailbox(make: Make) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 import orjson
@@ -27,7 +27,7 @@ from support import (
 )
 
 import models
-from models import ClaimedEmail, LeaseLost, Route, rows, scheduling, uploads
+from models import ClaimedEmail, LeaseLost, Route, claims, rows, scheduling, uploads
 from models.claims import MAX_ERROR_CHARACTERS
 
 shared_database, tables = support.shared_database, support.tables
@@ -332,6 +332,18 @@ def test_a_long_error_is_cut() -> None:
     id = store()
     claim(id).retry(NOW, "x" * 5000)
     assert len(email_row(id)["last_error"]) == MAX_ERROR_CHARACTERS
+
+
+def test_a_send_is_dated_by_postgresqls_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) - timedelta(minutes=5)
+
+    email = claim(store())
+    monkeypatch.setattr(claims, "datetime", Behind)
+    email.record_sent(backup_delay=NOW, publish_within=WITHIN)
+    assert rows("SELECT now() - sent_at < interval '1 minute' FROM sent_emails") == [(True,)]
 
 
 def test_a_sent_email_ends_the_refusals_of_its_mailbox() -> None:

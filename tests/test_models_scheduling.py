@@ -310,7 +310,7 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
     assert "Seq Scan on incoming_emails" not in "\n".join(plans)
     # When only mail without external recipients may go
     with explained(monkeypatch) as plans:
-        internal = turns.candidates(Route.PLAIN, capacity=64, share=4, busy=Busy({}, {}), after="", internal_only=True)
+        internal = turns.candidates(Route.PLAIN, capacity=64, share=4, busy=Busy({}, {}), after="", external_from=1)
     # Then
     assert internal == []
     assert all("incoming_emails_internal_lanes" in plan for plan in plans)

@@ -7,11 +7,11 @@ from datetime import timedelta
 
 import pytest
 import support
-from support import LEASE, claim, dispatch, email_row, rows, seconds_until, store
+from support import LEASE, claim, dispatch, rows, seconds_until, store
 
 from models import Route, mailboxes, scheduling, turns
 from models.scheduling import Pick
-from models.turns import Busy, Candidate
+from models.turns import Busy, Candidate, Full
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -124,7 +124,7 @@ def test_a_full_mailbox_is_passed_over_until_budget_comes_back_but_its_look_ups_
     with scheduling.sweep():
         scheduling.wake_due()
     fill(normal=1)
-    turns.note_full({"ann@example.com": (MINUTE, "limit: sends")})
+    turns.note_full({"ann@example.com": Full(MINUTE, "limit: sends")})
     # Then
     assert [each.incoming_email_id for each in dispatch()] == [doubted]
     rows("UPDATE mailboxes SET full_until = now()")
@@ -151,27 +151,59 @@ def test_look_ups_of_a_mailbox_without_room_do_not_keep_others_from_their_turn()
 
 
 def test_a_full_mailbox_is_not_looked_at_for_every_mail_that_comes_back() -> None:
-    turns.note_full({"ann@example.com": (timedelta(milliseconds=3), "limit: sends")})
+    turns.note_full({"ann@example.com": Full(timedelta(milliseconds=3), "limit: sends")})
     assert seconds_until("mailboxes", "full_until", "mailbox", "ann@example.com") > 0.2
 
 
-def test_mail_that_is_too_large_for_what_is_left_waits_for_itself() -> None:
-    fill(normal=2)
-    large, small = chosen(2)
-    turns.defer({large.id: (MINUTE, "limit: recipients")})
-    assert [mail.id for mail in chosen(2)] == [small.id]
-    assert email_row(large.id)["last_error"] == "limit: recipients"
-    assert 50 < seconds_until("incoming_emails", "next_attempt_at", "id", large.id) <= 60
+def test_while_a_mailbox_has_little_left_smaller_mail_goes_and_none_is_touched() -> None:
+    large = [store(publisher_message_id=f"large-{n}", to=["a@example.org", "b@example.org"]) for n in range(9)]
+    small = store(publisher_message_id="small")
+    other = store(**{"publisher_message_id": "other", "from": "zoe@example.com", "to": ["a@x.org", "b@x.org"]})
+    before = rows("SELECT id, xmin::text FROM incoming_emails ORDER BY id")
+    turns.note_full({"ann@example.com": Full(MINUTE, "limit: recipients", from_recipients=2)})
+    assert [mail.id for mail in chosen(4, share=2)] == [small, other]
+    assert rows("SELECT id, xmin::text FROM incoming_emails ORDER BY id") == before
+    rows("UPDATE mailboxes SET full_until = now()")
+    assert [mail.id for mail in chosen(2, share=2)] == large[:2]
 
 
-def test_mail_that_was_taken_meanwhile_is_neither_deferred_nor_claimed() -> None:
+def test_while_few_external_recipients_are_left_mail_with_fewer_goes() -> None:
+    ids = {n: store(publisher_message_id=f"n-{n}", to=[f"{x}@example.org" for x in "abc"[:n]]) for n in (3, 2, 1)}
+    inward = store(publisher_message_id="inward")
+    rows("UPDATE incoming_emails SET external_recipient_count = 0 WHERE id = %(id)s", {"id": inward})
+    found = {
+        left: {
+            mail.id
+            for mail in turns.candidates(Route.PLAIN, capacity=9, share=9, busy=IDLE, after="", external_from=left)
+        }
+        for left in (None, 3, 2, 1)
+    }
+    assert found == {
+        None: {*ids.values(), inward},
+        3: {ids[2], ids[1], inward},
+        2: {ids[1], inward},
+        1: {inward},
+    }
+
+
+def test_a_mailbox_is_not_left_alone_for_long_whatever_it_waits_for() -> None:
+    turns.note_full({"ann@example.com": Full(timedelta(days=1), "limit: recipients")})
+    assert seconds_until("mailboxes", "full_until", "mailbox", "ann@example.com") <= 300
+
+
+def test_room_that_comes_back_is_seen_at_once() -> None:
     fill(normal=1)
-    (mail,) = chosen(1)
-    take([mail])
-    before = email_row(mail.id)
-    turns.defer({mail.id: (MINUTE, "limit: recipients")})
-    take([mail])
-    assert email_row(mail.id) == before
+    turns.note_full({name: Full(MINUTE, "limit: recipients") for name in ("ann@example.com", "*", "ben@example.com")})
+    turns.note_room("ann@example.com")
+    assert [held.mailbox for held in mailboxes.held()] == ["ben@example.com"]
+    assert len(chosen(1)) == 1
+
+
+def test_what_waits_for_its_time_has_not_waited_before_it() -> None:
+    now, later = store(publisher_message_id="1"), store(publisher_message_id="2", send_at="2099-01-01T00:00:00Z")
+    rows("UPDATE incoming_emails SET created_at = now() - interval '2 hours'")
+    waited = turns.waited([now, later])
+    assert (waited[now] > timedelta(hours=1), waited[later] < timedelta()) == (True, True)
 
 
 @pytest.mark.parametrize("set_for", ["ann@example.com", "*"])

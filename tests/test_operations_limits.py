@@ -13,8 +13,9 @@ import support
 from operator_support import audited
 from support import Fleet, email_row, rows, store, table
 
-import actors.budgets
 import operations
+import operations.budgets
+import operations.pausing
 import runtime
 from limiter import Exhausted, Wanted
 from models import mailboxes
@@ -163,7 +164,7 @@ def test_a_scheduler_that_still_knows_the_former_limit_does_not_have_the_last_wo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     minute = timedelta(minutes=1)
-    monkeypatch.setattr(actors.budgets, "LONGEST_TURN", minute)
+    monkeypatch.setattr(operations.budgets, "OPERATORS_PATIENCE", minute)
     with ThreadPoolExecutor(1) as threads:
         # Given a scheduler that has asked the limiter and not yet noted what it said
         with runtime.limiter.turn("scheduler", minute):
@@ -177,7 +178,7 @@ def test_a_scheduler_that_still_knows_the_former_limit_does_not_have_the_last_wo
 
 
 def test_a_scheduler_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.budgets, "LONGEST_TURN", timedelta(milliseconds=50))
+    monkeypatch.setattr(operations.budgets, "OPERATORS_PATIENCE", timedelta(milliseconds=50))
     with runtime.limiter.turn("scheduler", HOUR):
         assert operations.set_limits(ANN, {"sends": 40}, who=WHO).told
     assert shown(ANN, "sends").limit == 40
@@ -302,7 +303,7 @@ def test_resuming_has_what_was_held_back_tried_at_once(subject: str) -> None:
 def test_a_scheduler_that_still_knows_graphs_pause_does_not_have_the_last_word_over_a_resumption(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(actors.budgets, "LONGEST_TURN", HOUR)
+    monkeypatch.setattr(operations.pausing, "OPERATORS_PATIENCE", HOUR)
     with ThreadPoolExecutor(1) as threads:
         # Given a scheduler that has read the pause and is about to tell Redis
         with runtime.limiter.turn("scheduler", HOUR):
@@ -352,8 +353,8 @@ def test_mail_too_large_for_what_was_left_goes_out_as_soon_as_there_is_room(flee
     store()
     large = store(publisher_message_id="order-2", to=[f"{name}@example.org" for name in "abc"])
     assert fleet.send() == ["done"]
-    assert email_row(large)["last_error"] == "limit: recipients"
-    assert fleet.send() == []
+    assert [(each.full_reason, each.full_from) for each in operations.held(None)] == [("limit: recipients", 3)]
+    assert (email_row(large)["next_attempt_at"], fleet.send()) == (None, [])
     # When
     operations.set_limits(None, {"recipients": 5}, who=WHO)
     operations.unset_limits(ANN, ["recipients"], who=WHO)
@@ -373,18 +374,34 @@ def test_what_a_worker_put_back_for_a_limit_is_looked_at_anew_and_nothing_else_i
     assert waiting == {"order-1", "order-2", "other"}
 
 
-def test_a_pause_for_a_limit_ends_with_the_limit_and_no_other_pause_does() -> None:
-    for mailbox, why in ((ANN, "limit: requests"), (BO, "Graph asked to wait")):
-        mailboxes.pause(mailbox, HOUR, why=why)
-    operations.pause("carl@example.com", why="limit: my patience", who=WHO)
+def test_a_changed_limit_ends_no_pause() -> None:
+    mailboxes.pause(BO, HOUR, why="Graph asked to wait")
+    operations.pause(ANN, why="limit: my patience", who=WHO)
     operations.set_limits(None, {"requests": 20_000}, who=WHO)
-    assert {pause.mailbox for pause in operations.pauses()} == {BO, "carl@example.com"}
+    assert {pause.mailbox for pause in operations.pauses()} == {ANN, BO}
+
+
+def test_an_operators_pause_is_not_hidden_by_a_limit_that_is_used_up(fleet: Fleet, limit: Callable[..., None]) -> None:
+    # Given a mailbox whose requests are used up, which a worker finds out
+    limit(mailbox_requests_per_10_minutes=2)
+    store()
+    fleet.schedule()
+    runtime.limiter.release(runtime.limiter.acquire(ANN, requests=2))
+    assert fleet.run("send_plain") == ["done"]
+    assert [(each.mailbox, each.full_reason) for each in operations.held(None)] == [(ANN, "limit: requests")]
+    # When an operator pauses it, and then raises the limit
+    operations.pause(ANN, why="holiday", who=WHO, wait=HOUR)
+    operations.set_limits(ANN, {"requests": 100}, who=WHO)
+    # Then
+    assert [pause.pause_reason for pause in operations.pauses()] == ["holiday"]
+    assert fleet.send() == []
 
 
 def test_more_than_a_batch_of_waiting_mail_is_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailboxes, "BATCH", 2)
     for number in range(5):
-        support.claim(store(publisher_message_id=f"order-{number}")).snooze(HOUR, "limit: recipients")
+        refused = Exhausted("recipients", HOUR, mailbox_wide=False)
+        support.claim(store(publisher_message_id=f"order-{number}")).snooze(HOUR, str(refused))
     operations.set_limits(ANN, {"recipients": 500}, who=WHO)
     assert not [row for row in table("incoming_emails") if row["next_attempt_at"]]
 

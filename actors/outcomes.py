@@ -184,13 +184,13 @@ def pause_fleet(mailbox: str, wait: timedelta, error: GraphError, *, budget: str
     Args:
         budget: What is lowered if Graph throttles again and again and does not say what it is about.
     """
-    mailboxes.pause(mailbox, wait, why=f"Graph asked to wait: {error}")
+    mailboxes.pause(mailbox, wait, why=f"asked to wait: {error}")
     try:
         if not isinstance(error, Throttled):
             runtime.limiter.pause(mailbox, wait)
         elif error.scope == "tenant":
             runtime.limiter.pause_all(wait)
-            mailboxes.pause(EVERY, wait, why=f"Graph asked everybody to wait: {error}")
+            mailboxes.pause(EVERY, wait, why=f"asked everybody to wait: {error}")
         else:
             _learn(mailbox, wait, error, budget)
     except limits.Unavailable:
@@ -212,7 +212,7 @@ def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> 
         LOWERED.labels(blamed).inc()
         log.warning("%s of the mailbox: %s", blamed, slowed)
     if everybody:
-        mailboxes.pause(EVERY, wait, why="Graph asked many mailboxes to wait")
+        mailboxes.pause(EVERY, wait, why="asked many mailboxes to wait")
 
 
 def pause_everything() -> None:

@@ -17,6 +17,8 @@ from models.turns import BATCH, EVERY
 
 #: An operator's pause ends when the operator ends it. (PostgreSQL's 'infinity' has no Python value.)
 FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
+#: Who pauses besides operators: Graph, whose word must outlive Redis, and we, who leave alone what refuses us.
+GRAPH = "graph"
 _MAILFLEET = "mailfleet"
 
 
@@ -47,8 +49,8 @@ class Held(NamedTuple):
 
 
 def pause(mailbox: str, wait: timedelta, *, why: str) -> None:
-    """Pass the mailbox over for ``wait``. A longer pause that stands already is kept."""
-    _pause(_PAUSE_MAILBOX, mailbox.lower(), wait, why=why, who=_MAILFLEET)
+    """Pass the mailbox over for ``wait``, as Graph asked. A longer pause that stands already is kept."""
+    _pause(_PAUSE_MAILBOX, mailbox.lower(), wait, why=why, who=GRAPH)
 
 
 def pause_by_hand(mailbox: str, *, why: str, who: str, wait: timedelta | None = None) -> Pause:

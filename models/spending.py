@@ -16,6 +16,7 @@ from typing import NamedTuple
 import orjson
 
 from models.database import rows, transaction
+from models.mailboxes import GRAPH
 from models.uploads import UPLOAD_BYTES
 
 #: A mail's requests besides those for its files: draft or send, find, MIME, and two that may have been repeated.
@@ -131,7 +132,7 @@ def under_way() -> dict[str, list[str]]:
     return found
 
 
-_PAUSED_BY_GRAPH = "paused_until > now() AND paused_by = 'mailfleet' AND pause_reason LIKE 'Graph asked%%'"
+_PAUSED_BY_GRAPH = f"paused_until > now() AND paused_by = '{GRAPH}'"
 
 
 class OwnLimits(NamedTuple):

@@ -91,4 +91,4 @@ def pauses() -> list[Pause]:
     known = mailboxes.pauses()
     if until is None or any(pause.mailbox == EVERY and pause.route is None for pause in known):
         return known
-    return [Pause(EVERY, until, "Graph asked to wait or refused us", "mailfleet"), *known]
+    return [Pause(EVERY, until, "asked to wait or refused us", mailboxes.GRAPH), *known]

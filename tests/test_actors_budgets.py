@@ -552,7 +552,7 @@ def test_limits_that_were_set_or_learned_and_graphs_pauses_outlive_redis(fleet: 
         """
         INSERT INTO mailboxes (mailbox, limits, slowed, paused_until, pause_reason, paused_by)
         VALUES ('*', '{"sends": 20}', '{}', NULL, NULL, NULL), (%(ben)s, '{"sends": 7}', '{}', NULL, NULL, NULL),
-               (%(sender)s, '{}', %(slowed)s, now() + interval '1 minute', 'Graph asked to wait: 429', 'mailfleet')
+               (%(sender)s, '{}', %(slowed)s, now() + interval '1 minute', 'asked to wait: 429', 'graph')
         """,
         {
             "ben": BEN,

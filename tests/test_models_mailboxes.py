@@ -25,7 +25,7 @@ def paused_for() -> float:
 def test_a_pause_stands_with_its_reason_until_it_ends() -> None:
     mailboxes.pause("Ann@Example.com", MINUTE, why="429")
     (pause,) = mailboxes.pauses()
-    assert (pause.mailbox, pause.pause_reason, pause.paused_by) == (ANN, "429", "mailfleet")
+    assert (pause.mailbox, pause.pause_reason, pause.paused_by) == (ANN, "429", "graph")
     assert 55 < paused_for() <= 60
     rows("UPDATE mailboxes SET paused_until = now()")
     assert mailboxes.pauses() == []
@@ -60,7 +60,7 @@ def by_hand(wait: timedelta | None) -> None:
 def test_of_graphs_pause_and_an_operators_the_one_that_ends_later_stands_under_its_own_name() -> None:
     for first, second, stands in (
         (by_hand, by_graph, "olga"),
-        (by_graph, by_hand, "mailfleet"),
+        (by_graph, by_hand, "graph"),
     ):
         first(HOUR)
         second(MINUTE)

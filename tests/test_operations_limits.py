@@ -275,7 +275,7 @@ def test_resuming_ends_graphs_pause_too_and_the_tenants_is_shown() -> None:
     operations.resume(ANN, who=WHO)
     assert runtime.limiter.paused_until(ANN) is None
     runtime.limiter.pause_all(support.WITHIN)
-    assert [(pause.mailbox, pause.paused_by) for pause in operations.pauses()] == [(EVERY, "mailfleet")]
+    assert [(pause.mailbox, pause.paused_by) for pause in operations.pauses()] == [(EVERY, "graph")]
     mailboxes.pause(EVERY, HOUR, why="Graph asked everybody to wait")
     assert [pause.pause_reason for pause in operations.pauses()] == ["Graph asked everybody to wait"]
     operations.resume(EVERY, who=WHO)

@@ -208,11 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(options: argparse.Namespace, pipeline: Measurement, simple: Measurement | None, problems: list[str]) -> int:
     attached = f", one attachment of {options.attachment_kb} KB" if options.attachment_kb else ""
+    found = compare(pipeline, simple, plain=not attached)
     status = report.tell(
-        compare(pipeline, simple, plain=not attached),
+        found,
         f"{options.emails} emails, bodies of {options.body_kb:g} KB{attached}",
         options,
-        {"pipeline": asdict(pipeline), "naive": simple and asdict(simple), "problems": problems},
+        {
+            "holds": found.hold and not problems,
+            "pipeline": asdict(pipeline),
+            "naive": simple and asdict(simple),
+            "problems": problems,
+        },
     )
     Console().print(*(problems[:_NAMED] or [f"All {options.emails} left exactly once."]), sep="\n")
     return 1 if problems else status

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 import pika
 
+from outbox import Outgoing, Publisher
 from simulator.control import Simulator
 
 #: Types that mail needs; the console only reads.
@@ -25,6 +26,8 @@ UNBINDING: dict[str, str | int] = {
 }
 LIMIT = timedelta(minutes=30)
 _POLL_SECONDS = 0.05
+#: Unconfirmed ones would not do: RabbitMQ may lose the last of a channel that closes.
+_CONFIRMED_TOGETHER = 1000
 _SENTENCE = "The quarterly figures are attached to this message in words. "
 
 
@@ -60,12 +63,13 @@ def emails(
 
 
 def publish(rabbitmq_url: str, queue: str, bodies: Sequence[bytes]) -> None:
-    """Publish persistent messages as fast as it goes, without waiting for a confirmation of each."""
+    """Publish persistent messages and have them confirmed, a thousand at a time."""
     persistent = pika.BasicProperties(delivery_mode=2)
-    with pika.BlockingConnection(pika.URLParameters(rabbitmq_url)) as connection:
-        channel = connection.channel()
-        for body in bodies:
-            channel.basic_publish("", queue, body, persistent)
+    messages = [Outgoing("", queue, body, persistent, mandatory=True) for body in bodies]
+    publisher = Publisher(pika.URLParameters(rabbitmq_url), lambda _channel: None)
+    for start in range(0, len(messages), _CONFIRMED_TOGETHER):
+        publisher.publish(messages[start : start + _CONFIRMED_TOGETHER])
+    publisher.close()
 
 
 def seconds_until(began: float, holds: Callable[[], bool]) -> float:

@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,21 +80,28 @@ def measure_pipeline(world: World, measured: Groups, bodies: Sequence[bytes]) ->
 
 def measure_naive(world: World, measured: Groups, bodies: Sequence[bytes], processes: int) -> Measurement:
     """Have the naive sender send the same mail; its worker is up and has its connections before the first publish."""
+    with naive_worker(world, processes) as pid:
+        _send_naively(world, bodies[:1], processes * 4)
+        others = {name: pids for name, pids in measured.items() if name not in TYPES}
+        measured = {"naive": partial(_family, pid), **others}
+        before, began = cpu_seconds(measured), time.monotonic()
+        _send_naively(world, bodies, len(bodies))
+        took, cpu = time.monotonic() - began, spent(before, cpu_seconds(measured))
+    return Measurement(len(bodies), took, None, cpu, ("naive",))
+
+
+@contextmanager
+def naive_worker(world: World, processes: int) -> Iterator[int]:
+    """Run the naive sender's worker for the length of the block; yields its process."""
     world.rows(naive.TABLE)
+    naive.app.conf.broker_url = world.environment["RABBITMQ_URL"]
     options = [f"--concurrency={processes}", "--loglevel=ERROR", "--without-gossip", "--without-mingle"]
     command = [sys.executable, "-m", "celery", "--app=bench.naive", "worker", *options]
     with subprocess.Popen(command, cwd=ROOT, env=world.environment, stdout=subprocess.DEVNULL) as worker:
         try:
-            naive.app.conf.broker_url = world.environment["RABBITMQ_URL"]
-            _send_naively(world, bodies[:1], processes * 4)
-            others = {name: pids for name, pids in measured.items() if name not in TYPES}
-            measured = {"naive": partial(_family, worker.pid), **others}
-            before, began = cpu_seconds(measured), time.monotonic()
-            _send_naively(world, bodies, len(bodies))
-            took, cpu = time.monotonic() - began, spent(before, cpu_seconds(measured))
+            yield worker.pid
         finally:
             worker.terminate()
-    return Measurement(len(bodies), took, None, cpu, ("naive",))
 
 
 def _send_naively(world: World, bodies: Sequence[bytes], count: int) -> None:

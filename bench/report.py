@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from rich.table import Table
 
 #: Options that do not change what is measured.
 _NOT_SHOWN = {"json"}
+_FILE_WIDTH = 120
 
 
 class Report(Protocol):
@@ -50,7 +52,8 @@ def tell(report: Report, title: str, options: argparse.Namespace, more: Mapping[
     Args:
         more: Further members of the JSON.
     """
-    Console().print(report.table(title))
+    # A file has no width of its own, and a reader of one scrolls rather than puts wrapped cells together.
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(report.table(title))
     if options.json:
         figures = {
             "options": {name: value for name, value in vars(options).items() if name not in _NOT_SHOWN},

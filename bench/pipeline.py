@@ -7,7 +7,8 @@ events, and what it has sent is unknown after a crash.
     python -m bench.pipeline --body-kb 2
     python -m bench.pipeline --body-kb 50
     python -m bench.pipeline --body-kb 2 --attachment-kb 200 --emails 1000
-    python -m bench.pipeline --processes send_plain=2 --threads send_plain=16 --set BACKUP_CONCURRENCY=64
+    python -m bench.pipeline --processes send_plain=2 backup=2 --threads send_plain=16 --set BACKUP_CONCURRENCY=64
+    python -m bench.pipeline --replicas bridge=2 scheduler=2 clock=2
 
 No limit binds, but the limiter is on: each call asks it. Every email goes all the way: ingested, answered,
 dispatched, sent, told of and archived. The run fails if any of them was delivered other than exactly once, or if plain
@@ -183,6 +184,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--body-kb", type=float, default=2)
     add("--attachment-kb", type=int, default=0, help="of one attachment to each email; 0: none")
     add("--processes", nargs="*", default=[], metavar="TYPE=N", help="worker processes of a type")
+    add("--replicas", nargs="*", default=[], metavar="TYPE=N", help="so many of a type, beside each other")
     add("--threads", nargs="*", default=[], metavar="TYPE=N", help="threads of each worker process")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of the fleet")
     add("--naive-processes", type=int, default=2, help="0 leaves the naive sender out")
@@ -198,10 +200,11 @@ def _bodies(options: argparse.Namespace, world: World) -> list[bytes]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
+    scale = {name: int(number) for name, number in _pairs(options.replicas)}
     with (
         tempfile.TemporaryDirectory(prefix="mailfleet-bench-") as directory,
         Servers(Path(directory), durable=options.durable, environment={}) as servers,
-        World(servers.environment, Path(directory) / "world", _environment(options), only=TYPES) as world,
+        World(servers.environment, Path(directory) / "world", _environment(options), only=TYPES, scale=scale) as world,
     ):
         lift_limits(world.simulator)
         bodies = _bodies(options, world)

@@ -2,8 +2,8 @@
 
 A mail comes every so often for as long as is asked. Every few seconds what the fleet holds is looked at: the memory of
 each process type, Redis's keys and memory, files in its directory for temporary ones, messages that wait in queues
-or are not acknowledged, connections of each process type. Memory is a type's processes together, what they share
-counted once: what a container of them is charged with.
+or are not acknowledged, connections of each process type. Memory is that of all processes of a type; pages that several
+processes have are divided among them (``Pss`` of proc(5)), or each of their forks would count the same again.
 
     python -m bench.soak --json soak.json
     python -m bench.soak --minutes 3
@@ -235,7 +235,7 @@ class Sampler:
 
 
 def _resident_bytes(pid: int) -> int:
-    """Return a process's memory, a part of what it shares with others that have it too (``Pss`` of proc(5))."""
+    """Return a process's own memory and its part of what it shares."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:  # it ended meanwhile

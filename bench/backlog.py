@@ -9,7 +9,7 @@ time of PostgreSQL's process and the time that the caller waits; both without th
     python -m bench.backlog --small 10000 --large 300000 --waiting 60000 --mailboxes 10000
 
 The run fails if anything costs much more in the large tables than in the small ones. With 5,000,000 mails it takes
-some minutes to fill them, and some 20 GB of disk.
+some minutes to fill them, and about 15 GB of disk.
 """
 
 from __future__ import annotations

@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+from sandbox.servers import Servers
+from sandbox.world import World
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 #: The processes of each group that is measured, asked again at each reading: workers fork and backends come and go.
 Groups = Mapping[str, Callable[[], Iterable[int]]]
+
+
+def groups(servers: Servers, world: World, types: Iterable[str]) -> Groups:
+    """Return a group for each of these process types, for each server, and for the simulator."""
+    return {
+        **{name: partial(world.fleet.pids, name) for name in types},
+        "postgresql": servers.postgresql.pids,
+        "rabbitmq": servers.rabbitmq.pids,
+        "redis": servers.redis.pids,
+        "simulator": world.simulator.pids,
+    }
 
 
 def cpu_seconds(groups: Groups) -> dict[str, float]:

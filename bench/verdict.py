@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from bench.archive import wrong_copies
+from bench.copies import wrong_copies
 from bench.mail import Email, attachments
 from sandbox.world import World
 

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "simulator": set(),
     "sandbox": {"simulator", "settings"},
-    "bench": {*LEAVES, "models", "outbox", "runtime", "actors", "sandbox", "simulator"},
+    "bench": {*LEAVES, "models", "outbox", "runtime", "actors", "migrations", "sandbox", "simulator"},
 }
 PRODUCT = {part for part in MAY_IMPORT if part not in {"simulator", "sandbox", "bench"}}
 PROCESS_TYPES = {

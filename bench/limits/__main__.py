@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import orjson
 from rich.console import Console
-from rich.table import Table
 
 from bench.limits import concurrency, flood, rate, waits
 from bench.limits.findings import Findings
@@ -163,10 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = {name: value for name, value in vars(options).items() if name not in _NOT_SHOWN and value is not None}
     given = shown | dict(options.settings)
     title = ", ".join([options.experiment, *(f"{name} {value}" for name, value in given.items())])
-    table = Table("what", "measured", "bound", "", title=title)
-    for figure in findings.figures:
-        table.add_row(figure.name, str(figure.value), figure.bound, "" if figure.kept else "[red]broken[/red]")
-    Console().print(table)
+    Console().print(findings.table(title))
     if options.json:
         figures = {
             "experiment": options.experiment,

@@ -8,13 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 import orjson
-import pika
 
-from outbox import Outgoing, Publisher
+from bench import load
 from sandbox.world import World
 
-#: So many are confirmed together. Unconfirmed ones would not do: RabbitMQ may lose the last of a channel that closes.
-_BATCH = 1000
 _INGEST_LIMIT = timedelta(minutes=5)
 _STORED = "SELECT count(*) FROM incoming_emails"
 _WAITING = """
@@ -71,13 +68,9 @@ def let_go(world: World, mail: Iterable[dict[str, Any]], *, at_once: bool = True
 
 def publish(world: World, mail: Iterable[dict[str, Any]]) -> int:
     """Publish mail, confirmed, and return how much it is."""
-    persistent = pika.BasicProperties(delivery_mode=2)
-    messages = [Outgoing("", "send_email", orjson.dumps(each), persistent, mandatory=True) for each in mail]
-    publisher = Publisher(pika.URLParameters(world.environment["RABBITMQ_URL"]), lambda _channel: None)
-    for start in range(0, len(messages), _BATCH):
-        publisher.publish(messages[start : start + _BATCH])
-    publisher.close()
-    return len(messages)
+    bodies = [orjson.dumps(each) for each in mail]
+    load.publish(world.environment["RABBITMQ_URL"], "send_email", bodies)
+    return len(bodies)
 
 
 def waiting(world: World, senders: Sequence[str]) -> dict[str, int]:

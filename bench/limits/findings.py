@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from rich.table import Table
+
 
 class Figure(NamedTuple):
     """One line of the table. A figure without a bound is only told."""
@@ -40,6 +42,12 @@ class Findings:
 
     def at_least(self, name: str, value: float, bound: float) -> None:
         self.figures.append(Figure(name, _short(value), f"≥ {bound:g}", value >= bound))
+
+    def table(self, title: str) -> Table:
+        table = Table("what", "measured", "bound", "", title=title)
+        for figure in self.figures:
+            table.add_row(figure.name, str(figure.value), figure.bound, "" if figure.kept else "[red]broken[/red]")
+        return table
 
     def as_json(self) -> list[dict[str, Any]]:
         return [figure._asdict() for figure in self.figures]

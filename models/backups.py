@@ -187,9 +187,15 @@ def find_backup(id: str) -> StoredBackup | None:
     found = rows(
         _LISTED
         + """
-        WHERE b.id = %(uuid)s OR b.incoming_email_id = %(uuid)s OR b.graph_message_id = %(id)s
-           OR b.incoming_email_id = (SELECT id FROM incoming_emails WHERE publisher_message_id = %(id)s)
-        ORDER BY b.id LIMIT 1
+        WHERE b.id = (
+            SELECT id FROM (
+                SELECT id FROM email_backups WHERE id = %(uuid)s
+                UNION ALL SELECT id FROM email_backups WHERE incoming_email_id = %(uuid)s
+                UNION ALL SELECT id FROM email_backups WHERE graph_message_id = %(id)s
+                UNION ALL SELECT b.id FROM email_backups b JOIN incoming_emails e ON e.id = b.incoming_email_id
+                          WHERE e.publisher_message_id = %(id)s
+            ) found ORDER BY id LIMIT 1
+        )
         """,
         {"id": id, "uuid": as_uuid(id)},
     )

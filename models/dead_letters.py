@@ -145,8 +145,12 @@ def find(id: str) -> Letter | None:
     found = rows(
         _SELECT
         + """
-        WHERE d.id = %(uuid)s OR d.incoming_email_id = %(uuid)s
-           OR d.incoming_email_id = (SELECT id FROM incoming_emails WHERE publisher_message_id = %(id)s)
+        WHERE d.id IN (
+            SELECT %(uuid)s::uuid
+            UNION ALL SELECT id FROM dlq WHERE incoming_email_id = %(uuid)s
+            UNION ALL SELECT dlq.id FROM dlq JOIN incoming_emails e ON e.id = incoming_email_id
+                      WHERE e.publisher_message_id = %(id)s
+        )
         ORDER BY d.status = 'open' DESC, d.created_at DESC LIMIT 1
         """,
         {"id": id, "uuid": as_uuid(id)},

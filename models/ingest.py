@@ -79,7 +79,9 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Sto
             if ids[publisher_id] in new_ids:
                 events[publisher_id] = _received(ids[publisher_id], arrival, now)
         append(list(events.values()), publish_within)
-        stored = {row[0]: (row[1], bytes(row[2])) for row in rows(_KNOWN, {"ids": list(first)})}
+        stored = {key: (ids[key], first[key].accepted.content_hash) for key in events}
+        if known := [key for key in first if key not in events]:
+            stored |= {row[0]: (row[1], bytes(row[2])) for row in rows(_KNOWN, {"ids": known})}
     return [_reception(arrival, first, stored, events) for arrival in arrivals]
 
 

@@ -12,7 +12,8 @@ import support
 from support import NOW, WITHIN, claim, dispatch, email_row, everything, make_due, rows, sending, store, table
 
 import models
-from models import dead_letters, scheduling
+from models import backups, dead_letters, inspection, scheduling
+from models.database import database
 from models.dead_letters import Copy, Filter, Letter
 
 shared_database, tables = support.shared_database, support.tables
@@ -211,3 +212,19 @@ def _fail(id: str) -> None:
         actor_name="send_plain",
         publish_within=WITHIN,
     )
+
+
+def test_an_id_is_looked_up_in_indexes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[str] = []
+    execute = database.execute_sql
+
+    def explain(sql: str, parameters: object = None) -> object:
+        plans.append("\n".join(line for (line,) in execute("EXPLAIN " + sql, parameters).fetchall()))
+        return execute(sql, parameters)
+
+    monkeypatch.setattr(database, "execute_sql", explain)
+    dead_letters.find("order-1")
+    backups.find_backup("order-1")
+    inspection.find_email("order-1")
+    assert len(plans) == 3
+    assert [plan for plan in plans if "Seq Scan" in plan or "Filter" in plan] == []

@@ -39,8 +39,10 @@ BATCH = 100
 BATCH_BYTES = 8 * 1024 * 1024
 #: RabbitMQ hands out the next batch while one is being stored.
 PREFETCH = 2 * BATCH
-#: A batch that is not full waits no longer than this.
+#: A batch that is not full waits no longer than this, and not at all if it comes so long after the last: mail that comes
+#: singly is not held back.
 LINGER = timedelta(milliseconds=10)
+LULL = timedelta(milliseconds=100)
 #: With nothing in hand the bridge looks no more often whether it shall stop.
 IDLE = timedelta(milliseconds=500)
 _NOTHING = (None, None, b"")
@@ -112,9 +114,10 @@ class Bridge:
         Ends when nothing has come for so long that the queue may have been deleted without our being told.
         """
         batch: list[tuple[Any, Any, bytes]] = []
-        held_bytes, busy_at = 0, time.monotonic()
+        held_bytes, busy_at, handed_over_at = 0, time.monotonic(), float("-inf")
         while batch or (self._running and time.monotonic() - busy_at < RENEWAL_AFTER.total_seconds()):
-            patience = (LINGER if batch else IDLE).total_seconds()
+            linger = LINGER if time.monotonic() - handed_over_at < LULL.total_seconds() else timedelta()
+            patience = (linger if batch else IDLE).total_seconds()
             # Called again, it goes on with the same consumer.
             delivery = next(channel.consume(runtime.SEND_QUEUE, inactivity_timeout=patience), _NOTHING)
             if delivery[0] is not None:
@@ -123,7 +126,7 @@ class Bridge:
                 held_bytes += len(delivery[2])
             if batch and (delivery[0] is None or len(batch) >= BATCH or held_bytes >= BATCH_BYTES):
                 yield batch
-                batch, held_bytes = [], 0
+                batch, held_bytes, handed_over_at = [], 0, time.monotonic()
 
 
 def _delivery(properties: Any, body: bytes) -> Delivery:

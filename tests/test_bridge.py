@@ -257,7 +257,13 @@ def test_a_batch_is_bounded_by_its_bytes_as_well_as_by_its_deliveries() -> None:
     assert batches(Scripted([b"x"] * 150)) == [100, 50]
 
 
-def test_only_an_open_batch_is_waited_for_in_short_steps() -> None:
+def test_a_mail_that_comes_singly_is_not_held_back() -> None:
     channel = Scripted([b"x"])
     assert batches(channel) == [1]
-    assert channel.waits == [bridge.IDLE.total_seconds(), bridge.LINGER.total_seconds()]
+    assert channel.waits == [bridge.IDLE.total_seconds(), 0]
+
+
+def test_mail_that_follows_soon_is_gathered_for_a_moment() -> None:
+    channel = Scripted([b"x"] * 101)
+    assert batches(channel) == [100, 1]
+    assert channel.waits[-2:] == [bridge.IDLE.total_seconds(), bridge.LINGER.total_seconds()]

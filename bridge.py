@@ -39,8 +39,8 @@ BATCH = 100
 BATCH_BYTES = 8 * 1024 * 1024
 #: RabbitMQ hands out the next batch while one is being stored.
 PREFETCH = 2 * BATCH
-#: A batch that is not full waits no longer than this, and not at all if it comes so long after the last: mail that comes
-#: singly is not held back.
+#: A batch that is not full waits no longer than this, and not at all if it comes so long after the last: mail that
+#: comes singly is not held back.
 LINGER = timedelta(milliseconds=10)
 LULL = timedelta(milliseconds=100)
 #: With nothing in hand the bridge looks no more often whether it shall stop.

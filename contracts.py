@@ -427,9 +427,27 @@ class Event(NamedTuple):
     traceparent: str | None = None
 
 
-def event_id(type: EventType, key: str) -> str:
-    """Return the ``message_id`` of the event: a pure function of its type and the email's id."""
-    return str(uuid.uuid5(NAMESPACE, f"{type}:{key}"))
+#: The bits of a UUID of version 7 or 8 that are its time, and those that say its version and variant (RFC 9562).
+_TIME, _VERSION_8 = (1 << 48) - 1 << 80, 8 << 76 | 2 << 62
+_VERSION = 0xF << 76 | 3 << 62
+
+
+def event_id(type: EventType, email_id: str) -> str:
+    """Return the ``message_id`` of an event: a pure function of its type and the email's id.
+
+    It is as old as the email is, so that the outbox's index grows at one end.
+    """
+    time = uuid.UUID(email_id).int & _TIME
+    return str(uuid.UUID(int=time | (_named(type, email_id).int & ~_TIME & ~_VERSION) | _VERSION_8))
+
+
+def rejection_id(delivery: str) -> str:
+    """Return the ``message_id`` of the event that a delivery is rejected, whatever names it."""
+    return str(_named(EventType.REJECTED, delivery))
+
+
+def _named(type: EventType, name: str) -> uuid.UUID:
+    return uuid.uuid5(NAMESPACE, f"{type}:{name}")
 
 
 def event_body(

@@ -206,7 +206,7 @@ def _rejection_messages(rejection: _Rejection) -> list[Outgoing]:
         headers={"x-reject-reason": rejection.reason, "x-reject-detail": _cut(rejection.detail)},
     )
     event = Event(
-        contracts.event_id(EventType.REJECTED, hashlib.sha256(delivery.body).hexdigest() + rejection.reason),
+        contracts.rejection_id(hashlib.sha256(delivery.body).hexdigest() + rejection.reason),
         EventType.REJECTED,
         contracts.event_body(
             EventType.REJECTED,

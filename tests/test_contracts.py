@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from send_email_bodies import MARK, Body, bodies, emails
 
 import contracts
-from contracts import EventType, Unacceptable, accept, event_body, event_id
+from contracts import EventType, Unacceptable, accept, event_body, event_id, rejection_id
 
 SPEC = {
     "publisher_message_id": "string",
@@ -411,9 +412,18 @@ def test_an_event_says_which_email_when_and_what(type: EventType) -> None:
 
 
 def test_an_events_id_follows_from_its_type_and_its_email_and_never_changes() -> None:
-    ids = {event_id(type, key) for type in EventType for key in ("a", "b")}
+    emails = ("01a21b94-a5cc-72aa-8ecb-98eb2520d5ff", "01a21b94-a5cd-7e01-b9bb-48a2d1c0e1f2")
+    ids = {event_id(type, email) for type in EventType for email in emails}
     assert len(ids) == 2 * len(EventType)
-    assert event_id(EventType.RECEIVED, "a") == "e3fd808f-4a39-51a5-b93f-a7637b567a73"
+    assert event_id(EventType.RECEIVED, emails[0]) == "01a21b94-a5cc-8d33-816c-1dc4b4ac6a95"
+    # It sorts by the email's age, and is a UUID of the version for one's own purposes.
+    assert all(event_id(type, emails[0]) < event_id(type, emails[1]) for type in EventType)
+    assert {(uuid.UUID(id).version, uuid.UUID(id).variant) for id in ids} == {(8, uuid.RFC_4122)}
+
+
+def test_a_rejections_id_follows_from_the_delivery() -> None:
+    assert rejection_id("a") != rejection_id("b")
+    assert rejection_id("a") == "b6728483-4666-51e1-aea7-3442ed9e7282"
 
 
 def test_the_events_have_the_names_that_consumers_know() -> None:

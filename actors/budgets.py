@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ import runtime
 from crash_points import CrashPoint
 from graph_client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, Wanted
-from models import mailboxes, spending, turns
+from models import DatabaseAway, mailboxes, spending, turns
 from models.scheduling import Lapsed, Pick
 from models.turns import EVERY, Candidate, Full
 from telemetry import LIMITER_REFUSALS, RESTORED
@@ -87,7 +87,12 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
                     full.setdefault(_whose(candidate, answer), Full(answer.retry_after, f"limit: {answer.budget}"))
                 case Exhausted():
                     too_large.append((candidate, answer))
-    full = _without_room_for(too_large) | full
+    without_room = _without_room_for(too_large)
+    # What waits for long is not overtaken by what was asked for together with it.
+    overtaking = [pick for pick in picks if _waited_for(without_room.get(pick.mailbox))]
+    picks = [pick for pick in picks if not _waited_for(without_room.get(pick.mailbox))]
+    refund(candidates, overtaking)
+    full = without_room | full
     for each in full.values():
         LIMITER_REFUSALS.labels(each.reason.removeprefix("limit: ")).inc()
     turns.note_full(full)
@@ -122,18 +127,23 @@ def _without_room_for(too_large: Sequence[tuple[Candidate, Exhausted]]) -> dict[
     return full
 
 
+def _waited_for(full: Full | None) -> bool:
+    return full is not None and full.from_recipients == 1
+
+
 def refund(candidates: Sequence[Candidate], unused: Sequence[Pick]) -> None:
     """Give back what was reserved for mail that was not dispatched after all."""
     known = {candidate.id: candidate for candidate in candidates}
     for pick in unused:
         if pick.reserved_at_ms is not None:
-            give_back(pick.mailbox, Reservation(pick.reserved_at_ms), _send(known[pick.id]))
+            runtime.limiter.refund(pick.mailbox, Reservation(pick.reserved_at_ms), _send(known[pick.id]))
 
 
 def give_back(mailbox: str, reservation: Reservation, send: Wanted) -> None:
     """Take back what was charged for a send that is not made, and have others that wait for it looked at."""
     runtime.limiter.refund(mailbox, reservation, send)
-    turns.note_room(mailbox)
+    with suppress(DatabaseAway):  # it is looked at before long in any case
+        turns.note_room(mailbox, external=send.external_recipients > 0)
 
 
 def refund_lapsed(lapsed: Sequence[Lapsed]) -> None:

@@ -2,7 +2,8 @@
 
 Recovery points, each committed under the email's lease before the next step: the draft's id; for each attachment its
 upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by
-the email's tag, an attachment by looking at the draft.
+the email's tag, an attachment by looking at the draft. What was begun by an earlier attempt is compared with what should
+be there once more at the end: a worker that stood still may have attached something meanwhile.
 
 Where the worker may die, and what the next claimant does once the lease has run out:
 
@@ -28,7 +29,13 @@ from actors.waiting import CLOCKS_DIFFER
 from attachments import AttachmentStream
 from crash_points import CrashPoint
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
-from graph_client.errors import AttachmentTooLarge, AttachmentTooSmall, UploadOutOfOrder, UploadSessionLost
+from graph_client.errors import (
+    AttachmentTooLarge,
+    AttachmentTooSmall,
+    TransientError,
+    UploadOutOfOrder,
+    UploadSessionLost,
+)
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
 from settings import LEASE_MARGIN
@@ -36,6 +43,10 @@ from telemetry import Step, mail_log
 
 #: Between two pieces the lease is looked at; from a slow source a piece is what has come.
 _PIECE_BYTES = 64 * 1024
+
+
+class AttachmentsIncomplete(TransientError):
+    """Raised when the draft lacks attachments although Graph has taken them."""
 
 
 class AlreadySent(Exception):
@@ -66,6 +77,8 @@ def _attach_all(email: ClaimedEmail, draft_id: str, attachments: list[dict[str, 
     for upload, attachment in zip(planned, attachments, strict=True):
         if not upload.uploaded:
             _upload(email, draft_id, upload, attachment)
+    if begun_before:
+        _compare(email, draft_id, planned)
 
 
 def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
@@ -103,6 +116,29 @@ def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) 
         if not upload.uploaded and attached[upload.filename] > 0:
             attached[upload.filename] -= 1
             _record_uploaded(email, upload)
+
+
+def _compare(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
+    """Take off what is there twice: an earlier worker that stood still may have attached it only now.
+
+    Raises:
+        AttachmentsIncomplete: Something is missing; the next attempt brings it up again.
+    """
+    with graph_call(email):
+        attached = runtime.graph.attachments(email.mailbox, draft_id)
+    lacking = Counter(upload.filename for upload in planned)
+    for attachment in attached:
+        if lacking[attachment.name] > 0:
+            lacking[attachment.name] -= 1
+        else:
+            with graph_call(email):
+                runtime.graph.delete_attachment(email.mailbox, draft_id, attachment.id)
+    missing = [upload for upload in planned if lacking[upload.filename] > 0]
+    for upload in missing:
+        upload.uploaded = False
+        _go_on_at(email, upload, None)
+    if missing:
+        raise AttachmentsIncomplete(f"{len(missing)} attachments that were brought up are not on the draft")
 
 
 def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import limiter as limits
 import runtime
 from actors.budgets import give_back
 from graph_client import looking_first
-from limiter import Exhausted, Reservation, Slot, TooLate, Wanted
+from limiter import Exhausted, Reservation, Slot, Wanted
 from models import ClaimedBackup, ClaimedEmail
 from settings import LEASE_MARGIN
 
@@ -29,7 +29,8 @@ from settings import LEASE_MARGIN
 SLOT_WAIT = timedelta(seconds=1)
 #: A request that starts sooner after it was admitted does not ask again for pauses.
 _FRESH = timedelta(milliseconds=50)
-#: A send that starts later after it was admitted may arrive when what it was charged has left the window of a minute.
+#: A send that starts later after it was admitted is admitted anew: what it was charged might leave the window of a
+#: minute before it arrives.
 _LATEST_SEND = limits.SLACK * timedelta(milliseconds=limits.WINDOWS["sends"]) / limits.SUBWINDOWS
 
 Renewing = Callable[[Iterable[bytes]], Iterator[bytes]]
@@ -46,21 +47,49 @@ def graph_call(email: ClaimedEmail, *, sends: bool = False, upload_bytes: int = 
         Refused: The limiter says not now; nothing was charged.
         LeaseLost: Another worker has the email.
     """
-    reservation = None if email.charged_at_ms is None else Reservation(email.charged_at_ms)
-    with runtime.limiter.slot(
-        email.mailbox,
-        send=send_of(email) if sends else None,
-        reservation=reservation if sends else None,
-        upload_bytes=upload_bytes,
-        wait=SLOT_WAIT,
-    ) as slot:
-        if sends:
-            email.charged_at_ms = slot.at_ms
-        configuration = runtime.configuration
-        outlasting = configuration.graph_timeout + LEASE_MARGIN / 2
-        held = partial(email.ensure_held, at_least=outlasting, lease=configuration.lease)
-        with _looking_first(email.mailbox, held, latest=_LATEST_SEND if sends else None):
+    admission = _Admission(email, sends=sends, upload_bytes=upload_bytes)
+    admission.take(wait=SLOT_WAIT)
+    try:
+        with looking_first(admission.look):
             yield
+    finally:
+        runtime.limiter.release(admission.slot)
+
+
+class _Admission:
+    """A call's slot and charges, taken anew if the call does not start soon: connections and tokens take their time."""
+
+    def __init__(self, email: ClaimedEmail, *, sends: bool, upload_bytes: int) -> None:
+        self._email = email
+        self._sends = sends
+        self._upload_bytes = upload_bytes
+        self._admitted_at = 0.0
+        self.slot: Slot
+
+    def take(self, *, wait: timedelta) -> None:
+        email = self._email
+        reserved = self._sends and email.charged_at_ms is not None
+        self.slot = runtime.limiter.acquire(
+            email.mailbox,
+            send=send_of(email) if self._sends else None,
+            reservation=Reservation(email.charged_at_ms or 0) if reserved else None,
+            upload_bytes=self._upload_bytes,
+            wait=wait,
+        )
+        self._admitted_at = time.monotonic()
+        if self._sends:
+            email.charged_at_ms = self.slot.at_ms
+
+    def look(self) -> None:
+        """See to it, as the first byte is about to leave, that the call may still be made, and by this worker."""
+        waited = time.monotonic() - self._admitted_at
+        if self._sends and waited > _LATEST_SEND.total_seconds():
+            runtime.limiter.release(self.slot)
+            self.take(wait=timedelta())
+        elif waited > _FRESH.total_seconds():
+            _look_at_pauses(self._email.mailbox)
+        configuration = runtime.configuration
+        self._email.ensure_held(at_least=configuration.graph_timeout + LEASE_MARGIN / 2, lease=configuration.lease)
 
 
 @contextmanager
@@ -72,11 +101,15 @@ def backup_call(backup: ClaimedBackup, *, requests: int = 1) -> Iterator[Renewin
     Raises:
         Refused: The limiter says not now; nothing was charged.
     """
-    with (
-        runtime.limiter.slot(backup.mailbox, requests=requests, wait=SLOT_WAIT) as slot,
-        _looking_first(backup.mailbox, lambda: None),
-    ):
-        yield partial(_renewing, slot, time.monotonic())
+    with runtime.limiter.slot(backup.mailbox, requests=requests, wait=SLOT_WAIT) as slot:
+        admitted_at = time.monotonic()
+
+        def look() -> None:
+            if time.monotonic() - admitted_at > _FRESH.total_seconds():
+                _look_at_pauses(backup.mailbox)
+
+        with looking_first(look):
+            yield partial(_renewing, slot, admitted_at)
 
 
 def _renewing(slot: Slot, renewed_at: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -97,21 +130,6 @@ def refund(email: ClaimedEmail) -> None:
     """Give back the send budget of an email that is proven not to be sent now."""
     if email.charged_at_ms is not None:
         give_back(email.mailbox, Reservation(email.charged_at_ms), send_of(email))
-
-
-@contextmanager
-def _looking_first(mailbox: str, held: Callable[[], object], *, latest: timedelta | None = None) -> Iterator[None]:
-    admitted_at = time.monotonic()
-
-    def look() -> None:
-        if time.monotonic() - admitted_at > _FRESH.total_seconds():
-            _look_at_pauses(mailbox)
-        held()
-        if latest and time.monotonic() - admitted_at > latest.total_seconds():
-            raise TooLate
-
-    with looking_first(look):
-        yield
 
 
 def _look_at_pauses(mailbox: str) -> None:

@@ -63,8 +63,8 @@ _DRAFT_LAG = timedelta(seconds=1)
 _BLAMED = {"MailboxConcurrency": limits.CONCURRENCY, "IncomingBytes": "upload_bytes"}
 
 
-#: What a mailbox is full of, if nothing is left of it.
-_OF_MAILBOX = ("sends", "recipients", "requests", "upload_bytes")
+#: What a worker finds used up; of what is reserved the scheduler finds it out.
+_NOT_RESERVED = ("requests", "upload_bytes")
 
 
 class AttemptsUsedUp(Exception):
@@ -167,7 +167,7 @@ def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:
 def hold_back(mailbox: str, refused: limits.Refused) -> tuple[timedelta, str]:
     """Have the scheduler pass over a mailbox that is at its limit; return when to ask again, and the limit's name."""
     LIMITER_REFUSALS.labels(refused.budget).inc()
-    if refused.mailbox_wide and refused.budget in _OF_MAILBOX:
+    if refused.mailbox_wide and refused.budget in _NOT_RESERVED:
         turns.note_full({mailbox: Full(refused.retry_after, f"limit: {refused.budget}")})
     return after_refusal(refused), refused.budget
 

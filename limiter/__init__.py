@@ -74,7 +74,7 @@ from .budgets import (
     check_units,
 )
 from .ledger import RAMP_STEP, TENANT, Ledger, Slot, Verdict, connect
-from .refusals import Emptied, Exhausted, NeverFits, Refused, TooLate, Unavailable
+from .refusals import Emptied, Exhausted, NeverFits, Refused, Unavailable
 from .scripts import RECOVERY_MS
 
 __all__ = [
@@ -95,7 +95,6 @@ __all__ = [
     "Slot",
     "Slowed",
     "Spent",
-    "TooLate",
     "Unavailable",
     "Wanted",
 ]

@@ -169,12 +169,12 @@ class Ledger:
     def _key(self, owner: str, of: str) -> str:
         return f"{self._prefix}:{owner}:{of}"
 
-    def _head_of(self, owner: str) -> list[str]:
+    def _head_of(self, owner: str) -> tuple[str, ...]:
         """Return the keys of `scripts.HEAD`."""
         own = [self._key(owner, of) for of in ("limits", "slowed", "pause")]
         waiting = [self._key(owner, of) for of in ("slots", "waiting_send", "waiting")]
         tenants = self._key("tenant", "limits")
-        return [self._born, tenants, *own, self._key("tenant", "pause"), *waiting]
+        return (self._born, tenants, *own, self._key("tenant", "pause"), *waiting)
 
     # Calls
 

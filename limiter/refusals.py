@@ -59,20 +59,6 @@ class Emptied(Refused):
         return "Redis was emptied: the limiter waits until what was spent is written down again"
 
 
-class TooLate(Refused):
-    """Raised when a call starts so long after it was admitted that what it was charged might not count when it arrives.
-
-    What was charged counts for a while longer than its window (`SLACK`), and no longer than that may it be under way.
-    """
-
-    budget = "late"
-    retry_after = timedelta()
-    mailbox_wide = False
-
-    def __str__(self) -> str:
-        return "the call would have started too late after it was admitted"
-
-
 class NeverFits(ValueError):
     """Raised when a call asks for more than a budget's whole limit: waiting would not help."""
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from models.database import reading, rows
 from models.ids import as_uuid
-from models.states import Sending, Status
+from models.states import Sending
 from models.tables import DeadLetter, EmailBackup, FileUpload, IncomingEmail, OutboxEvent, SentEmail, WorkerReceipt
+from models.turns import READY, TO_SEND
 
 
 def find_email(id: str) -> str | None:
@@ -76,16 +77,21 @@ class Backlog(NamedTuple):
     mailboxes_full: int
 
 
-# The three conditions are those of the three indexes that leave out what is settled, which may be millions of rows.
-_WAITING = """
+# Each condition is that of an index that leaves out what is settled, which may be millions of rows; no mail meets two.
+_WAITING = f"""
     SELECT status, count(*), min(created_at) FILTER (
                WHERE status = 'received' AND (next_attempt_at IS NULL OR next_attempt_at <= now())
            )
-    FROM incoming_emails
-    WHERE status = ANY(%(statuses)s) AND (
-              (status IN ('received', 'processing') AND lease_until IS NULL AND next_attempt_at IS NULL)
-              OR next_attempt_at IS NOT NULL OR lease_until IS NOT NULL
-          )
+    FROM (
+        SELECT status, created_at, next_attempt_at FROM incoming_emails WHERE {TO_SEND}
+        UNION ALL
+        SELECT status, created_at, next_attempt_at FROM incoming_emails WHERE status = 'processing' AND {READY}
+        UNION ALL
+        SELECT status, created_at, next_attempt_at FROM incoming_emails WHERE next_attempt_at IS NOT NULL
+        UNION ALL
+        SELECT status, created_at, next_attempt_at FROM incoming_emails
+        WHERE lease_until IS NOT NULL AND next_attempt_at IS NULL
+    ) unsettled
     GROUP BY status
 """
 
@@ -102,7 +108,7 @@ _UNFINISHED = """
 
 def backlog() -> Backlog:
     """Count what has not come to its end. What has is not counted: its number only grows."""
-    waiting = rows(_WAITING, {"statuses": [Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING]})
+    waiting = rows(_WAITING)
     found = rows(_UNFINISHED, {"in_doubt": Sending.IN_DOUBT})
     by_status = {status: count for status, count, _ in waiting}
     oldest = min((created_at for *_, created_at in waiting if created_at), default=None)

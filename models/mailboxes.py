@@ -205,8 +205,14 @@ def look_anew(mailbox: str) -> None:
 
 
 _NO_LONGER_FULL = """
-    UPDATE mailboxes SET full_until = NULL, full_reason = NULL
-    WHERE full_until IS NOT NULL AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
+    WITH full_ones AS MATERIALIZED (
+        -- In the order in which they are noted, so that neither waits for the other.
+        SELECT mailbox FROM mailboxes
+        WHERE full_until IS NOT NULL AND (mailbox = %(mailbox)s OR %(mailbox)s = %(every)s)
+        ORDER BY mailbox COLLATE "C" FOR UPDATE
+    )
+    UPDATE mailboxes SET full_until = NULL, full_reason = NULL FROM full_ones
+    WHERE mailboxes.mailbox = full_ones.mailbox
 """
 _WAKE = """
     WITH waiting AS MATERIALIZED (

@@ -17,7 +17,7 @@ from contracts import Event, EventType, event_body, event_id
 from models.database import rows, transaction
 from models.events import append
 from models.states import Route
-from models.turns import BATCH, READY, Busy
+from models.turns import BATCH, NO_REQUESTS, READY, Busy
 
 #: Any constant will do; it names the lock among the database's advisory locks.
 _LOCK = 0x6D61696C666C6565
@@ -26,10 +26,12 @@ _LONGEST_PUT_OFF = timedelta(minutes=15)
 #: Due backups that a sweep looks at: several times as many as are made at once. If none of them can be made now, they
 #: are put off, and it looks again.
 _BACKUPS_MET = 64
-#: Backups of a mailbox that has its share in flight let those of others come first, for so long for each that is before
-#: them (two short requests, several mailbox slots), and for a minute at most.
+#: Backups of a mailbox that has its share in flight let those of others come first: for so long for each that was met
+#: before them (two short requests, several mailbox slots), or for a part of the time since their send, which says how
+#: long the mailbox's queue is.
 _CROWDED_PUT_OFF = timedelta(milliseconds=100)
-_LONGEST_CROWDED_PUT_OFF = timedelta(minutes=1)
+_CROWDED_PARTS = 20
+_LONGEST_CROWDED_PUT_OFF = timedelta(minutes=5)
 
 
 class Dispatch(NamedTuple):
@@ -224,11 +226,13 @@ def _expired(now: datetime, id: str, publisher_message_id: str, *delivery: str |
 # those behind them.
 _CLAIM_BACKUPS = f"""
     WITH due AS MATERIALIZED (
-        SELECT id, incoming_email_id, backup_due_at FROM sent_emails
+        SELECT id, incoming_email_id, backup_due_at, now() - sent_at AS waited FROM sent_emails
         WHERE backup_due_at <= now() AND backup_lease_until IS NULL
         ORDER BY backup_due_at LIMIT {_BACKUPS_MET}
     ), met AS MATERIALIZED (
-        SELECT due.id, due.backup_due_at, greatest(m.paused_until, every.paused_until) AS paused_until,
+        SELECT due.id, due.backup_due_at, due.waited,
+               greatest(m.paused_until, every.paused_until,
+                        CASE WHEN m.full_reason = '{NO_REQUESTS}' THEN m.full_until END) AS paused_until,
                coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
                    -- One that refuses us is probed with one at a time, be it a send or a backup.
                    + CASE WHEN m.refusal_count > 0 THEN %(share)s - 1 + coalesce(busy.sends, 0) ELSE 0 END
@@ -247,7 +251,8 @@ _CLAIM_BACKUPS = f"""
                CASE WHEN paused_until > now() THEN least(paused_until, now() + %(longest_wait)s)
                     -- Left due if there is nobody behind them: the end of another wakes the scheduler.
                     WHEN too_many > 0 AND more
-                    THEN now() + least(too_many * %(crowded_wait)s::interval, %(longest_crowded_wait)s)
+                    THEN now() + least(greatest(too_many * %(crowded_wait)s::interval, waited / {_CROWDED_PARTS}),
+                                       %(longest_crowded_wait)s)
                END AS put_off_until
         FROM met LEFT JOIN picked USING (id)
     ), locked AS MATERIALIZED (

@@ -34,8 +34,10 @@ _LONGEST_FULL = timedelta(minutes=5)
 #: While large mail is passed over, so many mails of a lane are looked at for smaller ones.
 _LOOKED_THROUGH = 500
 
+#: Why a mailbox is full that may not be asked for anything: look-ups and backups wait, too.
+NO_REQUESTS = "limit: requests"
 #: What is reserved for a send, and given back.
-_SEND_BUDGETS = ("sends", "recipients", "tenant_external_recipients")
+_SEND_BUDGETS = ["limit: sends", "limit: recipients", "limit: tenant_external_recipients"]
 
 READY = "lease_until IS NULL AND next_attempt_at IS NULL"
 TO_SEND = f"status = 'received' AND {READY}"
@@ -135,7 +137,12 @@ def _candidates(to_send: str) -> str:
         )
         SELECT email.id::text, open.mailbox, open.room, lane.tenant, lane.priority, email.recipient_count,
                email.external_recipients
-        FROM (SELECT * FROM open WHERE room > 0 ORDER BY position LIMIT %(capacity)s) open CROSS JOIN LATERAL (
+        FROM (
+            -- Of a mailbox that is full from a size on there may be nothing: it takes no other's place.
+            SELECT *, count(*) FILTER (WHERE coalesce(full_from, %(external_from)s::int) IS NULL)
+                          OVER (ORDER BY position) AS before
+            FROM open WHERE room > 0
+        ) open CROSS JOIN LATERAL (
             SELECT 0 AS behind, * FROM {_lanes(to_send, "> coalesce(open.last_tenant, '')")} further
             UNION ALL
             SELECT 1, * FROM {_lanes(to_send, "<= coalesce(open.last_tenant, '')")} around
@@ -155,6 +162,7 @@ def _candidates(to_send: str) -> str:
               AND coalesce(external_recipients < %(external_from)s::int, true)
             ORDER BY id LIMIT least(open.room, %(capacity)s)
         ) email
+        WHERE open.before <= %(capacity)s
         ORDER BY open.position, lane.behind, lane.tenant, lane.priority, email.id
     """
 
@@ -181,7 +189,8 @@ def candidates(
     parameters = {
         "route": route,
         "capacity": wanted,
-        "turns": wanted + len(busy.sends),
+        # Any mailbox may have nothing but what is passed over.
+        "turns": wanted + len(busy.sends) + (BATCH if external_from else 0),
         "share": share,
         "external_from": external_from,
         **_described(busy),
@@ -243,6 +252,7 @@ _LOOK_UPS = f"""
         LEFT JOIN every ON true
         WHERE e.status = 'processing' AND e.lease_until IS NULL AND e.next_attempt_at IS NULL AND e.route = %(route)s
           AND coalesce(m.paused_until <= now(), true) AND {_ROOM} > 0
+          AND coalesce(m.full_until <= now() OR m.full_reason <> '{NO_REQUESTS}', true)
         ORDER BY e.updated_at LIMIT {BATCH}
     ), numbered AS (
         SELECT *, row_number() OVER (PARTITION BY mailbox ORDER BY updated_at) AS number FROM waiting
@@ -299,14 +309,18 @@ def note_full(full: dict[str, Full]) -> None:
         )
 
 
-def note_room(mailbox: str) -> None:
-    """Look again at once at a mailbox that waits for send budget, and at external mail: some has come back to both."""
+def note_room(mailbox: str, *, external: bool) -> None:
+    """Look again at once at a mailbox that waits for send budget, since some has come back.
+
+    Args:
+        external: Some of the tenant's external recipients have, too.
+    """
     rows(
         """
         UPDATE mailboxes SET full_until = NULL, full_reason = NULL
         WHERE mailbox IN (%(mailbox)s, %(every)s) AND full_until IS NOT NULL AND full_reason = ANY(%(reasons)s)
         """,
-        {"mailbox": mailbox, "every": EVERY, "reasons": [f"limit: {budget}" for budget in _SEND_BUDGETS]},
+        {"mailbox": mailbox, "every": EVERY if external else mailbox, "reasons": _SEND_BUDGETS},
     )
 
 

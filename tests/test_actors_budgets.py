@@ -174,13 +174,13 @@ def test_a_large_mail_is_overtaken_for_a_while_and_then_waited_for(fleet: Fleet,
     fleet.send()
     large = store(publisher_message_id="2", to=["a@example.org", "b@example.org", "c@example.org"])
     rows("UPDATE incoming_emails SET created_at = now() - interval '2 hours' WHERE id = %(id)s", {"id": large})
-    # When
-    fleet.schedule()
+    # When smaller ones are asked for together with it
     small = store(publisher_message_id="3")
     fleet.schedule()
     # Then
     assert fleet.take("send_plain") == []
     assert [row["full_reason"] for row in table("mailboxes")] == ["limit: recipients"]
+    assert used("recipients") == 1
     # When there is enough
     limit(mailbox_recipients_per_day=5)
     rows("UPDATE mailboxes SET full_until = now()")

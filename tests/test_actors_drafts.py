@@ -177,6 +177,39 @@ def test_a_recorded_draft_and_recorded_ranges_are_not_made_again(fleet: Fleet) -
     assert (again["create_draft"], again["create_upload_session"], again["upload_range"]) == (0, 0, 1)
 
 
+def test_what_a_frozen_worker_attached_late_is_taken_off_again(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a worker that stood still as it attached, and lost its lease
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "other", SMALL)])
+    killed_after(fleet, id, draft_recorded)
+    find_unrecorded = drafts._find_unrecorded
+
+    def attached_then(email: models.ClaimedEmail, draft_id: str, planned: list[uploads.Upload]) -> None:
+        find_unrecorded(email, draft_id, planned)
+        content = files.content("small", SMALL)
+        runtime.graph.attach(email.mailbox, draft_id, name="small", content_type="text/plain", content=content)
+
+    # When it goes on after the next one has looked
+    monkeypatch.setattr(drafts, "_find_unrecorded", attached_then)
+    fleet.settle(id)
+    # Then
+    assert attached(fleet, id) == expected(small=SMALL, other=SMALL)
+
+
+def test_a_draft_that_lacks_what_was_brought_up_is_not_sent_so(fleet: Fleet) -> None:
+    # Given an attachment that Graph has taken, and lost
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "other", SMALL)])
+    killed_after(fleet, id, all_uploaded)
+    draft_id = str(email_row(id)["draft_id"])
+    (lost,) = [each for each in runtime.graph.attachments(SENDER, draft_id) if each.name == "small"]
+    runtime.graph.delete_attachment(SENDER, draft_id, lost.id)
+    # When
+    fleet.settle(id)
+    # Then it is brought up again, an attempt later
+    assert (fleet.mails(id), email_row(id)["status"]) == (0, "received")
+    fleet.settle(id)
+    assert attached(fleet, id) == expected(small=SMALL, other=SMALL)
+
+
 @pytest.mark.parametrize("sent", [True, False])
 def test_a_worker_that_died_around_the_send_leaves_the_mail_in_doubt_and_it_is_sent_once(
     fleet: Fleet, sent: bool

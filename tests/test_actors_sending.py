@@ -391,24 +391,42 @@ def test_the_mails_of_a_mailbox_that_refuses_probe_in_turns(fleet: Fleet) -> Non
 # Started too late
 
 
+@pytest.mark.parametrize("room", [True, False])
 @pytest.mark.parametrize("by_draft", [False, True])
-def test_a_send_that_starts_too_late_after_its_admission_is_not_made(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, configure: Configure, by_draft: bool
+def test_a_send_that_starts_long_after_its_admission_is_admitted_anew(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, configure: Configure, by_draft: bool, room: bool
 ) -> None:
-    # Given a worker that stands still between its admission and the request
+    # Given a worker whose connection takes longer than a charge counts beyond its window
     configure(send_plain_via="draft" if by_draft else "sendmail")
     monkeypatch.setattr(graph_calls, "_LATEST_SEND", timedelta(microseconds=1))
     id = store()
+    fleet.schedule()
+    if not room:  # and a minute's budget that was used up meanwhile: what was reserved counts no more
+        runtime.limiter.set_limits(SENDER, {"sends": 1})
+        monkeypatch.setattr(graph_calls._Admission, "take", _forgetting(graph_calls._Admission.take))
     # When
-    assert fleet.send() == ["done"]
-    # Then nothing was sent, nothing is in doubt, and no attempt and no budget was spent
+    assert fleet.run("send_plain") == ["done"]
+    # Then it is sent and charged once; or not sent, not in doubt, and no attempt spent
     row = email_row(id)
-    assert (row["status"], row["attempt_count"], sending(id), fleet.mails(id)) == ("received", 0, None, 0)
-    assert [each.used for each in runtime.limiter.usage(SENDER) if each.budget in ("sends", "recipients")] == [0, 0]
-    monkeypatch.undo()
-    make_due(id)
-    fleet.send()
-    assert fleet.mails(id) == 1
+    if room:
+        assert (row["status"], fleet.mails(id)) == ("processed", 1)
+        assert {each.budget: each.used for each in runtime.limiter.usage(SENDER)}.items() >= {
+            ("concurrency", 0),
+            ("sends", 1),
+            ("recipients", 1),
+        }
+    else:
+        assert (row["status"], row["attempt_count"], sending(id), fleet.mails(id)) == ("received", 0, None, 0)
+        assert [each.used for each in runtime.limiter.usage(SENDER) if each.budget == "concurrency"] == [0]
+
+
+def _forgetting(take: Callable[..., None]) -> Callable[..., None]:
+    def take_as_if_nothing_was_reserved(admission: graph_calls._Admission, *, wait: timedelta) -> None:
+        if wait == timedelta():
+            admission._email.charged_at_ms = 1
+        take(admission, wait=wait)
+
+    return take_as_if_nothing_was_reserved
 
 
 # Configuration refused
@@ -577,14 +595,14 @@ def test_an_outcome_that_comes_after_the_lease_was_lost_is_dropped(
     id = store()
     fleet.schedule()
     (message,) = fleet.take("send_plain")
-    slot = runtime.limiter.slot
+    acquire = runtime.limiter.acquire
 
-    def slow_slot(*args: Any, **charges: Any) -> Any:
+    def acquire_slowly(*args: Any, **charges: Any) -> Any:
         lapse(id)
-        return slot(*args, **charges)
+        return acquire(*args, **charges)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.limiter, "slot", slow_slot)
+        patch.setattr(runtime.limiter, "acquire", acquire_slowly)
         assert work(message) == "done"
     # Then its word does not count, and the mail is found sent
     assert sending(id) == "in_doubt"

@@ -30,7 +30,7 @@ from support import (
 import models
 from models import ClaimedEmail, Route, database, mailboxes, scheduling, turns
 from models.scheduling import Dispatch, DueBackup, Pick
-from models.turns import Busy
+from models.turns import Busy, Full
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -507,6 +507,25 @@ def test_a_backlog_of_backups_that_must_wait_is_met_once_and_then_gives_way(monk
     assert claimed == [*busy[:2], last]
     for id in paused:
         assert 50 < seconds_until("sent_emails", "backup_due_at", "incoming_email_id", id) <= 60
+
+
+def test_backups_wait_while_their_mailbox_may_make_no_requests() -> None:
+    ids = sent_many(1)
+    turns.note_full({"ann@example.com": Full(MINUTE, "limit: requests")})
+    assert claim_backups() == []
+    rows("UPDATE mailboxes SET full_reason = 'limit: sends'")
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    assert [backup.incoming_email_id for backup in claim_backups()] == ids
+
+
+def test_a_crowded_backup_waits_longer_the_longer_its_mailbox_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_BACKUPS_MET", 3)
+    monkeypatch.setattr(scheduling, "_CLAIM_BACKUPS", scheduling._CLAIM_BACKUPS.replace("64", "3"))
+    sent_many(4)
+    rows("UPDATE sent_emails SET sent_at = now() - interval '1 hour'")
+    claim_backups(share=1)
+    ((wait,),) = rows("SELECT max(backup_due_at) - now() FROM sent_emails WHERE backup_lease_until IS NULL")
+    assert timedelta(minutes=2) < wait <= timedelta(minutes=3)
 
 
 def test_backups_that_an_operators_pause_holds_back_are_looked_at_again() -> None:

@@ -194,9 +194,35 @@ def test_a_mailbox_is_not_left_alone_for_long_whatever_it_waits_for() -> None:
 def test_room_that_comes_back_is_seen_at_once() -> None:
     fill(normal=1)
     turns.note_full({name: Full(MINUTE, "limit: recipients") for name in ("ann@example.com", "*", "ben@example.com")})
-    turns.note_room("ann@example.com")
-    assert [held.mailbox for held in mailboxes.held()] == ["ben@example.com"]
+    turns.note_room("ann@example.com", external=False)
+    assert [held.mailbox for held in mailboxes.held()] == ["*", "ben@example.com"]
     assert len(chosen(1)) == 1
+    turns.note_room("ann@example.com", external=True)
+    assert [held.mailbox for held in mailboxes.held()] == ["ben@example.com"]
+
+
+def test_a_mailbox_with_large_mail_alone_takes_no_others_turn() -> None:
+    for name in ("ann", "ben", "cyd"):
+        store(**{"publisher_message_id": name, "from": f"{name}@example.com", "to": ["a@x.org", "b@x.org"]})
+    small = store(**{"publisher_message_id": "small", "from": "zoe@example.com"})
+    turns.note_full(
+        {f"{name}@example.com": Full(MINUTE, "limit: recipients", from_recipients=2) for name in ("ann", "ben", "cyd")}
+    )
+    assert [mail.id for mail in chosen(1)] == [small]
+    rows("UPDATE mailboxes SET full_until = now()")
+    found = turns.candidates(Route.PLAIN, capacity=1, share=9, busy=IDLE, after="", external_from=2)
+    assert [mail.id for mail in found] == [small]
+
+
+def test_look_ups_wait_for_requests_and_for_no_other_budget() -> None:
+    doubted = store()
+    claim(doubted).mark_in_doubt(look_again_in=timedelta(), evidence={"seen": "timeout"})
+    with scheduling.sweep():
+        scheduling.wake_due()
+    turns.note_full({"ann@example.com": Full(MINUTE, "limit: requests")})
+    assert turns.look_ups(Route.PLAIN, capacity=1, share=4, busy=IDLE) == []
+    turns.note_full({"ann@example.com": Full(MINUTE, "limit: sends")})
+    assert len(turns.look_ups(Route.PLAIN, capacity=1, share=4, busy=IDLE)) == 1
 
 
 def test_what_waits_for_its_time_has_not_waited_before_it() -> None:

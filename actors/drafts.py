@@ -2,8 +2,8 @@
 
 Recovery points, each committed under the email's lease before the next step: the draft's id; for each attachment its
 upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by
-the email's tag, an attachment by looking at the draft. What was begun by an earlier attempt is compared with what should
-be there once more at the end: a worker that stood still may have attached something meanwhile.
+the email's tag, an attachment by looking at the draft. What was begun by an earlier attempt is compared with what
+should be there once more at the end: a worker that stood still may have attached something meanwhile.
 
 Where the worker may die, and what the next claimant does once the lease has run out:
 

@@ -127,18 +127,22 @@ def _compare(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
     with graph_call(email):
         attached = runtime.graph.attachments(email.mailbox, draft_id)
     lacking = Counter(upload.filename for upload in planned)
+    renamed = 0  # Graph may call one otherwise than we did: it is neither twice nor missing
     for attachment in attached:
         if lacking[attachment.name] > 0:
             lacking[attachment.name] -= 1
-        else:
+        elif attachment.name in lacking:
             with graph_call(email):
                 runtime.graph.delete_attachment(email.mailbox, draft_id, attachment.id)
+        else:
+            renamed += 1
+    if lacking.total() <= renamed:
+        return
     missing = [upload for upload in planned if lacking[upload.filename] > 0]
     for upload in missing:
         upload.uploaded = False
         _go_on_at(email, upload, None)
-    if missing:
-        raise AttachmentsIncomplete(f"{len(missing)} attachments that were brought up are not on the draft")
+    raise AttachmentsIncomplete(f"{lacking.total()} attachments that were brought up are not on the draft")
 
 
 def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:

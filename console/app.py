@@ -39,12 +39,12 @@ def make_app(access: Access) -> FastAPI:
     registry.register(FleetCollector())
     readiness = Readiness(operations.ready)
 
-    @app.api_route("/healthz", methods=_LOOKING)
+    @app.api_route("/healthz", methods=_LOOKING, include_in_schema=False)
     async def healthz() -> dict[str, str]:
         """Say that the process lives, however many wait for other answers. Open to all: it tells nothing else."""
         return {"status": "alive"}
 
-    @app.api_route("/readyz", methods=_LOOKING)
+    @app.api_route("/readyz", methods=_LOOKING, include_in_schema=False)
     def readyz() -> JSONResponse:
         """Say whether the servers answer. Open to all: it names no address and no secret."""
         findings = readiness.findings()
@@ -52,7 +52,7 @@ def make_app(access: Access) -> FastAPI:
         return JSONResponse(body, 200 if all(finding.fine for finding in findings) else 503)
 
     # An annotation could not name ``access``: FastAPI reads annotations outside of this function.
-    @app.api_route("/metrics", methods=_LOOKING, dependencies=[Depends(access.viewer)])
+    @app.api_route("/metrics", methods=_LOOKING, dependencies=[Depends(access.viewer)], include_in_schema=False)
     def metrics() -> Response:
         """Return the fleet-wide gauges in Prometheus's text format."""
         try:

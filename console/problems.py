@@ -21,21 +21,14 @@ import outbox
 import vault
 
 
-class Fault(BaseModel):
-    """What is wrong with one value of a request; ``where`` begins with ``query``, ``path`` or ``body``."""
-
-    where: str
-    problem: str
-
-
 class Problem(BaseModel):
-    """Why a request was not answered."""
+    """Why a request was not answered; ``errors``: what is wrong ``where``, in ``query``, ``path`` or ``body``."""
 
     type: str = "about:blank"
     title: str
     status: int
     detail: str
-    errors: list[Fault] | None = None
+    errors: list[dict[str, str]] | None = None
 
 
 #: What is away now may be asked again after so many seconds.
@@ -76,7 +69,7 @@ def _http(_request: Request, error: Any) -> JSONResponse:
 
 
 def _invalid(_request: Request, error: Any) -> JSONResponse:
-    faults = [Fault(where=".".join(map(str, each["loc"])), problem=each["msg"]) for each in error.errors()]
+    faults = [{"where": ".".join(map(str, each["loc"])), "problem": each["msg"]} for each in error.errors()]
     return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, "the request is not valid", errors=faults)
 
 
@@ -84,7 +77,7 @@ def _unforeseen(_request: Request, _error: Exception) -> JSONResponse:
     return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "something failed here; the console's log says what")
 
 
-def _problem(status: int, detail: str, headers: Any = None, errors: list[Fault] | None = None) -> JSONResponse:
+def _problem(status: int, detail: str, headers: Any = None, errors: list[dict[str, str]] | None = None) -> JSONResponse:
     problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
     body = problem.model_dump(exclude_none=True)
     return JSONResponse(body, status, headers, media_type="application/problem+json")

@@ -101,7 +101,9 @@ _RANGE = "{id} >= %(first)s::uuid AND {id} < %(before)s::uuid"
 _EMAIL_RANGE, _BACKUP_RANGE = _RANGE.format(id="e.id"), _RANGE.format(id="b.id")
 
 
-def emails(filter: EmailFilter, *, limit: int, before: str | None = None) -> EmailPage:
+def emails(
+    filter: EmailFilter, *, limit: int, before: str | None = None, look_through: int = LOOKED_THROUGH
+) -> EmailPage:
     """Return at most ``limit`` emails that match, newest first; fewer are not the last as long as there is more.
 
     Args:
@@ -121,7 +123,7 @@ def emails(filter: EmailFilter, *, limit: int, before: str | None = None) -> Ema
     }
     source = f"WHERE {_source(filter)} AND {_EMAIL_RANGE}"
     narrowed = any(parameters[name] is not None for name in ("status", "mailbox", "tenant", "error"))
-    end = _look("incoming_emails e", "e.id", source, parameters) if narrowed else None
+    end = _look("incoming_emails e", "e.id", source, parameters, look_through) if narrowed else None
     statement = f"{_EMAILS} {source} {_NARROWED} ORDER BY e.id DESC LIMIT %(limit)s"
     found = [ListedEmail(*row) for row in rows(statement, {**parameters, "first": end or first})]
     return EmailPage(found, found[-1].incoming_email_id if len(found) == limit else end)
@@ -145,7 +147,7 @@ def backups(*, mailbox: str | None, limit: int, before: str | None = None) -> Ba
         "limit": limit,
     }
     source = f"WHERE {_BACKUP_RANGE}"
-    end = _look("email_backups b", "b.id", source, parameters) if mailbox else None
+    end = _look("email_backups b", "b.id", source, parameters, LOOKED_THROUGH) if mailbox else None
     statement = f"""
         {LISTED} {source} AND (%(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s)
         ORDER BY b.id DESC LIMIT %(limit)s
@@ -154,8 +156,8 @@ def backups(*, mailbox: str | None, limit: int, before: str | None = None) -> Ba
     return BackupPage(found, found[-1].id if len(found) == limit else end)
 
 
-def _look(table: str, id: str, source: str, parameters: Mapping[str, Any]) -> str | None:
+def _look(table: str, id: str, source: str, parameters: Mapping[str, Any], count: int) -> str | None:
     """Return the id of the last row that is looked at for this page; None: there are not that many."""
     statement = f"SELECT {id}::text FROM {table} {source} ORDER BY {id} DESC OFFSET %(look)s LIMIT 1"
-    found = rows(statement, {**parameters, "look": LOOKED_THROUGH - 1})
+    found = rows(statement, {**parameters, "look": count - 1})
     return found[0][0] if found else None

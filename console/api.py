@@ -79,7 +79,7 @@ def _bounded(receive: Callable[[], Coroutine[Any, Any, Any]]) -> Callable[[], Co
     return receive_bounded
 
 
-def _private(response: Response) -> None:
+def private(response: Response) -> None:
     """What one person may see is kept in no cache."""
     response.headers["Cache-Control"] = "no-store"
 
@@ -107,7 +107,7 @@ def make_router(path: str, tag: str) -> APIRouter:
         tags=[tag],
         route_class=BoundedRoute,
         responses=_PROBLEMS,
-        dependencies=[Depends(_BEARER), Depends(_private)],
+        dependencies=[Depends(_BEARER), Depends(private)],
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from console.access import Viewer
-from console.api import PREFIX
+from console.api import PREFIX, private
 
 router = APIRouter(prefix=PREFIX, include_in_schema=False)
 
@@ -22,7 +22,7 @@ _POLICY = (
 )
 
 
-@router.get("/openapi.json")
+@router.get("/openapi.json", dependencies=[Depends(private)])
 def schema(_who: Viewer, request: Request) -> dict[str, Any]:
     """Return what the API can do, as OpenAPI."""
     told: dict[str, Any] = request.app.openapi()

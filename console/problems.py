@@ -80,4 +80,5 @@ def _unforeseen(_request: Request, _error: Exception) -> JSONResponse:
 def _problem(status: int, detail: str, headers: Any = None, errors: list[dict[str, str]] | None = None) -> JSONResponse:
     problem = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
     body = problem.model_dump(exclude_none=True)
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    kept_nowhere = {"Cache-Control": "no-store", **(headers or {})}
+    return JSONResponse(body, status, kept_nowhere, media_type="application/problem+json")

@@ -85,6 +85,9 @@ _OF_STATUS = {
 }
 _IN_DOUBT = f"e.id = ANY(ARRAY(SELECT incoming_email_id FROM sent_emails WHERE status = '{Sending.IN_DOUBT}'))"
 
+# Compared directly, an order by id would have every email read that came later.
+_NAMED = "e.id = ANY(ARRAY(SELECT id FROM incoming_emails WHERE publisher_message_id = %(publisher_message_id)s))"
+
 _EMAILS = """
     SELECT e.id::text, e.publisher_message_id, e.status,
            EXISTS (SELECT FROM sent_emails s WHERE s.incoming_email_id = e.id AND s.status = 'in_doubt'),
@@ -132,7 +135,7 @@ def emails(
 def _source(filter: EmailFilter) -> str:
     """Return the condition that an index answers."""
     if filter.publisher_message_id is not None:
-        return "e.publisher_message_id = %(publisher_message_id)s"
+        return _NAMED
     if filter.in_doubt:
         return _IN_DOUBT
     return _OF_STATUS.get(filter.status, "true") if filter.status else "true"

@@ -27,7 +27,7 @@ def answer(*arguments: str) -> Any:
 
 
 def test_every_status_can_be_asked_for() -> None:
-    assert STATUSES == list(Status)
+    assert list(Status) == STATUSES
 
 
 def test_emails_are_found_newest_first_by_what_is_known_of_them() -> None:

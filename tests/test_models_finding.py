@@ -92,18 +92,19 @@ def test_each_filter_reads_a_bounded_part_of_an_index(analyzed: bool) -> None:
     if analyzed:
         rows("ANALYZE incoming_emails, sent_emails")
     # Then
-    for filter, indexes in (
-        (EmailFilter(), {"pkey"}),
-        (EmailFilter(mailbox="ann@example.com", error="none"), {"pkey"}),
-        (EmailFilter(since=datetime(2999, 1, 1, tzinfo=UTC)), {"pkey"}),
-        (EmailFilter(publisher_message_id="order-1"), {"publisher_message_id_key"}),
-        (EmailFilter(status=Status.FAILED), {"outcomes"}),
-        (EmailFilter(status=Status.FAILED, mailbox="ann@example.com"), {"outcomes"}),
-        (EmailFilter(status=Status.DISPATCHED), {"leased", "pkey"}),
-        (EmailFilter(status=Status.PROCESSING), {"leased", "pkey"}),
-        (EmailFilter(status=Status.PROCESSED), {"pkey"}),
-        (EmailFilter(in_doubt=True), {"pkey"}),
+    few, looked_through = 12, 210  # what may be looked through is read twice; planning looks at the ends of the key
+    for filter, indexes, most in (
+        (EmailFilter(), {"pkey"}, looked_through),
+        (EmailFilter(mailbox="ann@example.com", error="none"), {"pkey"}, looked_through),
+        (EmailFilter(since=datetime(2999, 1, 1, tzinfo=UTC)), {"pkey"}, few),
+        (EmailFilter(publisher_message_id="order-1"), {"publisher_message_id_key", "pkey"}, few),
+        (EmailFilter(status=Status.FAILED), {"outcomes", "pkey"}, few),
+        (EmailFilter(status=Status.FAILED, mailbox="ann@example.com"), {"outcomes", "pkey"}, few),
+        (EmailFilter(status=Status.DISPATCHED), {"leased", "pkey"}, few),
+        (EmailFilter(status=Status.PROCESSING), {"leased", "pkey"}, few),
+        (EmailFilter(status=Status.PROCESSED), {"pkey"}, looked_through),
+        (EmailFilter(in_doubt=True), {"pkey"}, few),
     ):
         read = read_for(filter)
         assert {name.removeprefix("incoming_emails_") for name in read} <= indexes, filter
-        assert sum(read.values()) <= 210, filter  # what may be looked through, twice
+        assert sum(read.values()) <= most, (filter, read)

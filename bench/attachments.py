@@ -13,6 +13,7 @@ published: every mail once, each attachment once, byte for byte.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -67,6 +68,7 @@ _SETTLED = "SELECT count(*) FROM incoming_emails WHERE status IN ('processed', '
 def measure(world: World, times: int) -> Findings:
     """Send a small and a large file so often, and copy the large one barely as often, in turns."""
     findings = Findings()
+    world.simulator.set_limits(requests=0, upload_bytes=0)
     worker = _Worker(world)
     _send(world, SMALL_BYTES, "warm-up")
     small = [worker.most_mb(SMALL_BYTES, f"small-{turn}") for turn in range(times)]
@@ -152,6 +154,7 @@ def _copy(world: World, mailbox: str) -> None:
 
 def _graph(world: World) -> GraphClient:
     own = world.environment
+    os.environ["REQUESTS_CA_BUNDLE"] = world.simulator.ca_bundle  # whom msal and the client trust
     tokens = TokenSource(
         own["GRAPH_AUTHORITY"],
         own["GRAPH_TENANT_ID"],
@@ -174,6 +177,7 @@ def survive(world: World, servers: Servers, options: argparse.Namespace, screen:
     """Kill the workers while files go up, wait until all is settled, and hold Graph's record against it."""
     chance = random.Random(f"{options.seed} uploads")
     mail = [_upload(world, number, chance, options) for number in range(options.uploads)]
+    world.simulator.set_limits(requests=0, upload_bytes=0)
     hand = Hand(world, servers)
     began = time.monotonic()
     world.publish(*mail)

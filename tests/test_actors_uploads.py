@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Callable
+from email import message_from_bytes
+from email.message import Message
 from typing import Any
 
 import pytest
@@ -272,12 +275,26 @@ def test_fifty_attachments_some_of_them_empty_arrive(fleet: Fleet) -> None:
     assert attached(fleet, id) == expected(**sizes)
 
 
+def part_of(id: str) -> Message:
+    """The only attachment of a sent mail, as a reader's program finds it."""
+    with runtime.graph.fetch_mime(SENDER, sent_id(id)) as chunks:
+        message = message_from_bytes(b"".join(chunks))
+    (part,) = [each for each in message.walk() if each.get_filename()]
+    return part
+
+
+def sent_id(id: str) -> str:
+    (message,) = runtime.graph.find_by_tag(SENDER, id).messages
+    return message.id
+
+
 def test_an_inline_image_arrives_as_one(fleet: Fleet) -> None:
     given = file(fleet, "logo", SMALL) | {"contentType": "image/png", "is_inline": True, "content_id": "logo"}
     id = store(body={"contentType": "html", "content": '<img src="cid:logo">'}, attachments=[given])
     fleet.send()
-    ((attachment,),) = [delivery["attachments"] for delivery in fleet.graph.deliveries(tag=id)]
-    assert (attachment["isInline"], attachment["contentId"], attachment["contentType"]) == (True, "logo", "image/png")
+    part = part_of(id)
+    assert (part.get_content_type(), part["Content-ID"]) == ("image/png", "<logo>")
+    assert part.get_content_disposition() == "inline"
 
 
 def test_a_mail_larger_than_its_mailbox_may_send_fails_and_says_who_can_change_that(fleet: Fleet) -> None:
@@ -358,5 +375,15 @@ def test_a_file_without_a_word_of_what_it_is_goes_as_bytes(fleet: Fleet) -> None
     del given["contentType"]
     id = store(attachments=[given])
     fleet.send()
-    ((attachment,),) = [delivery["attachments"] for delivery in fleet.graph.deliveries(tag=id)]
-    assert attachment["contentType"] == "application/octet-stream"
+    assert part_of(id).get_content_type() == "application/octet-stream"
+
+
+def test_the_memory_for_a_file_is_bound_by_its_ranges_and_not_by_its_length(fleet: Fleet) -> None:
+    peaks = []
+    for name, size in (("short", 2 * UPLOAD_RANGE_BYTES), ("long", 8 * UPLOAD_RANGE_BYTES)):
+        store(publisher_message_id=name, attachments=[file(fleet, name, size)])
+        tracemalloc.start()
+        assert fleet.send() == ["done"]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < UPLOAD_RANGE_BYTES // 2

@@ -30,7 +30,7 @@ from actors.uploaders import bring_up_all, look
 from actors.waiting import CLOCKS_DIFFER
 from attachments import AttachmentStream, SourceChanged, SourceUnavailable
 from crash_points import CrashPoint
-from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Attachment, Message, UploadSession, attach_bytes
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
 from graph_client.errors import (
     AttachmentTooLarge,
     AttachmentTooSmall,
@@ -147,35 +147,37 @@ def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) 
 def _compare(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
     """Take off what is there twice: an earlier worker that stood still may have attached it only now.
 
+    Files of one name are alike only if the mail has one of them; of several nobody can tell which is missing or there
+    twice, so all of that name are brought up again. Graph may call a file otherwise than we did: it is neither twice
+    nor missing as long as the numbers agree.
+
     Raises:
         AttachmentsIncomplete: Something is missing; the next attempt brings it up again.
     """
     with graph_call(email):
         attached = runtime.graph.attachments(email.mailbox, draft_id)
-    lacking = Counter(upload.filename for upload in planned)
-    renamed = []  # Graph may call one otherwise than we did: it is neither twice nor missing
-    for attachment in attached:
-        if lacking[attachment.name] > 0:
-            lacking[attachment.name] -= 1
-        elif attachment.name in lacking:
-            _take_off(email, draft_id, attachment)
-        else:
-            renamed.append(attachment)
-    if lacking.total() == len(renamed):
-        return
-    if lacking.total() < len(renamed):  # one is there twice, and nothing tells which: all of them are brought up again
-        for attachment in renamed:
-            _take_off(email, draft_id, attachment)
-    for upload in planned:
-        if lacking[upload.filename] > 0:
-            upload.uploaded = False
-            _go_on_at(email, upload, None)
-    raise AttachmentsIncomplete(f"{lacking.total()} attachments that were brought up cannot be told on the draft")
+    wanted = Counter(upload.filename for upload in planned)
+    there = {name: [each for each in attached if each.name == name] for name in wanted}
+    renamed = [each for each in attached if each.name not in wanted]
+    lacking = {name: count - len(there[name]) for name, count in wanted.items() if len(there[name]) < count}
+    again = {name for name, count in wanted.items() if len(there[name]) > count > 1}
+    surplus = [each for name, count in wanted.items() if count == 1 for each in there[name][1:]]
+    if sum(lacking.values()) != len(renamed):
+        again |= lacking.keys()
+        surplus += renamed
+    surplus += [each for name in again if wanted[name] > 1 for each in there[name]]
+    for attachment in surplus:
+        with graph_call(email):
+            runtime.graph.delete_attachment(email.mailbox, draft_id, attachment.id)
+    if again:
+        _bring_up_again(email, [upload for upload in planned if upload.filename in again])
 
 
-def _take_off(email: ClaimedEmail, draft_id: str, attachment: Attachment) -> None:
-    with graph_call(email):
-        runtime.graph.delete_attachment(email.mailbox, draft_id, attachment.id)
+def _bring_up_again(email: ClaimedEmail, lost: list[Upload]) -> None:
+    for upload in lost:
+        upload.uploaded = False
+        _go_on_at(email, upload, None)
+    raise AttachmentsIncomplete(f"{len(lost)} attachments that were brought up cannot be told on the draft")
 
 
 def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:

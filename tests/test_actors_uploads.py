@@ -319,6 +319,33 @@ def test_a_mail_larger_than_is_allowed_here_fails_before_anything_is_made_of_it(
     assert calls(fleet)["create_draft"] == 0
 
 
+@pytest.mark.parametrize("order", [[0, 0, 1], [1], [1, 1], [0, 1, 1]])
+def test_of_files_of_one_name_each_arrives_once_whichever_a_frozen_worker_has_attached(
+    fleet: Fleet, order: list[int]
+) -> None:
+    # Given a draft on which two files of one name are, in the end, in numbers that are wrong
+    id = store(attachments=[file(fleet, "same", SMALL), file(fleet, "same", SMALL + 1)])
+
+    def step(email: models.ClaimedEmail) -> None:
+        draft_recorded(email)
+        for upload in uploads.plan(email, email.payload["attachments"]):
+            upload.uploaded = True
+            uploads.record_progress(email, upload, lease=support.LEASE)
+        for number in order:
+            content = files.content("same", SMALL + number)
+            runtime.graph.attach(
+                email.mailbox, str(email.draft_id), name="same", content_type="text/plain", content=content
+            )
+
+    killed_after(fleet, id, step)
+    # When
+    support.wait_until("it is sent", sent(fleet, id))
+    # Then
+    (delivery,) = fleet.graph.deliveries(tag=id)
+    checksums = sorted(each["sha256"] for each in delivery["attachments"])
+    assert checksums == sorted([files.sha256("same", SMALL), files.sha256("same", SMALL + 1)])
+
+
 # What Graph calls otherwise
 
 

@@ -293,7 +293,7 @@ class Settings(BaseSettings):
     draft_retention: Days = _setting("DRAFT_RETENTION_DAYS", "How long an unsent draft stays.", default=1, unit="days")
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
-        "Wait between a send and its backup, for Sent Items to fill.",
+        "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
         default=10,
         unit="seconds",
     )

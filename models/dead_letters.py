@@ -262,7 +262,8 @@ def _put_back(incoming_email_id: str | None, queue_name: str) -> None:
             UPDATE incoming_emails
             SET status = CASE WHEN doubt.stands THEN 'processing' ELSE 'received' END,
                 -- To be looked up is no attempt of its own.
-                attempt_count = doubt.stands::int, next_attempt_at = NULL, updated_at = now()
+                attempt_count = doubt.stands::int, next_attempt_at = NULL, updated_at = now(),
+                drafts_clean = false  -- whatever it has left until now: its attempts are counted anew
             FROM (SELECT EXISTS (SELECT 1 FROM sent_emails WHERE incoming_email_id = %(id)s
                                    AND status IN ('sending', 'in_doubt')) AS stands) AS doubt
             WHERE id = %(id)s AND status = 'failed'

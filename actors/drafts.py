@@ -26,7 +26,7 @@ from actors.composition import graph_message, size_of
 from actors.evidence import looked_up
 from actors.graph_calls import graph_call
 from actors.waiting import CLOCKS_DIFFER
-from attachments import AttachmentStream
+from attachments import AttachmentStream, source_of
 from crash_points import CrashPoint
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
 from graph_client.errors import (
@@ -169,7 +169,7 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 
 
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
-    with runtime.source.open(attachment["urlOrId"], declared_size=upload.size) as stream:
+    with runtime.source.open(source_of(attachment), declared_size=upload.size) as stream:
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
         runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
@@ -177,7 +177,7 @@ def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict
 
 def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     session = _session(email, draft_id, upload, attachment)
-    url = attachment["urlOrId"]
+    url = source_of(attachment)
     try:
         with runtime.source.open(url, declared_size=upload.size, offset=upload.uploaded_bytes) as stream:
             _send_ranges(email, session, upload, stream)

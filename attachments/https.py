@@ -125,6 +125,7 @@ class Answer:
         self.origin = origin
         self.status = response.status
         self.content_type = response.headers.get("Content-Type")
+        self.version: str | None = None
         self.position, self.total_bytes = self._extent()
 
     def _extent(self) -> tuple[int, int | None]:
@@ -202,7 +203,7 @@ class HttpsFetcher:
         self._tls = _trusted_by_requests()
 
     @contextmanager
-    def fetch(self, url: str, offset: int) -> Iterator[Answer]:
+    def fetch(self, url: str, offset: int, version: str | None = None) -> Iterator[Answer]:  # noqa: ARG002
         """Yield an answer with content that begins at the offset or before it."""
         deadline = _Deadline(self._timeouts)
         answer = self._follow(url, offset, deadline)

@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 import operations
+from console import attachments_api
 from console.access import Access
 from console.fleet_metrics import FleetCollector
 from console.readiness import Readiness
@@ -42,4 +43,5 @@ def make_app(access: Access) -> FastAPI:
         except operations.ServerAway:
             raise HTTPException(503, "a server is away: /readyz names it") from None
 
+    app.include_router(attachments_api.router(access))
     return app

@@ -44,6 +44,15 @@ def _local_path(url: str) -> PurePosixPath | None:
     return PurePosixPath(unquote(path)) if scheme.lower() == "file" else None
 
 
+@contextmanager
+def _failures_of_writing() -> Iterator[None]:
+    try:
+        with failures_of(_ORIGIN, StoreUnavailable):
+            yield
+    except SourceGone:  # a folder on the way is missing, or the bucket
+        raise StoreUnavailable(f"{_ORIGIN} is not there") from None
+
+
 class Store:
     """Sealed files by name. Safe to share between threads; nothing is contacted before it is used."""
 
@@ -58,16 +67,16 @@ class Store:
         Raises:
             StoreUnavailable: It cannot be kept now.
         """
-        with failures_of(_ORIGIN, StoreUnavailable):
+        with _failures_of_writing():
             filesystem, path = self._folder.at(name)
             if self._is_local:
                 filesystem.makedirs(filesystem._parent(path), exist_ok=True)
             file = filesystem.open(path, "wb", block_size=WRITE_BLOCK_BYTES, autocommit=self._is_local)
         try:
             for chunk in chunks:
-                with failures_of(_ORIGIN, StoreUnavailable):
+                with _failures_of_writing():
                     file.write(chunk)
-            with failures_of(_ORIGIN, StoreUnavailable):
+            with _failures_of_writing():
                 self._finish(file)
         except BaseException:
             self._abandon(file, name)

@@ -61,8 +61,7 @@ def attach(
         StoreUnavailable: The store is away.
     """
     keep = _check(name, content_type, expires_in)
-    incoming = _Incoming(chunks, runtime.configuration.attachment_max_mb * 1024 * 1024)
-    incoming.demand_room(declared_bytes or 0)
+    incoming = _Incoming(chunks, declared_bytes, max_bytes=runtime.configuration.attachment_max_mb * 1024 * 1024)
     id = new_id()
     sealed = runtime.vault.seal_stream(incoming, associated_data=bind_to_attachment(id))
     stored_attachments.begin(
@@ -70,7 +69,6 @@ def attach(
     )
     try:
         runtime.store.write(id, sealed.segments)
-        incoming.demand_size(declared_bytes)
         expires_at = _finish(id, incoming, keep, who)
     except BaseException:
         _undo(id)
@@ -102,30 +100,30 @@ def _check(name: str, content_type: str, expires_in: timedelta | None) -> timede
 class _Incoming:
     """Passes chunks on while they fit, and knows afterwards how many bytes they had and their SHA-256."""
 
-    def __init__(self, chunks: Iterable[bytes], max_bytes: int) -> None:
+    def __init__(self, chunks: Iterable[bytes], declared_bytes: int | None, *, max_bytes: int) -> None:
         self._chunks = chunks
+        self._declared_bytes = declared_bytes
         self._max_bytes = max_bytes
+        self._demand_room(declared_bytes or 0)
         self._digest = hashlib.sha256()
         self.size_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._chunks:
             self.size_bytes += len(chunk)
-            self.demand_room(self.size_bytes)
+            self._demand_room(self.size_bytes)
             self._digest.update(chunk)
             yield chunk
+        if self._declared_bytes not in (None, self.size_bytes):
+            raise NotAttachable(f"{self._declared_bytes} bytes were declared, and {self.size_bytes} came")
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def demand_room(self, size_bytes: int) -> None:
+    def _demand_room(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:
             raise TooLarge(f"the attachment has more than the {self._max_bytes} bytes that are allowed")
-
-    def demand_size(self, declared_bytes: int | None) -> None:
-        if declared_bytes not in (None, self.size_bytes):
-            raise NotAttachable(f"{declared_bytes} bytes were declared, and {self.size_bytes} came")
 
 
 def _finish(id: str, incoming: _Incoming, keep: timedelta, who: str) -> datetime:

@@ -161,7 +161,6 @@ def test_an_object_that_is_missing_or_denied_is_refused_and_a_cloud_that_fails_i
     s3.failing = False
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
     with pytest.raises(AttachmentRefused, match="does not hand out") as refused:
-        AttachmentSource(cloud_urls=[f"{PREFIX}/"], max_bytes=None)
         read_anew(f"{PREFIX}/a.pdf")
     assert "a.pdf" not in str(refused.value)
 

@@ -23,8 +23,10 @@ file. Errors tell whether another try may help; of a URL, which may carry a sign
     │   ├── NotStored
     │   ├── Damaged
     │   ├── SizeMismatch
+    │   ├── TypeMismatch
     │   └── TooLarge
     └── SourceUnavailable
+        ├── SourceChanged
         └── StoreUnavailable
 """
 
@@ -42,11 +44,13 @@ from attachments.errors import (
     InvalidSource,
     NotStored,
     SizeMismatch,
+    SourceChanged,
     SourceForbidden,
     SourceGone,
     SourceUnavailable,
     StoreUnavailable,
     TooLarge,
+    TypeMismatch,
 )
 from attachments.filesystems import CLOUD_SCHEMES
 from attachments.guard import HTTPS_PORT, Guard, HostPattern, Resolve, is_public, resolve_by_system
@@ -62,6 +66,7 @@ from attachments.inline import SCHEME as INLINE
 from attachments.inline import InlineFetcher, source_of
 from attachments.store import Store, check_store_url
 from attachments.stored import StoredAttachment, StoredFetcher
+from attachments.types import demand_type
 
 __all__ = [
     "CLOUD_SCHEMES",
@@ -80,6 +85,7 @@ __all__ = [
     "NotStored",
     "Resolve",
     "SizeMismatch",
+    "SourceChanged",
     "SourceForbidden",
     "SourceGone",
     "SourceUnavailable",
@@ -88,6 +94,7 @@ __all__ = [
     "StoredAttachment",
     "Timeouts",
     "TooLarge",
+    "TypeMismatch",
     "check_store_url",
     "dial_by_system",
     "is_public",
@@ -130,19 +137,32 @@ class AttachmentSource:
         }
 
     @contextmanager
-    def open(self, url_or_id: str, *, declared_size: int | None = None, offset: int = 0) -> Iterator[AttachmentStream]:
+    def open(
+        self,
+        url_or_id: str,
+        *,
+        declared_size: int | None = None,
+        declared_type: str | None = None,
+        offset: int = 0,
+        version: str | None = None,
+    ) -> Iterator[AttachmentStream]:
         """Yield the attachment's bytes from ``offset`` on; sizes are in bytes and of the whole attachment.
+
+        Args:
+            version: That of the stream which the bytes before the offset were read from.
 
         Raises:
             AttachmentRefused: It cannot be had, now or later; here or while reading.
             SourceUnavailable: It cannot be had now; here or while reading.
+            SourceChanged: The source has another file than that of the version.
         """
         if self._max_bytes is not None and (declared_size or 0) > self._max_bytes:
             raise TooLarge(f"the attachment is declared with {declared_size} bytes, {self._max_bytes} are allowed")
         fetcher = self._by_scheme.get(url_or_id[: max(0, url_or_id.find(":"))].lower())
         if fetcher is None:
             raise InvalidSource("attachments are fetched from https URLs and the object stores of clouds only")
-        with fetcher.fetch(url_or_id, offset) as answer:
+        with fetcher.fetch(url_or_id, offset, version) as answer:
+            demand_type(answer.origin, answer.content_type, declared_type)
             stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
             stream.skip_to(offset)
             yield stream
@@ -156,6 +176,7 @@ class AttachmentStream:
         self._max_bytes = max_bytes
         self.size_bytes = answer.total_bytes if declared_size is None else declared_size
         self.content_type = answer.content_type
+        self.version = answer.version
         self._position = answer.position
         if answer.total_bytes is not None:
             self._check_length(answer.total_bytes)

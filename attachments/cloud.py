@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from attachments.contents import Content, PiecewiseContent
-from attachments.errors import InvalidSource, SourceForbidden, SourceGone, SourceUnavailable
+from attachments.errors import InvalidSource, SourceChanged, SourceForbidden, SourceGone, SourceUnavailable
 from attachments.filesystems import READ_BLOCK_BYTES, Folder, demand_scheme, failures_of
 
 #: How much is read at a time.
@@ -86,7 +86,7 @@ class CloudFetcher:
 
         Raises:
             SourceForbidden: It is below no listed place.
-            InvalidSource, SourceGone, SourceUnavailable: See there.
+            InvalidSource, SourceGone, SourceUnavailable, SourceChanged: See there.
         """
         scheme, names = url.partition("://")[0].lower(), _names(url)
         origin = f"{scheme}://{names[0].rpartition('@')[2]}"
@@ -100,7 +100,7 @@ class CloudFetcher:
                 raise SourceGone(f"{origin} has a folder there, no file")
             found = file.details.get("ETag") or file.details.get("etag")
             if version and found and version != found:
-                raise SourceUnavailable(f"{origin} has changed the attachment since its first bytes were read")
+                raise SourceChanged(f"{origin} has changed the attachment since its first bytes were read")
             file.seek(offset)
             yield PiecewiseContent(
                 origin, _pieces(file, origin, ends_at), position=offset, total_bytes=file.size, version=found

@@ -54,8 +54,16 @@ class SourceUnavailable(AttachmentError):
         self.retry_after = retry_after
 
 
+class SourceChanged(SourceUnavailable):
+    """The source has another file by now than the one whose first bytes were read: begin at the first byte."""
+
+
 class StoreUnavailable(SourceUnavailable):
     """The store of attachments cannot be reached or does not let us in."""
+
+
+class TypeMismatch(AttachmentRefused):
+    """The source has another type of file than the publisher declared."""
 
 
 @contextmanager

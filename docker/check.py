@@ -74,7 +74,7 @@ class Image:
 
     def run(self, command: str, arguments: dict[str, str]) -> None:
         """Run a line of the Dockerfile, as root, with the network of this machine."""
-        environment = {**_network(), **self.environment, **arguments}
+        environment = {"PIP_QUIET": "1", **_network(), **self.environment, **arguments}
         inside = 'cd "$1"; shift; exec "$@"'
         subprocess.run(
             ["chroot", self.root, "/bin/sh", "-ec", inside, "sh", self.work_directory, "/bin/sh", "-c", command],
@@ -106,6 +106,8 @@ def build(dockerfile: Dockerfile, directory: Path, extras: str) -> dict[str, Ima
     images: dict[str, Image] = {}
     for stage in dockerfile.stages:
         print(f"stage {stage.name}", flush=True)
+        if (directory / stage.name).exists():
+            shutil.rmtree(directory / stage.name)
         if stage.parent in images:
             image = images[stage.parent].based_on_this(directory / stage.name)
         else:

@@ -1,8 +1,8 @@
 """Writes what the images install: parts of ``requirements.lock``, with the same versions and hashes and fewer packages.
 
 ``python docker/requirements.py`` writes ``docker/requirements/NAME.txt`` for each part of an image: ``runtime`` is in
-every image, the others are added to it. Run it in ``.venv`` after ``requirements.lock`` has changed: what a package needs
-is read from those that are installed.
+every image, the others are added to it. Run it in ``.venv`` after ``requirements.lock`` has changed: what each package
+needs is read from those that are installed.
 """
 
 from __future__ import annotations

@@ -38,10 +38,9 @@ def _are_usable(folder: Path, hostname: str) -> bool:
         return False
     certificate = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return (
-        certificate.not_valid_after_utc - RENEW_BEFORE_END > datetime.now(UTC)
-        and hostname in names.get_values_for_type(x509.DNSName)
-    )
+    return certificate.not_valid_after_utc - RENEW_BEFORE_END > datetime.now(
+        UTC
+    ) and hostname in names.get_values_for_type(x509.DNSName)
 
 
 def _make(folder: Path, hostname: str) -> None:

@@ -241,3 +241,23 @@ def test_the_notes_name_what_the_chart_has_made(chart: helm_python.Chart) -> Non
     documents = rendered(chart)
     assert set(re.findall(r"deploy/(\S+)", notes)) <= set(of_kind(documents, "Deployment"))
     assert set(re.findall(r"svc/(\S+)", notes)) <= set(of_kind(documents, "Service"))
+
+
+def test_the_deployment_guide_names_only_values_that_the_chart_has(chart: helm_python.Chart) -> None:
+    table = (ROOT / "docs" / "deploy.md").read_text().partition("## Kubernetes with Helm")[2].partition("## Scaling")[0]
+    named = set(re.findall(r"`([a-zA-Z]+(?:\.[A-Za-z_]+)*)[`=]", table))
+    paths = {name for name in named if name.partition(".")[0] in chart.values}
+    assert len(paths) > 10
+    for path in paths:
+        step: Any = chart.schema
+        for name in path.replace("TYPE", "bridge").split("."):
+            step = definition(chart, step)
+            assert name in step["properties"] or re.match(step.get("propertyNames", {}).get("pattern", "$"), name), path
+            step = step["properties"].get(name, {})
+
+
+def definition(chart: helm_python.Chart, schema: dict[str, Any]) -> dict[str, Any]:
+    """Follow a reference and say what properties there are, if they are listed."""
+    assert chart.schema
+    found = chart.schema["definitions"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    return {"properties": {}, **found}

@@ -290,9 +290,10 @@ class Settings(BaseSettings):
         default="sendmail",
     )
 
+    draft_retention: Days = _setting("DRAFT_RETENTION_DAYS", "How long an unsent draft stays.", default=1, unit="days")
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
-        "Wait between a send and its backup, for Sent Items to fill.",
+        "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
         default=10,
         unit="seconds",
     )
@@ -308,6 +309,7 @@ class Settings(BaseSettings):
         default="",
     )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Names = _setting(
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -19,6 +19,9 @@ from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+import settings_reference
+from settings_reference import is_secret, variable_of
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -312,6 +315,22 @@ class Settings(BaseSettings):
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
 
+    otlp_endpoint: str | None = _setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "Where traces go, OTLP over HTTP, as in `http://collector:4318`; `/v1/traces` is appended. Empty: no traces.",
+        default=None,
+    )
+    otlp_headers: SecretStr | None = _setting(
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "What the receiver of traces wants as headers, `name=value` pairs, comma-separated, values percent-encoded.",
+        default=None,
+    )
+    traces_sampled: Annotated[float, Field(ge=0, le=1)] = _setting(
+        "TRACES_SAMPLED",
+        "Part of the mails that is traced, 0 to 1. A publisher's `traceparent` says itself whether its mail is.",
+        default=0.01,
+    )
+
     console_tokens: SecretStr | None = _setting(
         "CONSOLE_TOKENS",
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."
@@ -366,32 +385,27 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), _variable(field), False
+        return _secret_in_file(field), variable_of(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        values = {variable_of(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
         return {variable: value for variable, value in values.items() if value}
 
 
 def _secret_in_file(field: FieldInfo) -> str | None:
     """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
+    path = os.environ.get(f"{variable_of(field)}_FILE") if is_secret(field) else None
     try:
         return Path(path).read_text(encoding="utf-8").strip() if path else None
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
-    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -428,7 +442,7 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
         if _secret_in_file(field) == "":
-            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
+            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
@@ -446,10 +460,6 @@ def _sentences(details: Any) -> list[str]:
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
-def _variable(field: FieldInfo) -> str:
-    return str(field.validation_alias)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "********"
@@ -460,37 +470,9 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "") else f"`{field.default}`"
-
-
 def reference() -> str:
     """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
-
-
-def _row(field: FieldInfo) -> str:
-    variable, help = _variable(field), str(field.description)
-    if is_secret(field):
-        help += f" Secret: may be given as `{variable}_FILE`."
-    extra = field.json_schema_extra
-    unit = extra["unit"] if isinstance(extra, dict) else ""
-    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
-
-
-_INTRODUCTION = """\
-# Settings
-
-Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
-`mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
-`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
-`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
-trusted.
-
-| variable | default | unit | meaning |
-|---|---|---|---|"""
+    return settings_reference.page(Settings.model_fields.values())
 
 
 if __name__ == "__main__":

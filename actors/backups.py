@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import dramatiq
 from dramatiq.middleware import CurrentMessage
@@ -39,7 +40,8 @@ from graph_client.errors import (
     TransientError,
 )
 from models import ClaimedBackup, DatabaseAway, Sealed
-from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
+from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_log, note_ids
+from tracing import trace_id
 from vault import SealedBlob, bind_to
 
 log = logging.getLogger(__name__)
@@ -61,15 +63,33 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
     backup = ClaimedBackup.claim(incoming_email_id, attempt, lease=runtime.configuration.lease)
     if backup is None:
         return
-    with mail_context(incoming_email_id=backup.incoming_email_id, publisher_message_id=backup.publisher_message_id):
+    note_ids(**_ids(backup))
+    with runtime.tracer.span("backup_email", backup.traceparent, kind="consumer", **_noted(backup)) as span:
         try:
             runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
             _archive(backup)
         except Exception as error:
+            span.fail(error)
             _record(backup, error)
             runtime.crash_point(CrashPoint.BACKUP_POSTPONED)
         finally:
             runtime.wake_soon("schedule_emails")
+
+
+def _ids(backup: ClaimedBackup) -> dict[str, str | None]:
+    """Return the ids of the backup's mail for the log."""
+    return {
+        "incoming_email_id": backup.incoming_email_id,
+        "publisher_message_id": backup.publisher_message_id,
+        "graph_message_id": backup.graph_message_id,
+        "correlation_id": backup.correlation_id,
+        "trace_id": trace_id(backup.traceparent),
+    }
+
+
+def _noted(backup: ClaimedBackup) -> dict[str, Any]:
+    """Return what a span tells of the backup."""
+    return {**_ids(backup), "trace_id": None, "attempt": backup.attempt}
 
 
 def _archive(backup: ClaimedBackup) -> None:

@@ -35,6 +35,8 @@ class ClaimedBackup:
     graph_message_id: str | None
     received_at: datetime
     attempt: int
+    correlation_id: str | None = None
+    traceparent: str | None = None
 
     @classmethod
     def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta) -> ClaimedBackup | None:
@@ -47,7 +49,7 @@ class ClaimedBackup:
             WHERE s.incoming_email_id = %(id)s AND e.id = s.incoming_email_id AND s.backup_due_at IS NOT NULL
               AND s.backup_attempt_count = %(attempt)s - 1 AND s.backup_lease_until IS NOT NULL
             RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
-                      s.backup_attempt_count
+                      s.backup_attempt_count, e.correlation_id, e.traceparent
             """,
             {"id": incoming_email_id, "attempt": attempt, "lease": lease},
             prepared=True,

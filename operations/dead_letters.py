@@ -18,6 +18,7 @@ from models.dead_letters import Filter, Letter
 from operations.errors import NotFound, NotOpen, NotReplayable
 from outbox import Outgoing, Unconfirmed
 from telemetry import Step, mail_log
+from tracing import trace_id
 
 #: Much longer than publishing takes.
 _REPLAY_LEASE = timedelta(minutes=2)
@@ -97,7 +98,15 @@ def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
             return "resolved before"
         audit.record(who, f"dlq.{outcome}", letter.id, incoming_email_id=letter.incoming_email_id)
     if replay:
-        mail_log(Step.REPLAYED, incoming_email_id=letter.incoming_email_id, dead_letter_id=letter.id)
+        known = dead_letters.known_as(letter.incoming_email_id)
+        mail_log(
+            Step.REPLAYED,
+            incoming_email_id=letter.incoming_email_id,
+            publisher_message_id=known.publisher_message_id,
+            correlation_id=known.correlation_id,
+            trace_id=trace_id(known.traceparent),
+            dead_letter_id=letter.id,
+        )
     return outcome
 
 

@@ -30,13 +30,16 @@ LEAVES = {
     "limiter",
     "orphans",
     "settings",
+    "settings_reference",
     "telemetry",
+    "tracing",
     "vault",
 }
 #: Whom each part may import. Every part must be here.
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "settings": {"settings_reference"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},

@@ -72,7 +72,8 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
     for backup in _claimed([(incoming_email_id, attempt)]):
         note_ids(**_ids(backup))
         try:
-            with ending([_begin(backup)]):
+            with _told_of(backup), ending([_begin(backup)]):
+                runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
                 _archive([_copy_known(backup) or _copy_found(backup)])
         except Exception as error:
             _record(backup, error)
@@ -110,10 +111,7 @@ def backup_emails(backups: list[list[Any]]) -> None:
 
 def _claimed(dispatched: Sequence[tuple[str, int]]) -> list[ClaimedBackup]:
     runtime.crash_point(CrashPoint.BACKUP_TAKEN)
-    claimed = ClaimedBackup.claim(dispatched, lease=runtime.configuration.lease)
-    if claimed:
-        runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
-    return claimed
+    return ClaimedBackup.claim(dispatched, lease=runtime.configuration.lease)
 
 
 def _begin(backup: ClaimedBackup) -> Span:
@@ -151,7 +149,8 @@ def _copy_all(left: deque[ClaimedBackup], copies: list[Copy], spans: Mapping[str
         while left:
             backup = left[0]
             try:
-                with active([spans[backup.incoming_email_id]]):
+                with _told_of(backup), active([spans[backup.incoming_email_id]]):
+                    runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
                     message_id = _sent_one(found[backup.incoming_email_id])
                     copies.append(Copy(backup, message_id, _sealed(backup, message_id, renewing)))
             except (NotInMailbox, PermanentError) as error:

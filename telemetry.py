@@ -160,6 +160,7 @@ def configure_logging(level: str) -> None:
     logging.captureWarnings(True)
     threading.excepthook = _log_end_of_thread
     sys.excepthook = _log_end_of_process
+    sys.unraisablehook = _log_unraisable
 
 
 #: Below a warning these tell what passes through them: paths with addresses, headers, bodies.
@@ -175,6 +176,11 @@ class _Handler(logging.StreamHandler[Any]):
     def handleError(self, record: logging.LogRecord) -> None:
         told = {"event": "a line could not be written", "level": "error", "logger": record.name, "line": record.lineno}
         self.stream.write(orjson.dumps(told).decode() + self.terminator)
+
+
+def _log_unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    if ignored.exc_value is not None:
+        logging.getLogger(__name__).error("an error could not be raised", exc_info=ignored.exc_value)
 
 
 def _log_end_of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -231,6 +237,7 @@ def _redacted(_logger: Any, _method: str, line: Any) -> Any:
 
 def _without_message_arguments(record: logging.LogRecord) -> bool:
     """Keep actors' arguments, which may be whole emails, and errors' texts, which may quote one, out of the lines."""
+    record.msg = _named(record.msg)
     if isinstance(record.args, tuple):
         record.args = tuple(_named(argument) for argument in record.args)
     elif isinstance(record.args, Mapping):  # logging has taken it out of the tuple

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import orjson
 import pytest
 import support
+from dramatiq.broker import MessageProxy
 from support import Fleet, rows, send_email, table, work
 
 import operations.dead_letters
 import operations.emails
+import runtime
 from actors.ingest import Delivery, ingest
 from models import dead_letters
 from models.dead_letters import Filter
@@ -101,21 +104,26 @@ def test_the_lines_of_a_mail_that_is_cancelled_expired_lost_or_rejected_have_its
         assert_ids(told, id, name)
 
 
-def test_lines_about_a_message_that_is_no_mails_have_no_ids_of_the_one_before(
+def test_dramatiqs_lines_about_a_message_tell_its_mail_as_far_as_its_word_can_be_trusted(
     fleet: Fleet, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Given a worker's thread that has sent a mail
-    arrive()
+    # Given a mail's message, and one of which nobody knows what it holds
+    id = arrive()
     fleet.schedule()
     (message,) = fleet.take("send_plain")
+    address = "ann@example.com"
+    foreign = message.copy(kwargs={"incoming_email_id": address, "publisher_message_id": address})
     work(message)
     lines_of(capfd)
-    # When another message comes whose word is not to be trusted
-    foreign = message.copy(kwargs={"incoming_email_id": "ann@example.com", "attempt": "ann@example.com"})
-    assert work(foreign) == "done"
-    # Then the line that says so is nobody's
-    (line,) = lines_of(capfd)
-    assert not {"incoming_email_id", "publisher_message_id", "correlation_id"} & line.keys()
+    # When something is logged about them around their actors
+    for each in (message, foreign.copy(options={"traceparent": address})):
+        runtime.fleet_broker.emit_before("process_message", MessageProxy(each))
+        logging.getLogger("any").warning("in hand")
+        runtime.fleet_broker.emit_after("process_message", MessageProxy(each))
+        logging.getLogger("any").warning("nobody's")
+    # Then
+    ids = [{name: line[name] for name in line if name.endswith("_id")} for line in lines_of(capfd)]
+    assert ids == [{"incoming_email_id": id, "trace_id": TRACE}, {}, {}, {}]
 
 
 def test_the_steps_of_the_mail_log_are_documented_and_no_others() -> None:

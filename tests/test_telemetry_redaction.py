@@ -39,11 +39,8 @@ def tried(program: str, level: str = "DEBUG", **settings: str) -> tuple[int, lis
         capture_output=True,
         check=False,
     )
-    return (
-        ended.returncode,
-        [orjson.loads(line) for line in ended.stderr.splitlines()],
-        str(ended.stderr + ended.stdout),
-    )
+    lines = [orjson.loads(line) for line in ended.stderr.splitlines()]
+    return ended.returncode, lines, str(ended.stderr + ended.stdout)
 
 
 ERRORS = """
@@ -84,7 +81,7 @@ FOREIGN_LINES = """
     log.warning("dsn: host=localhost password=%s dbname=a", PASSWORD)
     log.warning("{'client_secret': '%s'}", PASSWORD)
     log.warning("%s", "x" * 990 + BODY)
-    for name in ("urllib3", "requests", "msal", "redis", "botocore.auth", "azure.core", "aiohttp", "s3fs", "opentelemetry"):
+    for name in ("urllib3", "requests", "msal", "redis", "botocore.auth", "azure.core", "aiohttp", "opentelemetry"):
         logging.getLogger(name).info("sent %s", BODY); logging.getLogger(name).debug(BODY)
     logging.getLogger("pika.x").error(BODY); logging.getLogger("opentelemetry.x").error(BODY)
     """

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -19,9 +19,6 @@ from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
-
-import settings_reference
-from settings_reference import is_secret, variable_of
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -82,10 +79,8 @@ def _server(*schemes: str) -> AfterValidator:
 
 
 #: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
-_OWN_KEYWORDS = {"host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"} | {
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
+_OWN_KEYWORDS = {*["host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"]} | {
+    f"keepalives_{each}" for each in ("idle", "interval", "count")
 }
 
 
@@ -124,6 +119,7 @@ def _on_loopback(url: str) -> bool:
 
 
 Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
+Hours = Annotated[timedelta, _of(timedelta(hours=1))]
 Days = Annotated[timedelta, _of(timedelta(days=1))]
 #: At least one of something must be possible.
 Count = Annotated[int, Field(ge=1)]
@@ -293,6 +289,7 @@ class Settings(BaseSettings):
         default="sendmail",
     )
 
+    draft_retention: Days = _setting("DRAFT_RETENTION_DAYS", "How long an unsent draft stays.", default=1, unit="days")
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
         "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
@@ -310,27 +307,46 @@ class Settings(BaseSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
+    attachment_cloud_urls: Names = _setting(
+        "ATTACHMENT_CLOUD_URLS",
+        "Where in clouds' object stores attachments may come from: prefixes, as `s3://bucket/folder`, comma-separated.",
+        default="",
+    )
+    attachment_store_url: str = _setting(
+        "ATTACHMENT_STORE_URL",
+        "Where stored attachments are kept, sealed: a folder that console and `send_attached` share, or `s3://…`,"
+        " `abfs://…`.",
+        default="file:///var/lib/mailfleet/attachments",
+    )
+    attachment_types: Names = _setting(
+        "ATTACHMENT_TYPES", "Content types that are stored, as patterns, comma-separated.", default="*"
+    )
+    attachment_retention: Days = _setting(
+        "ATTACHMENT_RETENTION_DAYS", "How long a stored attachment is kept at most.", default=30, unit="days"
+    )
+    attachment_keep_used: Hours = _setting(
+        "ATTACHMENT_KEEP_USED_HOURS",
+        "How long a stored attachment is kept once every mail that uses it is done.",
+        default=1,
+        unit="hours",
+    )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Names = _setting(
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
 
     otlp_endpoint: str | None = _setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
-        "Where traces go, OTLP over HTTP, as in `http://collector:4318`; `/v1/traces` is appended. Empty: no traces.",
+        "Receiver of traces, OTLP/HTTP, as `http://otel:4318`. Empty: none.",
         default=None,
     )
     otlp_headers: SecretStr | None = _setting(
-        "OTEL_EXPORTER_OTLP_HEADERS",
-        "What the receiver of traces wants as headers, `name=value` pairs, comma-separated, values percent-encoded.",
-        default=None,
+        "OTEL_EXPORTER_OTLP_HEADERS", "Its headers: `name=value` pairs, comma-separated, percent-encoded.", default=None
     )
     traces_sampled: Annotated[float, Field(ge=0, le=1)] = _setting(
-        "TRACES_SAMPLED",
-        "Part of the mails that is traced, 0 to 1. A publisher's `traceparent` says itself whether its mail is.",
-        default=0.01,
+        "TRACES_SAMPLED", "Part of the mails without a `traceparent` of their publisher that is traced.", default=0.01
     )
-
     console_tokens: SecretStr | None = _setting(
         "CONSOLE_TOKENS",
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."
@@ -385,27 +401,32 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), variable_of(field), False
+        return _secret_in_file(field), _variable(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = {variable_of(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
         return {variable: value for variable, value in values.items() if value}
 
 
 def _secret_in_file(field: FieldInfo) -> str | None:
     """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{variable_of(field)}_FILE") if is_secret(field) else None
+    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
     try:
         return Path(path).read_text(encoding="utf-8").strip() if path else None
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
+    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -442,7 +463,7 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
         if _secret_in_file(field) == "":
-            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
+            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
@@ -460,6 +481,10 @@ def _sentences(details: Any) -> list[str]:
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
+def _variable(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "********"
@@ -470,10 +495,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def reference() -> str:
-    """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return settings_reference.page(Settings.model_fields.values())
-
-
 if __name__ == "__main__":
+    from settings_reference import reference
+
     print(reference(), end="")

@@ -41,6 +41,7 @@ class Step(StrEnum):
     DISPATCHED = "dispatched"
     CLAIMED = "claimed"
     DRAFTED = "drafted"
+    UPLOADING = "uploading"
     UPLOADED = "uploaded"
     SENT = "sent"
     IN_DOUBT = "in doubt"
@@ -52,6 +53,7 @@ class Step(StrEnum):
     CANCELLED = "cancelled"
     ARCHIVED = "archived"
     REPLAYED = "replayed"
+    DRAFT_DELETED = "draft deleted"
     LEASE_LOST = "lease lost"
     BACKUP_RETRIED = "backup retried"
     BACKUP_FAILED = "backup failed"
@@ -290,8 +292,13 @@ MESSAGE_SECONDS = Histogram(
     ["actor"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
+UPLOADED_BYTES = Counter(
+    "mailfleet_uploaded_bytes", "Bytes of attachments that Graph has taken, in one request or as a range.", ["way"]
+)
 ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
 SPANS_LOST = Counter("mailfleet_spans_lost", "Spans of traces that could not be delivered.")
+ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
+ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
 
 
 def note_lost_spans(count: int) -> None:

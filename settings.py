@@ -337,9 +337,7 @@ class Settings(BaseSettings):
     )
 
     otlp_endpoint: str | None = _setting(
-        "OTEL_EXPORTER_OTLP_ENDPOINT",
-        "Receiver of traces, OTLP/HTTP, as `http://otel:4318`. Empty: none.",
-        default=None,
+        "OTEL_EXPORTER_OTLP_ENDPOINT", "Receiver of traces, OTLP over HTTP, as in `http://otel:4318`.", default=None
     )
     otlp_headers: SecretStr | None = _setting(
         "OTEL_EXPORTER_OTLP_HEADERS", "Its headers: `name=value` pairs, comma-separated, percent-encoded.", default=None

@@ -24,7 +24,7 @@ import models
 import runtime
 from broker import MIRROR_QUEUE
 from crash_points import CrashPoint
-from models import backups, dead_letters
+from models import backups, dead_letters, inspection
 from models.dead_letters import Copy
 from models.ids import as_uuid, new_id
 from outbox import Unconfirmed, connect
@@ -79,7 +79,7 @@ def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
     for copy in missing:
         MIRRORED.labels(copy.queue_name).inc()
-        known = dead_letters.known_as(copy.incoming_email_id)
+        known = inspection.known_as(copy.incoming_email_id)
         mail_log(
             Step.DEAD_LETTER_MIRRORED,
             incoming_email_id=copy.incoming_email_id,

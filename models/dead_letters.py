@@ -69,23 +69,6 @@ def _mirror(copy: Copy) -> bool:
     )
 
 
-class KnownAs(NamedTuple):
-    """The ids by which others know an email."""
-
-    publisher_message_id: str | None = None
-    correlation_id: str | None = None
-    traceparent: str | None = None
-
-
-def known_as(incoming_email_id: str | None) -> KnownAs:
-    """Return by which ids others know the email that a dead letter is about; nothing if it is about none."""
-    found = rows(
-        "SELECT publisher_message_id, correlation_id, traceparent FROM incoming_emails WHERE id = %(id)s",
-        {"id": incoming_email_id},
-    )
-    return KnownAs(*found[0]) if found else KnownAs()
-
-
 def message_ids(prefix: str, *, before: datetime) -> list[str]:
     """Return the ids that begin so, of rows made before that, oldest first."""
     found = rows(

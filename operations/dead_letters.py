@@ -13,7 +13,7 @@ from dramatiq import DecodeError, Message
 
 import models
 import runtime
-from models import audit, dead_letters
+from models import audit, dead_letters, inspection
 from models.dead_letters import Filter, Group, Letter, Place
 from operations.errors import NotFound, NotOpen, NotReplayable
 from outbox import Outgoing, Unconfirmed
@@ -103,7 +103,7 @@ def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
             return "resolved before"
         audit.record(who, f"dlq.{outcome}", letter.id, incoming_email_id=letter.incoming_email_id)
     if replay:
-        known = dead_letters.known_as(letter.incoming_email_id)
+        known = inspection.known_as(letter.incoming_email_id)
         mail_log(
             Step.REPLAYED,
             incoming_email_id=letter.incoming_email_id,

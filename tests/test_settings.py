@@ -210,6 +210,7 @@ def test_every_secret_is_known_as_one() -> None:
         "GRAPH_CLIENT_SECRET",
         "BACKUP_KEYS",
         "CONSOLE_TOKENS",
+        "OTEL_EXPORTER_OTLP_HEADERS",
     }
 
 

@@ -79,10 +79,8 @@ def _server(*schemes: str) -> AfterValidator:
 
 
 #: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
-_OWN_KEYWORDS = {"host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"} | {
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
+_OWN_KEYWORDS = {*["host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"]} | {
+    f"keepalives_{each}" for each in ("idle", "interval", "count")
 }
 
 
@@ -338,6 +336,15 @@ class Settings(BaseSettings):
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
 
+    otlp_endpoint: str | None = _setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT", "Receiver of traces, OTLP over HTTP, as in `http://otel:4318`.", default=None
+    )
+    otlp_headers: SecretStr | None = _setting(
+        "OTEL_EXPORTER_OTLP_HEADERS", "Its headers: `name=value` pairs, comma-separated, percent-encoded.", default=None
+    )
+    traces_sampled: Annotated[float, Field(ge=0, le=1)] = _setting(
+        "TRACES_SAMPLED", "Part of the mails without a `traceparent` of their publisher that is traced.", default=0.01
+    )
     console_tokens: SecretStr | None = _setting(
         "CONSOLE_TOKENS",
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."

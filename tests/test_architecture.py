@@ -32,6 +32,7 @@ LEAVES = {
     "repeated_keys",
     "settings",
     "telemetry",
+    "tracing",
     "vault",
 }
 #: Whom each part may import. Every part must be here.

@@ -33,8 +33,10 @@ from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
+from models import payload_keys
 from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
+from payloads import Payloads, WrappedKey
 from vault import Keyring, Vault
 from waking import WakeUps
 
@@ -78,6 +80,11 @@ def _token_source() -> TokenSource:
         certificate_pem_path=configuration.graph_client_certificate,
         timeout=configuration.graph_timeout,
     )
+
+
+def _find_data_key(id: str) -> WrappedKey | None:
+    found = payload_keys.find(id)
+    return WrappedKey(*found) if found else None
 
 
 def _count_call(call: Call) -> None:
@@ -225,6 +232,7 @@ graph = GraphClient(
     on_unknown_code=_count_unknown_code,
 )
 vault = Vault(Keyring.parse(configuration.backup_keys.get_secret_value()))
+payloads = Payloads(vault.keyring, keep=lambda key: payload_keys.keep(*key), find=_find_data_key)
 source = AttachmentSource(
     configuration.attachment_allowed_hosts, max_bytes=configuration.attachment_max_mb * 1024 * 1024
 )

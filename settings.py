@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -19,6 +19,9 @@ from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+import settings_reference
+from settings_reference import is_secret, variable_of
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -296,9 +299,32 @@ class Settings(BaseSettings):
         default=10,
         unit="seconds",
     )
-    backup_retention: Days = _setting("BACKUP_RETENTION_DAYS", "How long a backup is kept.", default=365, unit="days")
+    backup_retention: Days = _setting(
+        "BACKUP_RETENTION_DAYS", "How long a backup is kept, as of when it was stored.", default=365, unit="days"
+    )
     backup_keys: SecretStr = _setting(
-        "BACKUP_KEYS", "Keys of the archive: `id:base64` pairs, comma-separated, newest first, 32 bytes each."
+        "BACKUP_KEYS",
+        "Keys of the archive and of payloads: `id:base64` pairs, comma-separated, newest first, 32 bytes each.",
+    )
+    seal_payloads: bool = _setting(
+        "SEAL_PAYLOADS",
+        "Whether what publishers ask for is encrypted in the database. What is there is read either way.",
+        default=True,
+    )
+    payload_retention: Days = _setting(
+        "PAYLOAD_RETENTION_DAYS",
+        "How long the content of a mail is kept after it was sent, failed, expired or was cancelled; its ids stay.",
+        default=30,
+        unit="days",
+    )
+    record_retention: Days = _setting(
+        "RECORD_RETENTION_DAYS",
+        "How long published events, receipts, resolved dead letters and mailboxes' idle rows are kept.",
+        default=90,
+        unit="days",
+    )
+    audit_retention: Days = _setting(
+        "AUDIT_RETENTION_DAYS", "How long the audit log is kept.", default=730, unit="days"
     )
 
     attachment_allowed_hosts: Names = _setting(
@@ -366,32 +392,27 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), _variable(field), False
+        return _secret_in_file(field), variable_of(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        values = {variable_of(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
         return {variable: value for variable, value in values.items() if value}
 
 
 def _secret_in_file(field: FieldInfo) -> str | None:
     """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
+    path = os.environ.get(f"{variable_of(field)}_FILE") if is_secret(field) else None
     try:
         return Path(path).read_text(encoding="utf-8").strip() if path else None
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
-    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -428,7 +449,7 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
         if _secret_in_file(field) == "":
-            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
+            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
@@ -446,10 +467,6 @@ def _sentences(details: Any) -> list[str]:
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
-def _variable(field: FieldInfo) -> str:
-    return str(field.validation_alias)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "********"
@@ -460,37 +477,9 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "") else f"`{field.default}`"
-
-
 def reference() -> str:
     """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
-
-
-def _row(field: FieldInfo) -> str:
-    variable, help = _variable(field), str(field.description)
-    if is_secret(field):
-        help += f" Secret: may be given as `{variable}_FILE`."
-    extra = field.json_schema_extra
-    unit = extra["unit"] if isinstance(extra, dict) else ""
-    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
-
-
-_INTRODUCTION = """\
-# Settings
-
-Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
-`mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
-`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
-`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
-trusted.
-
-| variable | default | unit | meaning |
-|---|---|---|---|"""
+    return settings_reference.page(Settings.model_fields.values())
 
 
 if __name__ == "__main__":

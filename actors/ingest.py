@@ -34,6 +34,7 @@ import telemetry
 from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
 from models import Arrival, Reception
+from models.ingest import Stored
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
 from telemetry import Step, mail_log
 
@@ -120,7 +121,7 @@ def _store(
     arrivals: list[tuple[Delivery, Arrival]], rejections: list[_Rejection]
 ) -> tuple[list[Event], list[_Rejection]]:
     """Store what arrived; return the events that became true, and the rejections with the conflicts added."""
-    stored = models.store([arrival for _, arrival in arrivals], publish_within=PUBLISH_WITHIN) if arrivals else []
+    stored = _store_sealed([arrival for _, arrival in arrivals]) if arrivals else []
     for (delivery, arrival), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
         publisher_message_id = arrival.accepted.publisher_message_id
         telemetry.DELIVERIES.labels(reception.value).inc()
@@ -129,6 +130,15 @@ def _store(
         elif reception is Reception.CONFLICT:
             rejections.append(_conflict(delivery, publisher_message_id, incoming_email_id))
     return [event for _, _, event in stored if event], rejections
+
+
+def _store_sealed(arrivals: Sequence[Arrival]) -> list[Stored]:
+    sealer = runtime.payloads.sealer() if runtime.configuration.seal_payloads else None
+    try:
+        return models.store(arrivals, publish_within=PUBLISH_WITHIN, sealer=sealer)
+    except models.DataKeyLost:
+        runtime.payloads.forget()
+        raise
 
 
 def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]], list[_Rejection]]:

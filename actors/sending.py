@@ -182,6 +182,7 @@ def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool
         receipts.add([(email.id, attempt)])
         try:
             runtime.crash_point(CrashPoint.SEND_CLAIMED)
+            email.payload = runtime.payloads.open(email.id, email.payload)
             yield email
         except Exception as error:
             outcomes.record(email, error)

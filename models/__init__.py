@@ -15,12 +15,14 @@ from models.claims import ClaimedEmail, LeaseLost
 from models.database import DatabaseAway, NotStorable, connect, database, disconnect, now, rows, transaction
 from models.events import claim_unpublished, mark_published
 from models.ingest import Arrival, Reception, store
+from models.payload_keys import DataKeyLost
 from models.states import Route, Sending, Status
 
 __all__ = [
     "Arrival",
     "ClaimedBackup",
     "ClaimedEmail",
+    "DataKeyLost",
     "DatabaseAway",
     "LeaseLost",
     "NotStorable",

@@ -15,14 +15,19 @@ from models.ids import as_uuid, new_id
 
 
 class Sealed(NamedTuple):
-    """A sealed MIME message with its measures: sizes in bytes, ``checksum`` the SHA-256 of the plain MIME in hex."""
+    """A sealed MIME message with its measures: sizes in bytes, ``checksum`` the SHA-256 of the plain MIME in hex.
 
-    blob: bytes
+    ``header``, which a key change replaces, is kept beside ``blob``, so that a key change does not write the rest
+    again; None: it is the blob's beginning.
+    """
+
+    blob: bytes | memoryview
     compression: str
     size: int
     compressed_size: int
     checksum: str
     key_id: str
+    header: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +76,10 @@ class ClaimedBackup:
             ), answering AS (
                 UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
             ), stored AS (
-                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
-                                           compressed_size, checksum, key_id, expires_at)
-                SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(blob)s, %(compression)s, %(size)s,
-                       %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
+                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, header, compressed_blob,
+                                           compression, size, compressed_size, checksum, key_id, expires_at)
+                SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(header)s, %(blob)s, %(compression)s,
+                       %(size)s, %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
                 FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
             )
             SELECT 1 FROM wanted
@@ -202,22 +207,70 @@ def find_backup(id: str) -> StoredBackup | None:
     return StoredBackup(*found[0]) if found else None
 
 
-def sealed_blob(backup_id: str) -> bytes:
-    """Return the sealed bytes of a backup."""
-    return bytes(rows("SELECT compressed_blob FROM email_backups WHERE id = %(id)s", {"id": backup_id})[0][0])
+class SealedBytes(NamedTuple):
+    """The sealed bytes of a backup, and the key that they are sealed under."""
+
+    blob: bytes
+    key_id: str
 
 
-def purge_expired(batch: int) -> int:
-    """Delete at most ``batch`` backups whose retention has ended, and return how many."""
-    return len(
-        rows(
-            """
-            WITH expired AS MATERIALIZED (
-                SELECT id FROM email_backups WHERE expires_at <= now() ORDER BY expires_at LIMIT %(batch)s
-                FOR UPDATE SKIP LOCKED
-            )
-            DELETE FROM email_backups b USING expired WHERE b.id = expired.id RETURNING 1
-            """,
-            {"batch": batch},
-        )
+def sealed_blob(backup_id: str, *, first_bytes: int | None = None) -> SealedBytes | None:
+    """Return the sealed bytes of a backup, or the first of them; None if it has been deleted.
+
+    The key is read with them: a key change may come at any moment.
+    """
+    found = rows(
+        """
+        SELECT substring(coalesce(header, '') || compressed_blob FROM 1 FOR %(first_bytes)s), key_id
+        FROM email_backups WHERE id = %(id)s
+        """
+        if first_bytes
+        else "SELECT coalesce(header, '') || compressed_blob, key_id FROM email_backups WHERE id = %(id)s",
+        {"id": backup_id, "first_bytes": first_bytes},
     )
+    return SealedBytes(bytes(found[0][0]), found[0][1]) if found else None
+
+
+def stored_after(backup_id: str | None, *, limit: int) -> list[StoredBackup]:
+    """Return the backups behind that one, or the first, in order of their ids."""
+    found = rows(
+        _LISTED + "WHERE %(after)s::uuid IS NULL OR b.id > %(after)s::uuid ORDER BY b.id LIMIT %(limit)s",
+        {"after": backup_id, "limit": limit},
+    )
+    return [StoredBackup(*row) for row in found]
+
+
+def count() -> int:
+    """Return how many backups there are, by an index."""
+    return int(rows("SELECT count(*) FROM email_backups")[0][0])
+
+
+class Archived(NamedTuple):
+    """A sending, and whether its email should have a backup and has none."""
+
+    id: str
+    incoming_email_id: str
+    publisher_message_id: str
+    missing: bool
+
+
+def archived_after(sent_id: str | None, *, retention: timedelta, limit: int) -> list[Archived]:
+    """Return the sendings behind that one, or the first, in order of their ids.
+
+    A backup should be there if it was stored and no purge has noted that it deleted it. What was deleted before purges
+    noted that was as old as its retention, so of mail that was sent longer ago than ``retention`` only that on hold is
+    missed.
+    """
+    found = rows(
+        """
+        SELECT s.id::text, s.incoming_email_id::text, e.publisher_message_id,
+               s.status = 'sent' AND s.backup_due_at IS NULL AND s.backup_error IS NULL AND s.backup_purged_at IS NULL
+               AND (coalesce(s.sent_at, s.intent_at) > now() - %(retention)s
+                    OR EXISTS (SELECT 1 FROM holds h WHERE h.incoming_email_id = s.incoming_email_id))
+               AND NOT EXISTS (SELECT 1 FROM email_backups b WHERE b.incoming_email_id = s.incoming_email_id)
+        FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
+        WHERE %(after)s::uuid IS NULL OR s.id > %(after)s::uuid ORDER BY s.id LIMIT %(limit)s
+        """,
+        {"after": sent_id, "limit": limit, "retention": retention},
+    )
+    return [Archived(*row) for row in found]

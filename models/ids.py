@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from datetime import timedelta
 
 
 def new_id() -> str:
@@ -17,6 +18,11 @@ def new_id() -> str:
     fraction, random = nanoseconds * 4096 // 1_000_000, int.from_bytes(os.urandom(8)) >> 2
     value = milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0x2 << 62 | random
     return str(uuid.UUID(int=value))
+
+
+def oldest_id(age: timedelta) -> str:
+    """Return an id before those that were made within ``age``, and behind those that are older."""
+    return str(uuid.UUID(int=max(0, int((time.time() - age.total_seconds()) * 1000)) << 80))
 
 
 def as_uuid(text: str) -> str | None:

@@ -6,7 +6,7 @@ sends anything: they change what the tables say, and the fleet acts on that.
 
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
-from operations.archive import export_backup, list_backups
+from operations.archive import count_expired, export_backup, list_backups, purge_backups
 from operations.budgets import (
     MAILBOX_LIMITS,
     TENANT_LIMITS,
@@ -23,13 +23,19 @@ from operations.emails import cancel, publish, status
 from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
 from operations.health import Finding, backlog, doctor, queue_depths, ready
+from operations.holding import Hold, hold, list_holds, release
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
+from operations.rotation import Rotation, older_keys, rotate_keys
+from operations.verification import Discrepancy, Fault, Verification, count_to_verify, verify
 
 __all__ = [
     "EVERY",
     "MAILBOX_LIMITS",
     "TENANT_LIMITS",
+    "Discrepancy",
+    "Fault",
     "Finding",
+    "Hold",
     "Limit",
     "LimitsChange",
     "NotALimit",
@@ -38,27 +44,38 @@ __all__ = [
     "NotOpen",
     "NotReplayable",
     "Resumed",
+    "Rotation",
     "ServerAway",
+    "Verification",
     "backlog",
     "cancel",
+    "count_expired",
+    "count_to_verify",
     "dead_letter",
     "doctor",
     "export_backup",
     "find_dead_letters",
     "forecast",
     "held",
+    "hold",
     "limits",
     "limits_set",
     "list_backups",
+    "list_holds",
+    "older_keys",
     "open_dead_letter",
     "pause",
     "pauses",
     "publish",
+    "purge_backups",
     "queue_depths",
     "ready",
+    "release",
     "resolve",
     "resume",
+    "rotate_keys",
     "set_limits",
     "status",
     "unset_limits",
+    "verify",
 ]

@@ -29,7 +29,9 @@ LEAVES = {
     "graph_client",
     "limiter",
     "orphans",
+    "payloads",
     "settings",
+    "settings_reference",
     "telemetry",
     "vault",
 }
@@ -37,6 +39,8 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "payloads": {"vault"},
+    "settings": {"settings_reference"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},

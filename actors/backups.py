@@ -40,7 +40,7 @@ from graph_client.errors import (
 )
 from models import ClaimedBackup, DatabaseAway, Sealed
 from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
-from vault import HEADER_BYTES, SealedBlob, bind_to
+from vault import SealedBlob, bind_to
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ def _archive(backup: ClaimedBackup) -> None:
     stored = backup.store(
         message_id,
         Sealed(
-            header=sealed.ciphertext[:HEADER_BYTES],
-            blob=memoryview(sealed.ciphertext)[HEADER_BYTES:],
+            blob=sealed.ciphertext,
             compression=sealed.compression,
             size=sealed.size_bytes,
             compressed_size=sealed.compressed_size_bytes,

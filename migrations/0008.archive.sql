@@ -1,4 +1,4 @@
--- The archive: sealed payloads, legal holds, retention, and keys that change without the bytes being written again.
+-- The archive: sealed payloads, legal holds, retention, and what is under which key.
 -- Every statement may run twice: yoyo marks a migration in a transaction of its own.
 -- depends: 0005.upkeep
 
@@ -28,6 +28,5 @@ CREATE INDEX IF NOT EXISTS incoming_emails_payload_kept ON incoming_emails (upda
 ALTER TABLE sent_emails ADD COLUMN IF NOT EXISTS backup_purged_at timestamptz;
 CREATE INDEX IF NOT EXISTS dlq_resolved ON dlq (resolved_at) WHERE status <> 'open';
 
--- The sealed blob's header, which has its wrapped data key; NULL: it is still the beginning of compressed_blob.
-ALTER TABLE email_backups ADD COLUMN IF NOT EXISTS header bytea;
+-- What is under which key, and what a key change has left.
 CREATE INDEX IF NOT EXISTS email_backups_wrapping_key ON email_backups (key_id, id);

@@ -15,19 +15,14 @@ from models.ids import as_uuid, new_id
 
 
 class Sealed(NamedTuple):
-    """A sealed MIME message with its measures: sizes in bytes, ``checksum`` the SHA-256 of the plain MIME in hex.
+    """A sealed MIME message with its measures: sizes in bytes, ``checksum`` the SHA-256 of the plain MIME in hex."""
 
-    ``header``, which a key change replaces, is kept beside ``blob``, so that a key change does not write the rest
-    again; None: it is the blob's beginning.
-    """
-
-    blob: bytes | memoryview
+    blob: bytes
     compression: str
     size: int
     compressed_size: int
     checksum: str
     key_id: str
-    header: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +71,10 @@ class ClaimedBackup:
             ), answering AS (
                 UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
             ), stored AS (
-                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, header, compressed_blob,
-                                           compression, size, compressed_size, checksum, key_id, expires_at)
-                SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(header)s, %(blob)s, %(compression)s,
-                       %(size)s, %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
+                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
+                                           compressed_size, checksum, key_id, expires_at)
+                SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(blob)s, %(compression)s, %(size)s,
+                       %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
                 FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
             )
             SELECT 1 FROM wanted
@@ -221,11 +216,11 @@ def sealed_blob(backup_id: str, *, first_bytes: int | None = None) -> SealedByte
     """
     found = rows(
         """
-        SELECT substring(coalesce(header, '') || compressed_blob FROM 1 FOR %(first_bytes)s), key_id
+        SELECT substring(compressed_blob FROM 1 FOR %(first_bytes)s), key_id
         FROM email_backups WHERE id = %(id)s
         """
         if first_bytes
-        else "SELECT coalesce(header, '') || compressed_blob, key_id FROM email_backups WHERE id = %(id)s",
+        else "SELECT compressed_blob, key_id FROM email_backups WHERE id = %(id)s",
         {"id": backup_id, "first_bytes": first_bytes},
     )
     return SealedBytes(bytes(found[0][0]), found[0][1]) if found else None

@@ -1,17 +1,22 @@
 """Key changes: what is wrapped under which key of the ring, and the exchange of wrapped keys a batch at a time.
 
-Only wrapped data keys are read and written: 92 bytes of a backup, 80 of a payload key. Each row changes its wrapped key
-and the id of what that is wrapped under in one write, so that it can be opened at every moment.
+Only wrapped data keys are read and exchanged: the header of a backup, 80 bytes of a payload key. PostgreSQL puts the
+rest of a backup behind its new header by itself. Each row changes its wrapped key and the id of what that is wrapped
+under in one write, so that it can be opened at every moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.database import rows, transaction
 
 _FIRST = "00000000-0000-0000-0000-000000000000"
+
+
+#: Sealed bytes of a batch, which PostgreSQL writes anew.
+BATCH_BYTES = 64_000_000
 
 
 class Wrapped(NamedTuple):
@@ -29,7 +34,7 @@ Rewrap = Callable[[Sequence[Wrapped]], Sequence[Wrapped]]
 
 
 class Batch(NamedTuple):
-    """How far a batch went: rows looked at, rows changed, and the id of the last."""
+    """How far a batch went: rows looked at, 0 at the end; rows changed; and the id of the last."""
 
     seen: int
     changed: int
@@ -73,9 +78,9 @@ class Store:
             found = rows(self._statements.take, {"key_id": key_id, "after": after or _FIRST, "batch": batch})
             if not found:
                 return Batch(0, 0, after or _FIRST)
-            new = rewrap([Wrapped(id, key, bytes(wrapped), *bound) for id, key, wrapped, *bound in found])
-            changed = self._put(new)
-        return Batch(len(found), changed, found[-1][0])
+            taken = _within_bytes(found)
+            changed = self._put(rewrap(taken))
+        return Batch(len(taken), changed, taken[-1].id)
 
     def _put(self, new: Sequence[Wrapped]) -> int:
         parameters = {
@@ -86,24 +91,32 @@ class Store:
         return len(rows(self._statements.put, parameters)) if new else 0
 
 
+def _within_bytes(found: list[tuple[Any, ...]]) -> list[Wrapped]:
+    taken: list[Wrapped] = []
+    total = 0
+    for id, key_id, wrapped, size, *bound in found:
+        total += size
+        if taken and total > BATCH_BYTES:
+            break
+        taken.append(Wrapped(id, key_id, bytes(wrapped), *bound))
+    return taken
+
+
 _NEW = "(SELECT unnest(%(ids)s::uuid[]), unnest(%(key_ids)s::text[]), unnest(%(wrapped)s::bytea[]))"
 
 BACKUPS = Store(
     "email_backups",
     _Statements(
         """
-        SELECT id::text, key_id, coalesce(header, substring(compressed_blob FROM 1 FOR 92)), incoming_email_id::text,
+        SELECT id::text, key_id, substring(compressed_blob FROM 1 FOR 92), compressed_size, incoming_email_id::text,
                graph_message_id
         FROM email_backups WHERE key_id = %(key_id)s AND id > %(after)s ORDER BY id LIMIT %(batch)s
         FOR UPDATE SKIP LOCKED
         """,
-        # Of a backup from before the header had its column the rest is written once more, now without it: the data key
-        # must not stay there wrapped under the old key.
         f"""
         UPDATE email_backups b
-        SET header = new.wrapped, key_id = new.key_id,
-            compressed_blob = CASE WHEN header IS NULL THEN substring(compressed_blob FROM length(new.wrapped) + 1)
-                                   ELSE compressed_blob END
+        SET key_id = new.key_id,
+            compressed_blob = new.wrapped || substring(compressed_blob FROM length(new.wrapped) + 1)
         FROM {_NEW} AS new (id, key_id, wrapped) WHERE b.id = new.id RETURNING 1
         """,
     ),
@@ -112,7 +125,7 @@ PAYLOAD_KEYS = Store(
     "payload_keys",
     _Statements(
         """
-        SELECT id::text, key_id, wrapped FROM payload_keys WHERE key_id = %(key_id)s AND id > %(after)s
+        SELECT id::text, key_id, wrapped, 0 FROM payload_keys WHERE key_id = %(key_id)s AND id > %(after)s
         ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
         """,
         f"""

@@ -157,7 +157,6 @@ class EmailBackup(_Row):
     id = peewee.UUIDField(primary_key=True)
     graph_message_id = peewee.TextField(unique=True)
     incoming_email = peewee.ForeignKeyField(IncomingEmail, column_name="incoming_email_id")
-    header = ByteaField(null=True)
     compressed_blob = ByteaField()
     compression = peewee.TextField()
     size = peewee.BigIntegerField()

@@ -76,10 +76,10 @@ def _exchange(
         while True:
             each = partial(_rewrap_all, rewrap, stuck)
             batch = store.exchange(key_id, after=after, batch=BATCH, rewrap=each)
+            if not batch.seen:
+                break
             changed, after = changed + batch.changed, batch.last_id
             on_batch(batch.seen)
-            if batch.seen < BATCH:
-                break
     return changed
 
 

@@ -52,10 +52,10 @@ class Store:
     def __init__(self, table: str, statements: _Statements) -> None:
         self._table, self._statements = table, statements
 
-    def counts(self) -> dict[str, int]:
-        """Return how many rows are wrapped under each key, by an index."""
+    def counts(self, *, but: str) -> dict[str, int]:
+        """Return how many rows are wrapped under each key but that one, by an index."""
         # Each step jumps to the next key: there are a few, and there may be millions of rows.
-        ids = rows(
+        found = rows(
             f"""
             WITH RECURSIVE key AS (
                 (SELECT key_id FROM {self._table} ORDER BY key_id LIMIT 1)
@@ -64,10 +64,11 @@ class Store:
                 FROM key WHERE key.key_id IS NOT NULL
             )
             SELECT key_id, (SELECT count(*) FROM {self._table} t WHERE t.key_id = key.key_id) FROM key
-            WHERE key_id IS NOT NULL
-            """
+            WHERE key_id <> %(but)s
+            """,
+            {"but": but},
         )
-        return dict(ids)
+        return dict(found)
 
     def exchange(self, key_id: str, *, after: str | None, batch: int, rewrap: Rewrap) -> Batch:
         """Exchange the wrapped keys of up to ``batch`` rows under a key, behind the row ``after``, in one transaction.

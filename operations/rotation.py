@@ -6,6 +6,7 @@ write, and who stops in the middle starts again where it was: what is done is un
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -42,12 +43,10 @@ class Rotation(NamedTuple):
 
 def older_keys() -> dict[str, int]:
     """Return how many backups and payload keys are under each key but the newest."""
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for store in (rewrapping.PAYLOAD_KEYS, rewrapping.BACKUPS):
-        for key_id, count in store.counts().items():
-            counts[key_id] = counts.get(key_id, 0) + count
-    counts.pop(runtime.vault.keyring.newest_id, None)
-    return counts
+        counts.update(store.counts(but=runtime.vault.keyring.newest_id))
+    return dict(counts)
 
 
 def rotate_keys(*, who: str, on_batch: Callable[[int], None] = lambda _rows: None) -> Rotation:
@@ -71,7 +70,7 @@ def _exchange(
     store: Store, rewrap: Callable[[Wrapped], Wrapped], stuck: list[Stuck], on_batch: Callable[[int], None]
 ) -> int:
     changed = 0
-    for key_id in sorted(set(store.counts()) - {runtime.vault.keyring.newest_id}):
+    for key_id in sorted(store.counts(but=runtime.vault.keyring.newest_id)):
         after = None
         while True:
             each = partial(_rewrap_all, rewrap, stuck)

@@ -295,7 +295,7 @@ class Settings(BaseSettings):
 
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
-        "Wait between a send and its backup, for Sent Items to fill.",
+        "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
         default=10,
         unit="seconds",
     )

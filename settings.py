@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -20,8 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-import settings_reference
-from settings_reference import is_secret, variable_of
+from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -124,36 +123,12 @@ def _on_loopback(url: str) -> bool:
 
 
 Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
+Hours = Annotated[timedelta, _of(timedelta(hours=1))]
 Days = Annotated[timedelta, _of(timedelta(days=1))]
 #: At least one of something must be possible.
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 
-
-class Bounds(NamedTuple):
-    """The values that a limit on use may have besides 0, which switches it off."""
-
-    least: int
-    most: int
-
-    def check(self, limit: int) -> int:
-        """Return the limit.
-
-        Raises:
-            ValueError: It is out of bounds; says what it must be.
-        """
-        if limit != 0 and not self.least <= limit <= self.most:
-            raise ValueError(f"must be 0 (no limit) or from {self.least} to {self.most}")
-        return limit
-
-
-# Whether it is set here or by an operator while the fleet runs.
-CONCURRENCY_BOUNDS = Bounds(1, 1_000)
-#: One call charges up to two requests; a limit below what one call charges would have all mail given up.
-REQUESTS_BOUNDS = Bounds(2, 1_000_000_000)
-#: One request has up to 4 MB (a small attachment in base64, a range of a large one).
-UPLOAD_MB_BOUNDS = Bounds(5, 1_000_000)
-COUNT_BOUNDS = Bounds(1, 1_000_000_000)
 
 Concurrency = Annotated[int, AfterValidator(CONCURRENCY_BOUNDS.check)]
 Requests = Annotated[int, AfterValidator(REQUESTS_BOUNDS.check)]
@@ -293,6 +268,7 @@ class Settings(BaseSettings):
         default="sendmail",
     )
 
+    draft_retention: Days = _setting("DRAFT_RETENTION_DAYS", "How long an unsent draft stays.", default=1, unit="days")
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
         "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
@@ -302,29 +278,24 @@ class Settings(BaseSettings):
     backup_retention: Days = _setting(
         "BACKUP_RETENTION_DAYS", "How long a backup is kept, as of when it was stored.", default=365, unit="days"
     )
-    backup_keys: SecretStr = _setting(
-        "BACKUP_KEYS",
-        "Keys of the archive and of payloads: `id:base64` pairs, comma-separated, newest first, 32 bytes each.",
-    )
-    seal_payloads: bool = _setting(
-        "SEAL_PAYLOADS",
-        "Whether what publishers ask for is encrypted in the database. What is there is read either way.",
-        default=True,
-    )
     payload_retention: Days = _setting(
         "PAYLOAD_RETENTION_DAYS",
-        "How long the content of a mail is kept after it was sent, failed, expired or was cancelled; its ids stay.",
+        "How long the content of a settled mail is kept; its ids stay.",
         default=30,
         unit="days",
     )
     record_retention: Days = _setting(
         "RECORD_RETENTION_DAYS",
-        "How long published events, receipts, resolved dead letters and mailboxes' idle rows are kept.",
+        "How long published events, receipts, resolved dead letters and idle rows of mailboxes are kept.",
         default=90,
         unit="days",
     )
     audit_retention: Days = _setting(
         "AUDIT_RETENTION_DAYS", "How long the audit log is kept.", default=730, unit="days"
+    )
+    seal_payloads: bool = _setting("SEAL_PAYLOADS", "Whether new payloads are encrypted in the database.", default=True)
+    backup_keys: SecretStr = _setting(
+        "BACKUP_KEYS", "Keys of all that is sealed: `id:base64` pairs, comma-separated, newest first, 32 bytes each."
     )
 
     attachment_allowed_hosts: Names = _setting(
@@ -333,7 +304,31 @@ class Settings(BaseSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
+    attachment_cloud_urls: Names = _setting(
+        "ATTACHMENT_CLOUD_URLS",
+        "Where in clouds' object stores attachments may come from: prefixes, as `s3://bucket/folder`, comma-separated.",
+        default="",
+    )
+    attachment_store_url: str = _setting(
+        "ATTACHMENT_STORE_URL",
+        "Where stored attachments are kept, sealed: a folder that console and `send_attached` share, or `s3://…`,"
+        " `abfs://…`.",
+        default="file:///var/lib/mailfleet/attachments",
+    )
+    attachment_types: Names = _setting(
+        "ATTACHMENT_TYPES", "Content types that are stored, as patterns, comma-separated.", default="*"
+    )
+    attachment_retention: Days = _setting(
+        "ATTACHMENT_RETENTION_DAYS", "How long a stored attachment is kept at most.", default=30, unit="days"
+    )
+    attachment_keep_used: Hours = _setting(
+        "ATTACHMENT_KEEP_USED_HOURS",
+        "How long a stored attachment is kept once every mail that uses it is done.",
+        default=1,
+        unit="hours",
+    )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Names = _setting(
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
@@ -392,27 +387,32 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), variable_of(field), False
+        return _secret_in_file(field), _variable(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = {variable_of(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
         return {variable: value for variable, value in values.items() if value}
 
 
 def _secret_in_file(field: FieldInfo) -> str | None:
     """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{variable_of(field)}_FILE") if is_secret(field) else None
+    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
     try:
         return Path(path).read_text(encoding="utf-8").strip() if path else None
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
+    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -449,7 +449,7 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
         if _secret_in_file(field) == "":
-            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
+            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
@@ -467,6 +467,10 @@ def _sentences(details: Any) -> list[str]:
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
+def _variable(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "********"
@@ -477,10 +481,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def reference() -> str:
-    """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return settings_reference.page(Settings.model_fields.values())
-
-
 if __name__ == "__main__":
+    from settings_reference import reference
+
     print(reference(), end="")

@@ -37,6 +37,7 @@ class Step(StrEnum):
     DISPATCHED = "dispatched"
     CLAIMED = "claimed"
     DRAFTED = "drafted"
+    UPLOADING = "uploading"
     UPLOADED = "uploaded"
     SENT = "sent"
     IN_DOUBT = "in doubt"
@@ -48,6 +49,7 @@ class Step(StrEnum):
     CANCELLED = "cancelled"
     ARCHIVED = "archived"
     REPLAYED = "replayed"
+    DRAFT_DELETED = "draft deleted"
     LEASE_LOST = "lease lost"
     BACKUP_RETRIED = "backup retried"
     BACKUP_FAILED = "backup failed"
@@ -173,7 +175,12 @@ MESSAGE_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
 PURGED = Counter("mailfleet_purged", "Rows deleted, or payloads emptied, at the end of their retention.", ["kind"])
+UPLOADED_BYTES = Counter(
+    "mailfleet_uploaded_bytes", "Bytes of attachments that Graph has taken, in one request or as a range.", ["way"]
+)
 ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
+ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
+ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
 
 
 def serve_own_metrics(port: int) -> None:

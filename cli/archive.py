@@ -67,7 +67,8 @@ def rotate_keys(as_json: bool) -> None:
     else:
         for each in done.stuck:
             click.echo(f"{each.table} {each.id} stays under {each.key_id}: {each.reason}")
-        click.echo(f"{done.backups} backups and {done.payload_keys} payload keys are now under {done.newest_key_id}")
+        moved = f"{done.backups} backups, {done.attachments} attachments, {done.payload_keys} payload keys"
+        click.echo(f"{moved} are now under {done.newest_key_id}")
         for key_id, count in sorted(left.items()):
             click.echo(f"{count} are under {key_id}: keep that key, and run this again")
     if left:

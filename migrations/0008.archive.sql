@@ -1,6 +1,6 @@
 -- The archive: sealed payloads, legal holds, retention, and what is under which key.
 -- Every statement may run twice: yoyo marks a migration in a transaction of its own.
--- depends: 0005.upkeep
+-- depends: 0006.stored
 
 -- The data keys that payloads are sealed with, each wrapped by the key of BACKUP_KEYS that key_id names. A process makes
 -- one an hour, so that a key change writes these rows and not the payloads.
@@ -29,4 +29,5 @@ ALTER TABLE sent_emails ADD COLUMN IF NOT EXISTS backup_purged_at timestamptz;
 CREATE INDEX IF NOT EXISTS dlq_resolved ON dlq (resolved_at) WHERE status <> 'open';
 
 -- What is under which key, and what a key change has left.
+CREATE INDEX IF NOT EXISTS stored_attachments_wrapping_key ON stored_attachments (key_id, id);
 CREATE INDEX IF NOT EXISTS email_backups_wrapping_key ON email_backups (key_id, id);

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 def new_id() -> str:
@@ -20,9 +22,10 @@ def new_id() -> str:
     return str(uuid.UUID(int=value))
 
 
-def oldest_id(age: timedelta) -> str:
-    """Return an id before those that were made within ``age``, and behind those that are older."""
-    return str(uuid.UUID(int=max(0, int((time.time() - age.total_seconds()) * 1000)) << 80))
+def first_id(at: datetime) -> str:
+    """Return an id below every id that was made at that instant or later, and above all earlier ones."""
+    milliseconds = max((at - _EPOCH) // timedelta(milliseconds=1), 0)
+    return str(uuid.UUID(int=milliseconds << 80))
 
 
 def as_uuid(text: str) -> str | None:

@@ -20,6 +20,7 @@ from models.events import append
 from models.ids import new_id
 from models.payload_keys import DataKeyLost
 from models.states import Route
+from models.stored_attachments import Use, note_uses
 
 #: Lower is served first.
 PRIORITIES = {"high": 0, "normal": 1, "bulk": 2}
@@ -95,6 +96,7 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta, sealer: Sea
             if ids[publisher_id] in new_ids:
                 events[publisher_id] = _received(ids[publisher_id], arrival, now)
         append(list(events.values()), publish_within)
+        note_uses(use for key in events for use in _uses(ids[key], first[key]))
         stored = {key: (ids[key], first[key].accepted.content_hash) for key in events}
         if known := [key for key in first if key not in events]:
             stored |= {row[0]: (row[1], bytes(row[2])) for row in rows(_KNOWN, {"ids": known})}
@@ -138,6 +140,10 @@ def _email_row(id: str, arrival: Arrival, now: datetime, sealer: Sealer | None) 
         email.send_at if email.send_at and email.send_at > now else None,
         email.expires_at,
     )
+
+
+def _uses(id: str, arrival: Arrival) -> list[Use]:
+    return [Use(each.stored_id, id) for each in arrival.accepted.email.attachments if each.stored_id]
 
 
 def _received(id: str, arrival: Arrival, now: datetime) -> Event:

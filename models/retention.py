@@ -10,14 +10,14 @@ next batch.
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import NamedTuple
 
 from models import audit
 from models.database import rows, transaction
 from models.holds import NOT_HELD
-from models.ids import oldest_id
+from models.ids import first_id
 
 #: Rows of a batch.
 BATCH = 1000
@@ -179,7 +179,7 @@ def count_due(kind: Kind, *, retention: timedelta, most: int) -> int:
 
 
 def _due(retention: timedelta, batch: int) -> dict[str, object]:
-    return {"retention": retention, "oldest": oldest_id(retention), "batch": batch}
+    return {"retention": retention, "oldest": first_id(datetime.now(UTC) - retention), "batch": batch}
 
 
 def _within_bytes(due: list[tuple[str, int, str | None]]) -> list[tuple[str, str | None]]:

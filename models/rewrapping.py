@@ -1,8 +1,8 @@
 """Key changes: what is wrapped under which key of the ring, and the exchange of wrapped keys a batch at a time.
 
-Only wrapped data keys are read and exchanged: the header of a backup, 80 bytes of a payload key. PostgreSQL puts the
-rest of a backup behind its new header by itself. Each row changes its wrapped key and the id of what that is wrapped
-under in one write, so that it can be opened at every moment.
+Only wrapped data keys are read and exchanged: the header of a backup or of a stored attachment, 80 bytes of a payload
+key. PostgreSQL puts the rest of a backup behind its new header by itself. Each row changes its wrapped key and the id
+of what that is wrapped under in one write, so that it can be opened at every moment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH_BYTES = 64_000_000
 
 
 class Wrapped(NamedTuple):
-    """A backup's header, or a payload key, with what it is bound to: for a payload key its own id alone."""
+    """A header, or a payload key, with what it is bound to: but for a backup its own id alone."""
 
     id: str
     key_id: str
@@ -50,7 +50,7 @@ class Store:
     """A table with wrapped keys."""
 
     def __init__(self, table: str, statements: _Statements) -> None:
-        self._table, self._statements = table, statements
+        self.table, self._statements = table, statements
 
     def counts(self, *, but: str) -> dict[str, int]:
         """Return how many rows are wrapped under each key but that one, by an index."""
@@ -58,12 +58,12 @@ class Store:
         found = rows(
             f"""
             WITH RECURSIVE key AS (
-                (SELECT key_id FROM {self._table} ORDER BY key_id LIMIT 1)
+                (SELECT key_id FROM {self.table} ORDER BY key_id LIMIT 1)
                 UNION ALL
-                SELECT (SELECT t.key_id FROM {self._table} t WHERE t.key_id > key.key_id ORDER BY t.key_id LIMIT 1)
+                SELECT (SELECT t.key_id FROM {self.table} t WHERE t.key_id > key.key_id ORDER BY t.key_id LIMIT 1)
                 FROM key WHERE key.key_id IS NOT NULL
             )
-            SELECT key_id, (SELECT count(*) FROM {self._table} t WHERE t.key_id = key.key_id) FROM key
+            SELECT key_id, (SELECT count(*) FROM {self.table} t WHERE t.key_id = key.key_id) FROM key
             WHERE key_id <> %(but)s
             """,
             {"but": but},
@@ -119,6 +119,19 @@ BACKUPS = Store(
         SET key_id = new.key_id,
             compressed_blob = new.wrapped || substring(compressed_blob FROM length(new.wrapped) + 1)
         FROM {_NEW} AS new (id, key_id, wrapped) WHERE b.id = new.id RETURNING 1
+        """,
+    ),
+)
+ATTACHMENTS = Store(
+    "stored_attachments",
+    _Statements(
+        """
+        SELECT id::text, key_id, header, 0 FROM stored_attachments WHERE key_id = %(key_id)s AND id > %(after)s
+        ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        """,
+        f"""
+        UPDATE stored_attachments a SET header = new.wrapped, key_id = new.key_id
+        FROM {_NEW} AS new (id, key_id, wrapped) WHERE a.id = new.id RETURNING 1
         """,
     ),
 )

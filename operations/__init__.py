@@ -1,4 +1,4 @@
-"""What an operator may do, whichever way it is asked for: by the command line now, by the console too.
+"""What an operator may do, whichever way it is asked for: by the command line or by the console.
 
 Every verb that changes something writes who did it into ``audit_log``, in the transaction of the change. None of them
 sends anything: they change what the tables say, and the fleet acts on that.
@@ -6,7 +6,8 @@ sends anything: they change what the tables say, and the fleet acts on that.
 
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
-from operations.archive import count_expired, export_backup, list_backups, purge_backups
+from operations.archive import backup, count_expired, export_backup, find_backups, list_backups, purge_backups
+from operations.attaching import Attached, attach
 from operations.budgets import (
     MAILBOX_LIMITS,
     TENANT_LIMITS,
@@ -18,9 +19,9 @@ from operations.budgets import (
     set_limits,
     unset_limits,
 )
-from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
-from operations.emails import cancel, publish, status
-from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
+from operations.dead_letters import dead_letter, dead_letter_groups, find_dead_letters, open_dead_letter, resolve
+from operations.emails import cancel, find_emails, publish, status, timeline
+from operations.errors import NotALimit, NotAttachable, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
 from operations.health import Finding, backlog, doctor, queue_depths, ready
 from operations.holding import Hold, hold, list_holds, release
@@ -32,6 +33,7 @@ __all__ = [
     "EVERY",
     "MAILBOX_LIMITS",
     "TENANT_LIMITS",
+    "Attached",
     "Discrepancy",
     "Fault",
     "Finding",
@@ -39,6 +41,7 @@ __all__ = [
     "Limit",
     "LimitsChange",
     "NotALimit",
+    "NotAttachable",
     "NotCancellable",
     "NotFound",
     "NotOpen",
@@ -47,14 +50,19 @@ __all__ = [
     "Rotation",
     "ServerAway",
     "Verification",
+    "attach",
     "backlog",
+    "backup",
     "cancel",
     "count_expired",
     "count_to_verify",
     "dead_letter",
+    "dead_letter_groups",
     "doctor",
     "export_backup",
+    "find_backups",
     "find_dead_letters",
+    "find_emails",
     "forecast",
     "held",
     "hold",
@@ -76,6 +84,7 @@ __all__ = [
     "rotate_keys",
     "set_limits",
     "status",
+    "timeline",
     "unset_limits",
     "verify",
 ]

@@ -179,7 +179,7 @@ def _check_archive() -> str:
     newest = runtime.vault.keyring.newest_id
     older = older_keys()
     if unknown := sorted(set(older) - set(runtime.vault.keyring.ids)):
-        raise _Unwell(f"backups or payloads are sealed under {', '.join(unknown)}, which BACKUP_KEYS does not have")
+        raise _Unwell(f"something is sealed under {', '.join(unknown)}, which BACKUP_KEYS does not have")
     if older:
         return f"seals under {newest}; {sum(older.values())} under older keys, see mailfleet backups rotate-keys"
     return f"seals under {newest}"

@@ -15,7 +15,7 @@ import runtime
 from models import audit, rewrapping
 from models.rewrapping import Store, Wrapped
 from payloads import WrappedKey
-from vault import Tampered, UnknownKey, bind_to
+from vault import Tampered, UnknownKey, bind_to, bind_to_attachment
 
 #: Rows that are locked at a time, for some hundredths of a second.
 BATCH = 200
@@ -24,7 +24,7 @@ _MOST_NAMED = 1000
 
 
 class Stuck(NamedTuple):
-    """A backup or a payload key that stays under its key, and why."""
+    """A row that stays under its key, and why."""
 
     table: str
     id: str
@@ -33,18 +33,19 @@ class Stuck(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """What a key change has done: rows changed of either table, and what it could not change."""
+    """What a key change has done: rows changed of each table, and what it could not change."""
 
     newest_key_id: str
     backups: int
     payload_keys: int
+    attachments: int
     stuck: list[Stuck]
 
 
 def older_keys() -> dict[str, int]:
-    """Return how many backups and payload keys are under each key but the newest."""
+    """Return how many rows of all tables with wrapped keys are under each key but the newest."""
     counts = Counter[str]()
-    for store in (rewrapping.PAYLOAD_KEYS, rewrapping.BACKUPS):
+    for store in (rewrapping.PAYLOAD_KEYS, rewrapping.ATTACHMENTS, rewrapping.BACKUPS):
         counts.update(store.counts(but=runtime.vault.keyring.newest_id))
     return dict(counts)
 
@@ -59,11 +60,12 @@ def rotate_keys(*, who: str, on_batch: Callable[[int], None] = lambda _rows: Non
     audit.record(who, "backups.rotate-keys", newest, older=older_keys())
     stuck: list[Stuck] = []
     payload_keys = _exchange(rewrapping.PAYLOAD_KEYS, _payload_key, stuck, on_batch)
+    attachments = _exchange(rewrapping.ATTACHMENTS, _attachment, stuck, on_batch)
     backups = _exchange(rewrapping.BACKUPS, _backup, stuck, on_batch)
-    audit.record(
-        who, "backups.rotated", newest, backups=backups, payload_keys=payload_keys, stuck=len(stuck), left=older_keys()
-    )
-    return Rotation(newest, backups, payload_keys, stuck)
+    done = Rotation(newest, backups, payload_keys, attachments, stuck)
+    counts = {**done._asdict(), "stuck": len(stuck), "left": older_keys()}
+    audit.record(who, "backups.rotated", counts.pop("newest_key_id"), **counts)
+    return done
 
 
 def _exchange(
@@ -73,7 +75,7 @@ def _exchange(
     for key_id in sorted(store.counts(but=runtime.vault.keyring.newest_id)):
         after = None
         while True:
-            each = partial(_rewrap_all, rewrap, stuck)
+            each = partial(_rewrap_all, store.table, rewrap, stuck)
             batch = store.exchange(key_id, after=after, batch=BATCH, rewrap=each)
             if not batch.seen:
                 break
@@ -83,14 +85,13 @@ def _exchange(
 
 
 def _rewrap_all(
-    rewrap: Callable[[Wrapped], Wrapped], stuck: list[Stuck], found: Sequence[Wrapped]
+    table: str, rewrap: Callable[[Wrapped], Wrapped], stuck: list[Stuck], found: Sequence[Wrapped]
 ) -> Sequence[Wrapped]:
     new = []
     for each in found:
         try:
             new.append(rewrap(each))
         except (UnknownKey, Tampered) as error:
-            table = "email_backups" if each.graph_message_id else "payload_keys"
             if len(stuck) < _MOST_NAMED:
                 stuck.append(Stuck(table, each.id, each.key_id, str(error)))
     return new
@@ -100,6 +101,12 @@ def _backup(backup: Wrapped) -> Wrapped:
     bound_to = bind_to(backup.incoming_email_id, backup.graph_message_id)
     new = runtime.vault.rewrap(backup.wrapped, key_id=backup.key_id, associated_data=bound_to)
     return backup._replace(wrapped=new.ciphertext, key_id=new.key_id)
+
+
+def _attachment(attachment: Wrapped) -> Wrapped:
+    bound_to = bind_to_attachment(attachment.id)
+    new = runtime.vault.rewrap(attachment.wrapped, key_id=attachment.key_id, associated_data=bound_to)
+    return attachment._replace(wrapped=new.ciphertext, key_id=new.key_id)
 
 
 def _payload_key(key: Wrapped) -> Wrapped:

@@ -22,6 +22,7 @@ MAX_FUNCTION_LINES = 60
 
 LEAVES = {
     "attachments",
+    "bounds",
     "broker",
     "contracts",
     "crash_points",
@@ -30,6 +31,7 @@ LEAVES = {
     "limiter",
     "orphans",
     "payloads",
+    "repeated_keys",
     "settings",
     "settings_reference",
     "telemetry",
@@ -40,7 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
     "payloads": {"vault"},
-    "settings": {"settings_reference"},
+    "contracts": {"repeated_keys"},
+    "settings": {"bounds", "settings_reference"},
+    "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},

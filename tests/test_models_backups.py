@@ -71,7 +71,7 @@ def test_copies_that_are_stored_together_each_keep_their_own() -> None:
         "graph-2": (second.incoming_email_id, 100),
         "graph-3": (third.incoming_email_id, 3),
     }
-    assert backups.sealed_blob(kept["graph-3"]["id"]) == b"sealed 3"
+    assert backups.sealed_blob(kept["graph-3"]["id"]) == (b"sealed 3", "k1")
 
 
 def test_what_a_mailbox_sends_within_half_of_the_delay_is_due_together_and_none_before_it() -> None:

@@ -153,7 +153,7 @@ def test_a_key_change_is_audited_with_what_was_and_what_is_left(ring: Ring) -> N
     assert audited() == [(WHO, "backups.rotate-keys", "new"), (WHO, "backups.rotated", "new")]
     (begun, ended) = [detail for (detail,) in rows("SELECT detail FROM audit_log ORDER BY id")]
     assert begun == {"older": {"old": 1}}
-    assert ended == {"backups": 1, "payload_keys": 0, "stuck": 0, "left": {}}
+    assert ended == {"backups": 1, "payload_keys": 0, "attachments": 0, "stuck": 0, "left": {}}
 
 
 # Verification
@@ -297,7 +297,7 @@ def test_verify_exits_with_1_and_a_table_if_something_is_wrong() -> None:
 def test_rotate_keys_says_what_is_under_the_newest_key_and_what_keeps_an_older_one(ring: Ring) -> None:
     archive("order-1")
     ring(new=NEW, old=OLD)
-    assert mailfleet("backups", "rotate-keys").output == "1 backups and 0 payload keys are now under new\n"
+    assert mailfleet("backups", "rotate-keys").output == "1 backups, 0 attachments, 0 payload keys are now under new\n"
     rows("UPDATE email_backups SET key_id = 'gone'")
     ended = mailfleet("backups", "rotate-keys")
     assert (ended.status, "stays under gone" in ended.output, "1 are under gone: keep" in ended.output) == (

@@ -19,7 +19,7 @@ import operations
 import runtime
 from actors.ingest import Delivery, ingest
 from actors.retention import purge_kind
-from models import audit, dead_letters, holds, mailboxes, retention
+from models import audit, dead_letters, holds, mailboxes, retention, stored_attachments
 from models.retention import Kind
 from operations import NotFound
 from telemetry import PURGED
@@ -236,6 +236,25 @@ def test_mail_on_hold_does_not_keep_other_mail_from_being_purged() -> None:
             operations.hold(f"order-{number}", reason=None, who=WHO)
     age()
     assert retention.purge(Kind.BACKUPS, retention=LONG, who="maintenance", batch=2).rows == 1
+
+
+@pytest.mark.usefixtures("tables")
+def test_stored_attachments_of_a_mail_on_hold_stay_until_it_is_released() -> None:
+    # Given
+    id, attachment = archive(), "0190a000-0000-7000-8000-000000000001"
+    rows(
+        """
+        INSERT INTO stored_attachments (id, name, content_type, key_id, header, created_by, expires_at, stored_at)
+        VALUES (%(attachment)s, 'a', 'text/plain', 'k', '', 'ann', now() - interval '1 day', now())
+        """,
+        {"attachment": attachment},
+    )
+    rows("INSERT INTO stored_attachment_uses VALUES (%(a)s, %(id)s)", {"a": attachment, "id": id})
+    operations.hold(id, reason=None, who=WHO)
+    # When, then
+    assert stored_attachments.take_deletable(10, keep_used=timedelta(0)) == []
+    operations.release(id, who=WHO)
+    assert stored_attachments.take_deletable(10, keep_used=timedelta(0)) == [attachment]
 
 
 @pytest.mark.usefixtures("tables")

@@ -12,7 +12,6 @@ import click
 
 from cli.commands import Command, connected, json_option, main, who
 from cli.display import harmless, print_json, table
-from contracts import MAX_RECIPIENTS
 
 if TYPE_CHECKING:
     from models.mailboxes import Held, Pause
@@ -36,7 +35,7 @@ def _address(mailbox: str) -> str:
     return mailbox
 
 
-class _Duration(click.ParamType):
+class Duration(click.ParamType):
     """``90s``, ``30m``, ``2h``, ``1d``."""
 
     name = "duration"
@@ -162,20 +161,13 @@ def _changing(command: Command, named_as: str) -> Command:
                 ["budget", "was", "is"],
                 [[name, _told(change.before[name]), _told(limit)] for name, limit in change.after.items()],
             )
-        for warning in _warnings(change):
+        for warning in change.warnings:
             click.echo(warning, err=True)
         if not change.told:
             click.echo("Redis is away: this takes effect within a minute after it is back.", err=True)
 
     run.__doc__ = command.__doc__
     return run
-
-
-def _warnings(change: LimitsChange) -> Iterator[str]:
-    for name, limit in change.after.items():
-        if name.endswith("recipients") and limit and limit < MAX_RECIPIENTS:
-            kind = "external recipients" if name.startswith("tenant_") else "recipients"
-            yield f"A single mail with more than {limit} {kind} will be given up (never_fits)."
 
 
 def _told(limit: int | None) -> str:
@@ -250,7 +242,7 @@ def _checked_reason(_context: click.Context, _option: click.Parameter, why: str)
 @main.command()
 @_what_options
 @click.option("--why", default="paused by hand", show_default=True, callback=_checked_reason)
-@click.option("--for", "wait", type=_Duration(), help="90s, 30m, 2h, 1d; default: until it is resumed.")
+@click.option("--for", "wait", type=Duration(), help="90s, 30m, 2h, 1d; default: until it is resumed.")
 @connected
 def pause(mailbox: str | None, route: str | None, everything: bool, why: str, wait: timedelta | None) -> None:
     """Send nothing more from MAILBOX, by a route or at all, until the end or until it is resumed."""

@@ -29,6 +29,7 @@ LEAVES = {
     "graph_client",
     "limiter",
     "orphans",
+    "repeated_keys",
     "settings",
     "telemetry",
     "vault",
@@ -37,6 +38,9 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "contracts": {"repeated_keys"},
+    "settings": {"settings_reference"},
+    "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},

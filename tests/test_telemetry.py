@@ -70,6 +70,7 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "dispatched",
         "claimed",
         "drafted",
+        "uploading",
         "uploaded",
         "uploading",
         "draft deleted",
@@ -86,6 +87,7 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "cancelled",
         "archived",
         "replayed",
+        "draft deleted",
         "lease lost",
     }
 

@@ -9,7 +9,7 @@ from actors.ingest import ingest_emails
 from actors.maintenance import mirror_dead_letters, purge_expired
 from actors.scheduling import acknowledge_receipt, schedule_emails
 from actors.sending import send_attached, send_plain
-from actors.stored_attachments import delete_stored_attachments
+from actors.stored_attachments import delete_stored_attachments, rewrap_stored_attachments
 from actors.tidying import tidy_drafts
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ingest_emails",
     "mirror_dead_letters",
     "purge_expired",
+    "rewrap_stored_attachments",
     "schedule_emails",
     "send_attached",
     "send_plain",

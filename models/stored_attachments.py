@@ -177,14 +177,15 @@ class Header(NamedTuple):
     header: bytes
 
 
-def sealed_otherwise(newest_key_id: str, batch: int) -> list[Header]:
-    """Return headers of attachments that are not sealed under the newest key."""
+def sealed_otherwise(newest_key_id: str, batch: int, *, after: str | None = None) -> list[Header]:
+    """Return headers of attachments that are not sealed under the newest key, in the order of their ids."""
     found = rows(
         """
         SELECT id::text, key_id, header FROM stored_attachments
-        WHERE key_id <> %(newest)s AND deleting_at IS NULL ORDER BY id LIMIT %(batch)s
+        WHERE key_id <> %(newest)s AND deleting_at IS NULL AND (%(after)s::uuid IS NULL OR id > %(after)s::uuid)
+        ORDER BY id LIMIT %(batch)s
         """,
-        {"newest": newest_key_id, "batch": batch},
+        {"newest": newest_key_id, "batch": batch, "after": after},
     )
     return [Header(id, key_id, bytes(header)) for id, key_id, header in found]
 

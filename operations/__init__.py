@@ -7,7 +7,7 @@ sends anything: they change what the tables say, and the fleet acts on that.
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
 from operations.archive import backup, export_backup, find_backups, list_backups
-from operations.attaching import Attached, attach, rotate_attachment_keys
+from operations.attaching import Attached, attach
 from operations.budgets import (
     MAILBOX_LIMITS,
     TENANT_LIMITS,
@@ -66,7 +66,6 @@ __all__ = [
     "ready",
     "resolve",
     "resume",
-    "rotate_attachment_keys",
     "set_limits",
     "status",
     "timeline",

@@ -438,12 +438,17 @@ def test_while_the_store_is_away_rows_wait_for_their_files() -> None:
 
 
 def test_stored_attachments_change_their_key_without_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = attach(LARGE)
+    stored, unreadable = attach(LARGE), attach()
+    rows("UPDATE stored_attachments SET key_id = 'lost' WHERE id = %(id)s", {"id": unreadable.id})
     before = file(stored.id).read_bytes()
     old = runtime.configuration.backup_keys.get_secret_value()
     new = f"newer:{base64.b64encode(bytes(32)).decode()}"
     monkeypatch.setattr(runtime, "vault", Vault(Keyring.parse(f"{new},{old}")))
-    assert (operations.rotate_attachment_keys(), operations.rotate_attachment_keys()) == (1, 0)
+    actors.rewrap_stored_attachments()
+    assert {row["id"]: row["key_id"] for row in table("stored_attachments")} == {
+        stored.id: "newer",
+        unreadable.id: "lost",
+    }
     monkeypatch.setattr(runtime, "vault", Vault(Keyring.parse(new)))
     assert read(stored.id, len(LARGE)) == LARGE
     assert file(stored.id).read_bytes() == before

@@ -474,6 +474,11 @@ def test_the_command_line_takes_standard_input_and_answers_in_json() -> None:
     assert read(table("stored_attachments")[0]["id"], len(SMALL)) == SMALL
 
 
+def test_standard_input_needs_a_name() -> None:
+    ended = mailfleet("attach", "-", stdin=SMALL)
+    assert (ended.status, "--name" in ended.complaint) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [(["--expires-in", "31d"], 1), (["--content-type", "x"], 1), (["--expires-in", "soon"], 2), (["--name", "\n"], 1)],

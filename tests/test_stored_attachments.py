@@ -438,7 +438,8 @@ def test_while_the_store_is_away_rows_wait_for_their_files() -> None:
 
 
 def test_stored_attachments_change_their_key_without_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = attach(LARGE)
+    stored, unreadable = attach(LARGE), attach()
+    rows("UPDATE stored_attachments SET key_id = 'lost' WHERE id = %(id)s", {"id": unreadable.id})
     before = file(stored.id).read_bytes()
     old = runtime.configuration.backup_keys.get_secret_value()
     new = f"newer:{base64.b64encode(bytes(32)).decode()}"
@@ -467,6 +468,11 @@ def test_the_command_line_takes_standard_input_and_answers_in_json() -> None:
     assert ended.status == 0, ended.complaint
     assert f'"sha256": "{sha256(SMALL)}"' in ended.output
     assert read(table("stored_attachments")[0]["id"], len(SMALL)) == SMALL
+
+
+def test_standard_input_needs_a_name() -> None:
+    ended = mailfleet("attach", "-", stdin=SMALL)
+    assert (ended.status, "--name" in ended.complaint) == (2, True)
 
 
 @pytest.mark.parametrize(

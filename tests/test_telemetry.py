@@ -72,7 +72,6 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "drafted",
         "uploading",
         "uploaded",
-        "uploading",
         "draft deleted",
         "sent",
         "in doubt",
@@ -87,7 +86,6 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "cancelled",
         "archived",
         "replayed",
-        "draft deleted",
         "lease lost",
     }
 

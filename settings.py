@@ -79,10 +79,8 @@ def _server(*schemes: str) -> AfterValidator:
 
 
 #: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
-_OWN_KEYWORDS = {"host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"} | {
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
+_OWN_KEYWORDS = {*["host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"]} | {
+    f"keepalives_{each}" for each in ("idle", "interval", "count")
 }
 
 
@@ -121,6 +119,7 @@ def _on_loopback(url: str) -> bool:
 
 
 Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
+Hours = Annotated[timedelta, _of(timedelta(hours=1))]
 Days = Annotated[timedelta, _of(timedelta(days=1))]
 #: At least one of something must be possible.
 Count = Annotated[int, Field(ge=1)]
@@ -308,12 +307,44 @@ class Settings(BaseSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
+    attachment_cloud_urls: Names = _setting(
+        "ATTACHMENT_CLOUD_URLS",
+        "Where in clouds' object stores attachments may come from: prefixes, as `s3://bucket/folder`, comma-separated.",
+        default="",
+    )
+    attachment_store_url: str = _setting(
+        "ATTACHMENT_STORE_URL",
+        "Where stored attachments are kept, sealed: a folder that console and `send_attached` share, or `s3://…`,"
+        " `abfs://…`.",
+        default="file:///var/lib/mailfleet/attachments",
+    )
+    attachment_types: Names = _setting(
+        "ATTACHMENT_TYPES", "Content types that are stored, as patterns, comma-separated.", default="*"
+    )
+    attachment_retention: Days = _setting(
+        "ATTACHMENT_RETENTION_DAYS", "How long a stored attachment is kept at most.", default=30, unit="days"
+    )
+    attachment_keep_used: Hours = _setting(
+        "ATTACHMENT_KEEP_USED_HOURS",
+        "How long a stored attachment is kept once every mail that uses it is done.",
+        default=1,
+        unit="hours",
+    )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
     message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Names = _setting(
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
 
+    otlp_endpoint: str | None = _setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT", "Receiver of traces, OTLP over HTTP, as in `http://otel:4318`.", default=None
+    )
+    otlp_headers: SecretStr | None = _setting(
+        "OTEL_EXPORTER_OTLP_HEADERS", "Its headers: `name=value` pairs, comma-separated, percent-encoded.", default=None
+    )
+    traces_sampled: Annotated[float, Field(ge=0, le=1)] = _setting(
+        "TRACES_SAMPLED", "Part of the mails without a `traceparent` of their publisher that is traced.", default=0.01
+    )
     console_tokens: SecretStr | None = _setting(
         "CONSOLE_TOKENS",
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."
@@ -462,38 +493,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "") else f"`{field.default}`"
-
-
-def reference() -> str:
-    """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
-
-
-def _row(field: FieldInfo) -> str:
-    variable, help = _variable(field), str(field.description)
-    if is_secret(field):
-        help += f" Secret: may be given as `{variable}_FILE`."
-    extra = field.json_schema_extra
-    unit = extra["unit"] if isinstance(extra, dict) else ""
-    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
-
-
-_INTRODUCTION = """\
-# Settings
-
-Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
-`mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
-`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
-`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
-trusted.
-
-| variable | default | unit | meaning |
-|---|---|---|---|"""
-
-
 if __name__ == "__main__":
+    from settings_reference import reference
+
     print(reference(), end="")

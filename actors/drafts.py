@@ -28,7 +28,7 @@ from actors.evidence import looked_up
 from actors.graph_calls import graph_call
 from actors.uploaders import bring_up_all, look
 from actors.waiting import CLOCKS_DIFFER
-from attachments import AttachmentStream, SourceChanged, SourceUnavailable
+from attachments import AttachmentStream, SourceChanged, SourceUnavailable, source_of
 from crash_points import CrashPoint
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
 from graph_client.errors import (
@@ -44,7 +44,7 @@ from limiter import Refused
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
 from settings import LEASE_MARGIN
-from telemetry import UPLOADED_BYTES, Step, mail_log
+from telemetry import UPLOADED_BYTES, Step, mail_log, note_ids
 
 #: Between two pieces the lease is looked at; from a slow source a piece is what has come.
 _PIECE_BYTES = 64 * 1024
@@ -115,6 +115,7 @@ def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
             draft_id = runtime.graph.create_draft(email.mailbox, message).id
     runtime.crash_point(CrashPoint.DRAFT_CREATED)
     email.record_draft(draft_id)
+    note_ids(graph_message_id=draft_id)
     runtime.crash_point(CrashPoint.DRAFT_RECORDED)
     mail_log(Step.DRAFTED, incoming_email_id=email.id)
     return draft_id
@@ -205,7 +206,7 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     with runtime.source.open(
-        attachment["urlOrId"], declared_size=upload.size, declared_type=attachment.get("contentType")
+        source_of(attachment), declared_size=upload.size, declared_type=attachment.get("contentType")
     ) as stream:
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
@@ -241,7 +242,7 @@ def _stream(email: ClaimedEmail, session: UploadSession, upload: Upload, attachm
         began_at = upload.uploaded_bytes
         try:
             with runtime.source.open(
-                attachment["urlOrId"],
+                source_of(attachment),
                 declared_size=upload.size,
                 declared_type=attachment.get("contentType"),
                 offset=began_at,

@@ -24,11 +24,12 @@ import models
 import runtime
 from broker import MIRROR_QUEUE
 from crash_points import CrashPoint
-from models import backups, dead_letters
+from models import backups, dead_letters, inspection
 from models.dead_letters import Copy
 from models.ids import as_uuid, new_id
 from outbox import Unconfirmed, connect
 from telemetry import MIRRORED, Step, mail_log
+from tracing import trace_id
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,13 @@ def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
     for copy in missing:
         MIRRORED.labels(copy.queue_name).inc()
+        known = inspection.known_as(copy.incoming_email_id)
         mail_log(
             Step.DEAD_LETTER_MIRRORED,
             incoming_email_id=copy.incoming_email_id,
+            publisher_message_id=known.publisher_message_id,
+            correlation_id=known.correlation_id,
+            trace_id=trace_id(known.traceparent),
             reason=copy.reason,
             queue=copy.queue_name,
         )

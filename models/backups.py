@@ -36,6 +36,8 @@ class ClaimedBackup:
     graph_message_id: str | None
     received_at: datetime
     attempt: int
+    correlation_id: str | None = None
+    traceparent: str | None = None
 
     @classmethod
     def claim(cls, dispatched: Sequence[tuple[str, int]], *, lease: timedelta) -> list[ClaimedBackup]:
@@ -52,7 +54,7 @@ class ClaimedBackup:
             WHERE s.incoming_email_id = dispatched.id AND s.backup_due_at IS NOT NULL
               AND s.backup_attempt_count = dispatched.attempt - 1 AND s.backup_lease_until IS NOT NULL
             RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
-                      s.backup_attempt_count
+                      s.backup_attempt_count, e.correlation_id, e.traceparent
             """,
             {"ids": [id for id, _ in dispatched], "attempts": [attempt for _, attempt in dispatched], "lease": lease},
             prepared=True,

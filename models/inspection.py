@@ -12,6 +12,23 @@ from models.tables import DeadLetter, EmailBackup, FileUpload, IncomingEmail, Ou
 from models.turns import READY, TO_SEND
 
 
+class KnownAs(NamedTuple):
+    """The ids by which others know an email."""
+
+    publisher_message_id: str | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
+
+
+def known_as(incoming_email_id: str | None) -> KnownAs:
+    """Return by which ids others know an email; nothing if there is none."""
+    found = rows(
+        "SELECT publisher_message_id, correlation_id, traceparent FROM incoming_emails WHERE id = %(id)s",
+        {"id": incoming_email_id},
+    )
+    return KnownAs(*found[0]) if found else KnownAs()
+
+
 def find_email(id: str) -> str | None:
     """Return the email's id, given that or the publisher's."""
     found = rows(

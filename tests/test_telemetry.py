@@ -71,6 +71,8 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "claimed",
         "drafted",
         "uploaded",
+        "uploading",
+        "draft deleted",
         "sent",
         "in doubt",
         "settled",

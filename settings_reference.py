@@ -1,0 +1,40 @@
+"""``docs/settings.md``, made from the settings themselves: ``python -m settings`` prints it."""
+
+from __future__ import annotations
+
+from pydantic.fields import FieldInfo
+
+from settings import Settings, is_secret
+
+
+def reference() -> str:
+    """Return the page: one row per setting with its default, unit and help."""
+    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
+
+
+def _row(field: FieldInfo) -> str:
+    variable, help = str(field.validation_alias), str(field.description)
+    if is_secret(field):
+        help += f" Secret: may be given as `{variable}_FILE`."
+    extra = field.json_schema_extra
+    unit = extra["unit"] if isinstance(extra, dict) else ""
+    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default in (None, "") else f"`{field.default}`"
+
+
+_INTRODUCTION = """\
+# Settings
+
+Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
+`mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
+`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
+`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
+trusted.
+
+| variable | default | unit | meaning |
+|---|---|---|---|"""

@@ -24,6 +24,7 @@ from redis.retry import Retry
 
 import limiter as limits
 import models
+import notices
 import outbox
 import settings
 import telemetry
@@ -60,6 +61,7 @@ def _load() -> settings.Settings:
             {
                 "ATTACHMENT_ALLOWED_HOSTS": lambda text: [*map(HostPattern.parse, settings.comma_separated(text))],
                 "BACKUP_KEYS": Keyring.parse,
+                "DEAD_LETTER_WEBHOOK_SECRET": notices.check_secret,
                 "RABBITMQ_URL": outbox.check_url,
                 "REDIS_URL": Redis.from_url,
             }
@@ -85,6 +87,8 @@ def _count_call(call: Call) -> None:
     telemetry.GRAPH_SECONDS.labels(call.operation).observe(call.duration.total_seconds())
     if call.status == 429 or (call.status == 503 and call.retry_after):
         telemetry.THROTTLED.labels(call.operation).inc()
+    if expires_at := tokens.expires_at:
+        telemetry.TOKEN_EXPIRES_AT.set(expires_at.timestamp())
 
 
 def _count_unknown_code(status: int, _code: str) -> None:

@@ -108,6 +108,15 @@ def _graph(url: str) -> str:
     return url
 
 
+def _webhook(secret: SecretStr) -> SecretStr:
+    """Check an address without quoting it: its path may be what lets one in."""
+    try:
+        _graph(secret.get_secret_value())
+    except ValueError as problem:
+        raise ValueError(str(problem)) from None
+    return secret
+
+
 def _readable(path: Path) -> Path:
     try:
         path.read_text(encoding="utf-8")
@@ -316,6 +325,17 @@ class Settings(BaseSettings):
         "CONSOLE_TOKENS",
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."
         " Without any, the console answers loopback clients only.",
+        default=None,
+    )
+    dead_letter_webhook_url: Annotated[SecretStr, AfterValidator(_webhook)] | None = _setting(
+        "DEAD_LETTER_WEBHOOK_URL",
+        "Where new dead letters are told of, by POST, at most once a minute. Must be https except on loopback. Unset:"
+        " nowhere.",
+        default=None,
+    )
+    dead_letter_webhook_secret: SecretStr | None = _setting(
+        "DEAD_LETTER_WEBHOOK_SECRET",
+        "Signs what the webhook is told (standardwebhooks.com): 16 characters or more, or `whsec_` and base64.",
         default=None,
     )
     port: Port = _setting("PORT", "Port of the console.", default=8000)

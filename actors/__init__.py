@@ -7,6 +7,7 @@ process may send to any of them; a worker runs only those of the queue that its 
 from actors.backups import backup_email
 from actors.ingest import ingest_emails
 from actors.maintenance import mirror_dead_letters, purge_expired
+from actors.notices import notify_dead_letters
 from actors.scheduling import acknowledge_receipt, schedule_emails
 from actors.sending import send_attached, send_plain
 
@@ -15,6 +16,7 @@ __all__ = [
     "backup_email",
     "ingest_emails",
     "mirror_dead_letters",
+    "notify_dead_letters",
     "purge_expired",
     "schedule_emails",
     "send_attached",

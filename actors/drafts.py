@@ -39,7 +39,7 @@ from graph_client.errors import (
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
 from settings import LEASE_MARGIN
-from telemetry import Step, mail_log
+from telemetry import UPLOADED_BYTES, Step, mail_log
 
 #: Between two pieces the lease is looked at; from a slow source a piece is what has come.
 _PIECE_BYTES = 64 * 1024
@@ -173,6 +173,7 @@ def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
         runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
+    UPLOADED_BYTES.labels("at once").inc(len(content))
 
 
 def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
@@ -202,6 +203,7 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
     while content := _read(email, stream, UPLOAD_RANGE_BYTES):
         with graph_call(email, upload_bytes=len(content)):
             following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
+        UPLOADED_BYTES.labels("in ranges").inc(len(content))
         runtime.crash_point(CrashPoint.RANGE_UPLOADED)
         if following is None:
             return

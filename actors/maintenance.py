@@ -28,7 +28,7 @@ from models import backups, dead_letters
 from models.dead_letters import Copy
 from models.ids import as_uuid, new_id
 from outbox import Unconfirmed, connect
-from telemetry import MIRRORED, Step, mail_log
+from telemetry import MIRRORED, OTHER, Step, mail_log
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
     runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
     for copy in missing:
-        MIRRORED.labels(copy.queue_name).inc()
+        MIRRORED.labels(copy.queue_name if runtime.is_own_queue(copy.queue_name) else OTHER).inc()
         mail_log(
             Step.DEAD_LETTER_MIRRORED,
             incoming_email_id=copy.incoming_email_id,

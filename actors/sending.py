@@ -39,7 +39,7 @@ from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
 from graph_client.errors import PermanentError
 from models import ClaimedEmail, Route
-from telemetry import Step, mail_context, mail_log
+from telemetry import STAGE_SECONDS, Step, mail_context, mail_log
 
 
 @dramatiq.actor(queue_name="send_plain", throws=GIVEN_UP)
@@ -178,6 +178,8 @@ def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool
         publisher_message_id=email.publisher_message_id,
         correlation_id=email.correlation_id,
     ):
+        if attempt == 1:
+            STAGE_SECONDS.labels("claimed").observe(email.waited.total_seconds())
         mail_log(Step.CLAIMED, incoming_email_id=email.id, attempt=attempt)
         receipts.add([(email.id, attempt)])
         try:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from models.database import reading, rows
 from models.ids import as_uuid
-from models.states import Sending
 from models.tables import DeadLetter, EmailBackup, FileUpload, IncomingEmail, OutboxEvent, SentEmail, WorkerReceipt
 from models.turns import READY, TO_SEND
 
@@ -64,17 +63,35 @@ def _fields(row: Any, names: str) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names.split()}
 
 
+#: A million rows are counted in a fraction of a second; of more it is enough to know that they are many.
+COUNTED = 1_000_000
+
+
 class Backlog(NamedTuple):
-    """How much is waiting, in the whole fleet; ``oldest_waiting``: when the oldest that could go out now was made."""
+    """How much is waiting, in the whole fleet; ages are None where nothing waits.
+
+    ``oldest_waiting`` is when the oldest that could go out now was made. Of anything no more than `COUNTED` is counted.
+    """
 
     by_status: dict[str, int]
     oldest_waiting: datetime | None
+    #: By route, and ``backup``.
+    in_flight: dict[str, int]
+    uploads_in_hand: int
+    uploaded_bytes_in_hand: int
+    remaining_bytes_in_hand: int
+    dead_letters_by_reason: dict[str, int]
     in_doubt: int
+    oldest_doubt: datetime | None
     unpublished_events: int
+    oldest_event: datetime | None
     open_dead_letters: int
+    undelivered_notices: int
     backups_due: int
+    oldest_backup_due: datetime | None
     mailboxes_refusing: int
     mailboxes_full: int
+    mailboxes_paused: int
 
 
 # Each condition is that of an index that leaves out what is settled, which may be millions of rows; no mail meets two.
@@ -96,20 +113,45 @@ _WAITING = f"""
 """
 
 # Each condition is that of a partial index here, too.
-_UNFINISHED = """
-    SELECT (SELECT count(*) FROM sent_emails WHERE status = %(in_doubt)s),
-           (SELECT count(*) FROM outbox_events WHERE published_at IS NULL),
-           (SELECT count(*) FROM dlq WHERE status = 'open'),
-           (SELECT count(*) FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL),
+_UNFINISHED = f"""
+    SELECT (SELECT count(*) FROM sent_emails WHERE status = 'in_doubt'),
+           (SELECT min(intent_at) FROM sent_emails WHERE status IN ('sending', 'in_doubt') AND status = 'in_doubt'),
+           (SELECT count(*) FROM (SELECT 1 FROM outbox_events WHERE published_at IS NULL LIMIT {COUNTED}) AS events),
+           (SELECT min(created_at) FROM
+                (SELECT created_at FROM outbox_events WHERE published_at IS NULL LIMIT {COUNTED}) AS events),
+           (SELECT count(*) FROM (SELECT 1 FROM dlq WHERE status = 'open' LIMIT {COUNTED}) AS letters),
+           (SELECT count(*) FROM dead_letter_notices WHERE deliver_at IS NOT NULL),
+           (SELECT count(*) FROM (
+               SELECT 1 FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL LIMIT {COUNTED}
+           ) AS due),
+           (SELECT min(backup_due_at) FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL),
            (SELECT count(*) FROM mailboxes WHERE refusal_count > 0),
-           (SELECT count(*) FROM mailboxes WHERE full_until > now())
+           (SELECT count(*) FROM mailboxes WHERE full_until > now()),
+           (SELECT count(*) FROM mailboxes WHERE paused_until > now())
+"""
+
+_IN_FLIGHT = """
+    SELECT route, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route
+    UNION ALL SELECT 'backup', count(*) FROM sent_emails WHERE backup_lease_until IS NOT NULL
+"""
+
+_UPLOADS = """
+    SELECT count(*) FILTER (WHERE u.status <> 'uploaded'), coalesce(sum(u.uploaded_bytes), 0)::bigint,
+           coalesce(sum(u.size - u.uploaded_bytes), 0)::bigint
+    FROM incoming_emails e JOIN file_uploads u ON u.incoming_email_id = e.id WHERE e.lease_until IS NOT NULL
+"""
+
+_REASONS = f"""
+    SELECT reason, count(*) FROM (SELECT reason FROM dlq WHERE status = 'open' LIMIT {COUNTED}) AS letters
+    GROUP BY reason
 """
 
 
 def backlog() -> Backlog:
     """Count what has not come to its end. What has is not counted: its number only grows."""
     waiting = rows(_WAITING)
-    found = rows(_UNFINISHED, {"in_doubt": Sending.IN_DOUBT})
     by_status = {status: count for status, count, _ in waiting}
     oldest = min((created_at for *_, created_at in waiting if created_at), default=None)
-    return Backlog(by_status, oldest, *found[0])
+    uploads, unfinished = rows(_UPLOADS)[0], rows(_UNFINISHED)[0]
+    in_flight, reasons = dict(rows(_IN_FLIGHT)), dict(rows(_REASONS))
+    return Backlog._make([by_status, oldest, in_flight, *uploads, reasons, *unfinished])

@@ -22,7 +22,7 @@ from operations.dead_letters import dead_letter, find_dead_letters, open_dead_le
 from operations.emails import cancel, publish, status
 from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
-from operations.health import Finding, backlog, doctor, queue_depths, ready
+from operations.health import Finding, backlog, concurrency_limits, doctor, queues, ready
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "ServerAway",
     "backlog",
     "cancel",
+    "concurrency_limits",
     "dead_letter",
     "doctor",
     "export_backup",
@@ -54,7 +55,7 @@ __all__ = [
     "pause",
     "pauses",
     "publish",
-    "queue_depths",
+    "queues",
     "ready",
     "resolve",
     "resume",

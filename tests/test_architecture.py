@@ -28,6 +28,7 @@ LEAVES = {
     "forecast",
     "graph_client",
     "limiter",
+    "notices",
     "orphans",
     "settings",
     "telemetry",

@@ -26,6 +26,8 @@ COMPLETE = {
     "GRAPH_CLIENT_SECRET": SECRET,
     "BACKUP_KEYS": f"k1:{KEY}",
     "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
+    "DEAD_LETTER_WEBHOOK_URL": f"https://hooks.example/{SECRET}",
+    "DEAD_LETTER_WEBHOOK_SECRET": f"{SECRET}-{SECRET}",
 }
 VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
 SECRETS = [str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)]
@@ -208,6 +210,8 @@ def test_every_secret_is_known_as_one() -> None:
         "GRAPH_CLIENT_SECRET",
         "BACKUP_KEYS",
         "CONSOLE_TOKENS",
+        "DEAD_LETTER_WEBHOOK_URL",
+        "DEAD_LETTER_WEBHOOK_SECRET",
     }
 
 

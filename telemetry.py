@@ -190,9 +190,7 @@ LEASES_EXPIRED = Counter(
 PUBLISHED = Counter("mailfleet_events_published", "Events confirmed by RabbitMQ.", ["type"])
 DEAD_LETTERS = Counter("mailfleet_dead_letters", "Messages that were given up.", ["queue", "reason"])
 MIRRORED = Counter("mailfleet_dead_letters_mirrored", "Dead letters that only RabbitMQ's copy told of.", ["queue"])
-NOTICES = Counter(
-    "mailfleet_dead_letter_notices", "Notices of dead letters to the webhook, by what became.", ["outcome"]
-)
+NOTICES = Counter("mailfleet_dead_letter_notices", "Tries to tell the webhook of dead letters.", ["outcome"])
 MESSAGES = Counter("mailfleet_messages", "Messages that actors have worked on.", ["actor", "outcome"])
 MESSAGE_SECONDS = Histogram(
     "mailfleet_message_duration_seconds",
@@ -272,9 +270,10 @@ _INTRODUCTION = """\
 
 Made from `telemetry.py` by `python -m telemetry`. What a **process** counts is served on `METRICS_PORT` of each process
 type, in a worker summed over all of its processes and threads, and begins at nothing when it starts: use `rate` and
-`increase`, and `sum` over instances. What the **console** serves on its own `/metrics` (with a token) is the whole fleet's,
-read from PostgreSQL and RabbitMQ at each scrape: scrape one console. No label holds an address. Alerts are in
-`docker/prometheus/alerts.yaml`, a dashboard in `docker/grafana/mailfleet.json`.
+`increase`, and `sum` over instances. What the **console** serves on its own `/metrics` (with a token) is the whole
+fleet's, read from PostgreSQL and RabbitMQ at each scrape: scrape one console. It counts 100,000 of anything at most; of
+more emails that wait it tells PostgreSQL's estimate. No label has an address. Alerts are in
+`docker/prometheus/alerts.yaml`, a dashboard is `docker/grafana/mailfleet.json`.
 
 | metric | type | labels | served by | meaning |
 |---|---|---|---|---|"""

@@ -234,7 +234,7 @@ def tables(shared_database: str) -> str:
     """Empty tables, to which `models` is connected, and the URL of their database."""
     models.disconnect()
     models.connect(shared_database, "tests")
-    for name in ("routes", "email_backups", "incoming_emails", "dlq", "mailboxes", "audit_log"):
+    for name in ("routes", "email_backups", "incoming_emails", "dlq", "dead_letter_notices", "mailboxes", "audit_log"):
         rows(f"DELETE FROM {name}")
     return shared_database
 

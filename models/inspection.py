@@ -73,7 +73,7 @@ _LANES = 10_000
 class Backlog(NamedTuple):
     """How much is waiting, in the whole fleet; ages are None where nothing waits.
 
-    ``oldest_waiting`` is when the oldest that could go out now was made. No more than `COUNTED` of anything are counted.
+    ``oldest_waiting`` is when the oldest that could go out now was made. Of anything `COUNTED` are counted at most.
     """
 
     by_status: dict[str, int]

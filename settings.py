@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -19,6 +19,9 @@ from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+import settings_reference
+from settings_reference import is_secret, variable_of
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -109,11 +112,8 @@ def _graph(url: str) -> str:
 
 
 def _webhook(secret: SecretStr) -> SecretStr:
-    """Check an address without quoting it: its path may be what lets one in."""
-    try:
-        _graph(secret.get_secret_value())
-    except ValueError as problem:
-        raise ValueError(str(problem)) from None
+    """Check an address that is a secret: its path may be what lets one in."""
+    _graph(secret.get_secret_value())
     return secret
 
 
@@ -299,9 +299,10 @@ class Settings(BaseSettings):
         default="sendmail",
     )
 
+    draft_retention: Days = _setting("DRAFT_RETENTION_DAYS", "How long an unsent draft stays.", default=1, unit="days")
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
-        "Wait between a send and its backup, for Sent Items to fill.",
+        "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
         default=10,
         unit="seconds",
     )
@@ -317,6 +318,7 @@ class Settings(BaseSettings):
         default="",
     )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Names = _setting(
         "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
     )
@@ -327,7 +329,7 @@ class Settings(BaseSettings):
         " Without any, the console answers loopback clients only.",
         default=None,
     )
-    dead_letter_webhook_url: Annotated[SecretStr, AfterValidator(_webhook)] | None = _setting(
+    dead_letter_webhook_url: Annotated[SecretStr | None, AfterValidator(_webhook)] = _setting(
         "DEAD_LETTER_WEBHOOK_URL",
         "Where new dead letters are told of, by POST, at most once a minute. Must be https except on loopback. Unset:"
         " nowhere.",
@@ -386,32 +388,27 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), _variable(field), False
+        return _secret_in_file(field), variable_of(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        values = {variable_of(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
         return {variable: value for variable, value in values.items() if value}
 
 
 def _secret_in_file(field: FieldInfo) -> str | None:
     """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
+    path = os.environ.get(f"{variable_of(field)}_FILE") if is_secret(field) else None
     try:
         return Path(path).read_text(encoding="utf-8").strip() if path else None
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
-    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -448,7 +445,7 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
         if _secret_in_file(field) == "":
-            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
+            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
@@ -466,10 +463,6 @@ def _sentences(details: Any) -> list[str]:
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
-def _variable(field: FieldInfo) -> str:
-    return str(field.validation_alias)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "********"
@@ -480,37 +473,9 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "") else f"`{field.default}`"
-
-
 def reference() -> str:
     """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
-
-
-def _row(field: FieldInfo) -> str:
-    variable, help = _variable(field), str(field.description)
-    if is_secret(field):
-        help += f" Secret: may be given as `{variable}_FILE`."
-    extra = field.json_schema_extra
-    unit = extra["unit"] if isinstance(extra, dict) else ""
-    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
-
-
-_INTRODUCTION = """\
-# Settings
-
-Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
-`mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
-`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
-`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
-trusted.
-
-| variable | default | unit | meaning |
-|---|---|---|---|"""
+    return settings_reference.page(Settings.model_fields.values())
 
 
 if __name__ == "__main__":

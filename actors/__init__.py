@@ -4,16 +4,18 @@ An actor is policy: it claims, acts, and records one outcome. Importing the pack
 process may send to any of them; a worker runs only those of the queue that its process type names.
 """
 
-from actors.backups import backup_email
+from actors.backups import backup_email, backup_emails
 from actors.ingest import ingest_emails
 from actors.maintenance import mirror_dead_letters, purge_expired
 from actors.notices import notify_dead_letters
 from actors.scheduling import acknowledge_receipt, schedule_emails
 from actors.sending import send_attached, send_plain
+from actors.tidying import tidy_drafts
 
 __all__ = [
     "acknowledge_receipt",
     "backup_email",
+    "backup_emails",
     "ingest_emails",
     "mirror_dead_letters",
     "notify_dead_letters",
@@ -21,4 +23,5 @@ __all__ = [
     "schedule_emails",
     "send_attached",
     "send_plain",
+    "tidy_drafts",
 ]

@@ -22,7 +22,7 @@ import runtime
 from actors.budgets import give_back
 from graph_client import looking_first
 from limiter import Exhausted, Reservation, Slot, Wanted
-from models import ClaimedBackup, ClaimedEmail
+from models import ClaimedEmail
 from settings import LEASE_MARGIN
 from telemetry import LIMITER_ADMITTED
 
@@ -95,7 +95,7 @@ class _Admission:
 
 
 @contextmanager
-def backup_call(backup: ClaimedBackup, *, requests: int = 1) -> Iterator[Renewing]:
+def backup_call(mailbox: str, *, requests: int = 1) -> Iterator[Renewing]:
     """Hold one of the mailbox's slots for so many requests, one after the other.
 
     Yields what passes on the chunks of a long answer, and renews the slot for as long as they come.
@@ -103,13 +103,13 @@ def backup_call(backup: ClaimedBackup, *, requests: int = 1) -> Iterator[Renewin
     Raises:
         Refused: The limiter says not now; nothing was charged.
     """
-    with runtime.limiter.slot(backup.mailbox, requests=requests, wait=SLOT_WAIT) as slot:
+    with runtime.limiter.slot(mailbox, requests=requests, wait=SLOT_WAIT) as slot:
         admitted_at = time.monotonic()
         LIMITER_ADMITTED.labels("call").inc()
 
         def look() -> None:
             if time.monotonic() - admitted_at > _FRESH.total_seconds():
-                _look_at_pauses(backup.mailbox)
+                _look_at_pauses(mailbox)
 
         with looking_first(look):
             yield partial(_renewing, slot, admitted_at)

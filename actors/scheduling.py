@@ -22,6 +22,7 @@ import logging
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -55,6 +56,9 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
+
+#: Backups of one mailbox that one message asks for: they are read one after the other, under one lease.
+_BACKUPS_TOGETHER = 8
 
 #: The mailbox that each route served last. Only fairness depends on it: a new process starts anywhere.
 _last_served = dict.fromkeys(Route, "")
@@ -203,7 +207,7 @@ def _claim(
 
 def _dispatch(claims: dict[Route, list[Dispatch]], backups: Sequence[DueBackup]) -> None:
     messages = [_message(route, dispatch) for route, dispatches in claims.items() for dispatch in dispatches]
-    messages += [_backup_message(backup) for backup in backups]
+    messages += _backup_messages(backups)
     if not messages:
         return
     try:
@@ -239,8 +243,26 @@ def _message(route: Route, dispatch: Dispatch) -> dramatiq.Message[Any]:
     )
 
 
-def _backup_message(backup: DueBackup) -> dramatiq.Message[Any]:
-    return runtime.fleet_broker.get_actor("backup_email").message(**backup._asdict())
+def _backup_messages(backups: Sequence[DueBackup]) -> list[dramatiq.Message[Any]]:
+    """Put the first attempts at simple messages of one mailbox together; what is dearer or has failed goes alone."""
+    alone, by_mailbox = [], defaultdict(list)
+    for backup in backups:
+        together = backup.simple and backup.attempt == 1 < runtime.configuration.max_attempts
+        (by_mailbox[backup.mailbox] if together else alone).append(backup)
+    groups = [
+        found[start : start + _BACKUPS_TOGETHER]
+        for found in by_mailbox.values()
+        for start in range(0, len(found), _BACKUPS_TOGETHER)
+    ]
+    return [_backup_message(group) for group in [*groups, *([backup] for backup in alone)]]
+
+
+def _backup_message(group: Sequence[DueBackup]) -> dramatiq.Message[Any]:
+    if len(group) > 1:
+        actor = runtime.fleet_broker.get_actor("backup_emails")
+        return actor.message([[backup.incoming_email_id, backup.attempt] for backup in group])
+    actor = runtime.fleet_broker.get_actor("backup_email")
+    return actor.message(incoming_email_id=group[0].incoming_email_id, attempt=group[0].attempt)
 
 
 def _announce_expired(events: list[Event]) -> None:

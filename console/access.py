@@ -1,16 +1,16 @@
 """Who may ask the console for what.
 
 ``CONSOLE_TOKENS`` names each person or program with a role and a token. Without any, only clients on the same machine
-are answered, so that a console that nobody configured is open to nobody else.
+are answered, and may look, so that a console that nobody configured is open to nobody else and obeys nobody.
 """
 
 from __future__ import annotations
 
 import hmac
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from fastapi import HTTPException, Request
+from fastapi import Depends, HTTPException, Request
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 #: A proxy on this machine passes on what comes from others.
@@ -60,13 +60,23 @@ def _parse(position: int, entry: str) -> Token:
 
 
 class Access:
-    """Lets a request in, or answers 401."""
+    """Lets a request in, or answers 401, or 403 if who asks may only look."""
 
     def __init__(self, tokens: list[Token]) -> None:
         self._tokens = tokens
 
     def viewer(self, request: Request) -> str:
         """Return the name of who asks; any role may look."""
+        return self._token(request).name
+
+    def operator(self, request: Request) -> str:
+        """Return the name of who asks, if that is an operator: who acts is written down by a name that is proven."""
+        token = self._token(request)
+        if token.role != Role.OPERATOR:
+            raise HTTPException(403, "only the token of an operator allows this")
+        return token.name
+
+    def _token(self, request: Request) -> Token:
         if not self._tokens:
             return self._local(request)
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
@@ -75,12 +85,27 @@ class Access:
         matching = [token for token in self._tokens if hmac.compare_digest(token.secret.encode(), given)]
         if scheme.lower() != "bearer" or not matching:
             raise HTTPException(401, "a token is needed", {"WWW-Authenticate": "Bearer"})
-        return matching[0].name
+        return matching[0]
 
-    def _local(self, request: Request) -> str:
+    def _local(self, request: Request) -> Token:
         passed_on = any(header in request.headers for header in _PASSED_ON)
         if request.client is None or request.client.host not in LOOPBACK or passed_on:
             raise HTTPException(
                 401, "without CONSOLE_TOKENS only this machine is answered", {"WWW-Authenticate": "Bearer"}
             )
-        return "local"
+        return Token("local", Role.VIEWER, "")
+
+
+def _viewer(request: Request) -> str:
+    access: Access = request.app.state.access
+    return access.viewer(request)
+
+
+def _operator(request: Request) -> str:
+    access: Access = request.app.state.access
+    return access.operator(request)
+
+
+#: Parameters of what the application of `app.make_app` answers: the name of who asks.
+Viewer = Annotated[str, Depends(_viewer)]
+Operator = Annotated[str, Depends(_operator)]

@@ -10,7 +10,7 @@ may be run more than once, as the planner likes, and its ``LIMIT`` does not hold
 Nothing in this package talks to RabbitMQ, Redis or Graph.
 """
 
-from models.backups import ClaimedBackup, Sealed
+from models.backups import ClaimedBackup, Copy, Sealed
 from models.claims import ClaimedEmail, LeaseLost
 from models.database import DatabaseAway, NotStorable, connect, database, disconnect, now, rows, transaction
 from models.events import claim_unpublished, mark_published
@@ -21,6 +21,7 @@ __all__ = [
     "Arrival",
     "ClaimedBackup",
     "ClaimedEmail",
+    "Copy",
     "DatabaseAway",
     "LeaseLost",
     "NotStorable",

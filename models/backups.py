@@ -5,6 +5,7 @@ The bytes arrive sealed. A backup that is repeated finds the row of the first an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -37,59 +38,26 @@ class ClaimedBackup:
     attempt: int
 
     @classmethod
-    def claim(cls, incoming_email_id: str, attempt: int, *, lease: timedelta) -> ClaimedBackup | None:
-        """Take a dispatched backup: the attempt begins. None if it is stored, given up or another attempt's."""
+    def claim(cls, dispatched: Sequence[tuple[str, int]], *, lease: timedelta) -> list[ClaimedBackup]:
+        """Take dispatched backups, of which id and attempt are given: the attempts begin.
+
+        Left out is what is stored, given up or another attempt's.
+        """
         found = rows(
             """
             UPDATE sent_emails s
-            SET backup_attempt_count = %(attempt)s, backup_lease_until = now() + %(lease)s, updated_at = now()
-            FROM incoming_emails e
-            WHERE s.incoming_email_id = %(id)s AND e.id = s.incoming_email_id AND s.backup_due_at IS NOT NULL
-              AND s.backup_attempt_count = %(attempt)s - 1 AND s.backup_lease_until IS NOT NULL
+            SET backup_attempt_count = dispatched.attempt, backup_lease_until = now() + %(lease)s, updated_at = now()
+            FROM unnest(%(ids)s::uuid[], %(attempts)s::int[]) AS dispatched (id, attempt)
+            JOIN incoming_emails e ON e.id = dispatched.id
+            WHERE s.incoming_email_id = dispatched.id AND s.backup_due_at IS NOT NULL
+              AND s.backup_attempt_count = dispatched.attempt - 1 AND s.backup_lease_until IS NOT NULL
             RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
                       s.backup_attempt_count
             """,
-            {"id": incoming_email_id, "attempt": attempt, "lease": lease},
+            {"ids": [id for id, _ in dispatched], "attempts": [attempt for _, attempt in dispatched], "lease": lease},
             prepared=True,
         )
-        return cls(*found[0]) if found else None
-
-    def store(self, graph_message_id: str, sealed: Sealed, *, retention: timedelta) -> bool:
-        """Keep the copy until ``retention`` has passed; the first one counts, whoever made it.
-
-        Returns:
-            Whether it was wanted. A worker that was frozen may come with a second one, under another of Graph's ids: it
-            changes nothing.
-        """
-        wanted = rows(
-            """
-            WITH wanted AS (
-                UPDATE sent_emails
-                SET graph_message_id = %(graph_message_id)s, backup_due_at = NULL, backup_lease_until = NULL,
-                    backup_error = NULL, updated_at = now()
-                WHERE incoming_email_id = %(id)s AND backup_due_at IS NOT NULL RETURNING incoming_email_id
-            ), answering AS (
-                UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
-            ), stored AS (
-                INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
-                                           compressed_size, checksum, key_id, expires_at)
-                SELECT %(backup_id)s, %(graph_message_id)s, incoming_email_id, %(blob)s, %(compression)s, %(size)s,
-                       %(compressed_size)s, %(checksum)s, %(key_id)s, now() + %(retention)s
-                FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
-            )
-            SELECT 1 FROM wanted
-            """,
-            {
-                "backup_id": new_id(),
-                "id": self.incoming_email_id,
-                "mailbox": self.mailbox,
-                "graph_message_id": graph_message_id,
-                "retention": retention,
-                **sealed._asdict(),
-            },
-            prepared=True,
-        )
-        return bool(wanted)
+        return [cls(*row) for row in found]
 
     def snooze(self, wait: timedelta, why: str) -> None:
         """Look again later without having spent an attempt."""
@@ -148,6 +116,62 @@ class ClaimedBackup:
         return bool(given_up)
 
 
+class Copy(NamedTuple):
+    """What is to be stored of a backup: its message's id at Graph, and the sealed MIME."""
+
+    backup: ClaimedBackup
+    graph_message_id: str
+    sealed: Sealed
+
+
+def store(copies: Sequence[Copy], *, retention: timedelta) -> set[str]:
+    """Keep the copies until ``retention`` has passed; of each mail the first one counts, whoever made it.
+
+    Returns:
+        The ids of the emails of which a copy was wanted. A worker that was frozen may come with a second one, under
+        another of Graph's ids: it changes nothing.
+    """
+    wanted = rows(
+        """
+        WITH wanted AS (
+            UPDATE sent_emails s
+            SET graph_message_id = copy.graph_message_id, backup_due_at = NULL, backup_lease_until = NULL,
+                backup_error = NULL, updated_at = now()
+            FROM unnest(%(ids)s::uuid[], %(graph_message_ids)s::text[]) WITH ORDINALITY
+                 AS copy (id, graph_message_id, position)
+            WHERE s.incoming_email_id = copy.id AND s.backup_due_at IS NOT NULL
+            RETURNING s.incoming_email_id, copy.graph_message_id, copy.position
+        ), answering AS (
+            UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = ANY(%(mailboxes)s::text[]) AND refusal_count > 0
+        ), stored AS (
+            INSERT INTO email_backups (id, graph_message_id, incoming_email_id, compressed_blob, compression, size,
+                                       compressed_size, checksum, key_id, expires_at)
+            SELECT (%(backup_ids)s::uuid[])[position], graph_message_id, incoming_email_id,
+                   (%(blobs)s::bytea[])[position], (%(compressions)s::text[])[position],
+                   (%(sizes)s::bigint[])[position], (%(compressed_sizes)s::bigint[])[position],
+                   (%(checksums)s::text[])[position], (%(key_ids)s::text[])[position], now() + %(retention)s
+            FROM wanted ON CONFLICT (graph_message_id) DO NOTHING
+        )
+        SELECT incoming_email_id::text FROM wanted
+        """,
+        {
+            "ids": [copy.backup.incoming_email_id for copy in copies],
+            "mailboxes": [*{copy.backup.mailbox for copy in copies}],
+            "graph_message_ids": [copy.graph_message_id for copy in copies],
+            "backup_ids": [new_id() for _ in copies],
+            "blobs": [copy.sealed.blob for copy in copies],
+            "compressions": [copy.sealed.compression for copy in copies],
+            "sizes": [copy.sealed.size for copy in copies],
+            "compressed_sizes": [copy.sealed.compressed_size for copy in copies],
+            "checksums": [copy.sealed.checksum for copy in copies],
+            "key_ids": [copy.sealed.key_id for copy in copies],
+            "retention": retention,
+        },
+        prepared=True,
+    )
+    return {id for (id,) in wanted}
+
+
 class StoredBackup(NamedTuple):
     """What the archive knows of one message."""
 
@@ -164,7 +188,7 @@ class StoredBackup(NamedTuple):
     expires_at: datetime
 
 
-_LISTED = """
+LISTED = """
     SELECT b.id::text, b.incoming_email_id::text, e.publisher_message_id, b.graph_message_id, e.mailbox, b.size,
            b.compressed_size, b.checksum, b.key_id, b.created_at, b.expires_at
     FROM email_backups b JOIN incoming_emails e ON e.id = b.incoming_email_id
@@ -176,7 +200,7 @@ def stored_backups(*, mailbox: str | None = None, limit: int = 100) -> list[Stor
     return [
         StoredBackup(*row)
         for row in rows(
-            _LISTED + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
+            LISTED + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
             {"mailbox": mailbox, "limit": limit},
         )
     ]
@@ -185,7 +209,7 @@ def stored_backups(*, mailbox: str | None = None, limit: int = 100) -> list[Stor
 def find_backup(id: str) -> StoredBackup | None:
     """Find a backup by its own id, the email's, the publisher's or Graph's."""
     found = rows(
-        _LISTED
+        LISTED
         + """
         WHERE b.id = (
             SELECT id FROM (

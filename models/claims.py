@@ -24,6 +24,7 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zlib import crc32
 
 import orjson
 
@@ -39,6 +40,9 @@ MAX_ERROR_CHARACTERS = 1000
 MAX_EVIDENCE = 50
 
 #: Goes on while this process, or the whole machine, is suspended; Linux's monotonic clock does not do the latter.
+#: A mailbox's backups are due at instants that are this part of the delay apart, and other mailboxes' at others.
+_TICKS_OF_DELAY = 2
+_SHORTEST_TICK = timedelta(microseconds=1)
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -259,6 +263,8 @@ class ClaimedEmail:
         """Note that Graph has accepted the mail, and return what is to be published for ``publish_within``.
 
         Args:
+            backup_delay: The backup is due after it, and at most half as long later: what a mailbox sends within a
+                while is due together, so that one look finds all of it.
             sent_at: As Graph says it; None: now, by PostgreSQL's clock, since budgets are reckoned from it.
         """
         return self._move(
@@ -268,7 +274,13 @@ class ClaimedEmail:
             sent AS (
                 UPDATE sent_emails
                 SET status = 'sent', sent_at = coalesce(%(sent_at)s, now()), graph_message_id = %(graph_message_id)s,
-                       backup_due_at = now() + %(backup_delay)s, updated_at = now(), response_metadata = {amended}
+                       backup_due_at = to_timestamp(
+                           %(tick)s::float8 * (%(phase)s::float8 + ceil(
+                               extract(epoch FROM now() + %(backup_delay)s::interval) / %(tick)s::float8
+                               - %(phase)s::float8
+                           ))
+                       ),
+                       updated_at = now(), response_metadata = {amended}
                 WHERE incoming_email_id IN (SELECT id FROM email)
             ), answering AS (
                 UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
@@ -281,6 +293,8 @@ class ClaimedEmail:
             sent_at=sent_at,
             graph_message_id=graph_message_id,
             backup_delay=backup_delay,
+            tick=max(backup_delay / _TICKS_OF_DELAY, _SHORTEST_TICK).total_seconds(),
+            phase=crc32(self.mailbox.encode()) / 2**32,
         )
 
     def mark_in_doubt(self, *, look_again_in: timedelta, evidence: dict[str, Any]) -> None:

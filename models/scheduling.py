@@ -68,10 +68,15 @@ class Lapsed(NamedTuple):
 
 
 class DueBackup(NamedTuple):
-    """One backup that was leased: what its message says. ``attempt`` begins when a worker claims it."""
+    """One backup that was leased. ``attempt`` begins when a worker claims it.
+
+    ``simple``: the message has no attachments and is to be found by its tag.
+    """
 
     incoming_email_id: str
     attempt: int
+    mailbox: str
+    simple: bool
 
 
 @contextmanager
@@ -230,7 +235,7 @@ _CLAIM_BACKUPS = f"""
         WHERE backup_due_at <= now() AND backup_lease_until IS NULL
         ORDER BY backup_due_at LIMIT {_BACKUPS_MET}
     ), met AS MATERIALIZED (
-        SELECT due.id, due.backup_due_at, due.waited,
+        SELECT due.id, due.backup_due_at, due.waited, e.mailbox, e.route,
                greatest(m.paused_until, every.paused_until,
                         CASE WHEN m.full_reason = '{NO_REQUESTS}' THEN m.full_until END) AS paused_until,
                coalesce(busy.backups, 0) + row_number() OVER (PARTITION BY e.mailbox ORDER BY due.backup_due_at)
@@ -247,7 +252,7 @@ _CLAIM_BACKUPS = f"""
         SELECT id FROM met WHERE coalesce(paused_until <= now(), true) AND too_many <= 0
         ORDER BY backup_due_at LIMIT %(room)s
     ), decided AS MATERIALIZED (
-        SELECT met.id, met.backup_due_at, met.more, picked.id IS NOT NULL AS picked,
+        SELECT met.id, met.backup_due_at, met.more, met.mailbox, met.route, picked.id IS NOT NULL AS picked,
                CASE WHEN paused_until > now() THEN least(paused_until, now() + %(longest_wait)s)
                     -- Left due if there is nobody behind them: the end of another wakes the scheduler.
                     WHEN too_many > 0 AND more
@@ -266,7 +271,8 @@ _CLAIM_BACKUPS = f"""
     SET backup_lease_until = CASE WHEN decided.picked THEN now() + %(lease)s END,
         backup_due_at = coalesce(decided.put_off_until, s.backup_due_at), updated_at = now()
     FROM locked JOIN decided USING (id) WHERE s.id = locked.id
-    RETURNING decided.picked, decided.more, s.incoming_email_id::text, s.backup_attempt_count + 1
+    RETURNING decided.picked, decided.more, s.incoming_email_id::text, s.backup_attempt_count + 1, decided.mailbox,
+              decided.route = '{Route.PLAIN}' AND s.graph_message_id IS NULL
 """
 
 

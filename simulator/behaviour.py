@@ -42,6 +42,8 @@ class Behaviour(Settable):
     sent_items_delay_by_mailbox: dict[str, float] = field(default_factory=dict)
     #: What is seen of a draft during that time: nothing, or still the draft.
     while_submitting: Literal["hidden", "draft"] = "hidden"
+    #: Whether a filter may name several values of an extended property: the documents show one.
+    filters_take_alternatives: bool = True
     #: How long an item that has just been stored is found by its id but by no filter on a property.
     filter_lag_seconds: float = 0.0
     #: Whether the immutable id of a draft survives its sending: documented both ways.

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from .world import World
 
 
-def list_messages(_: World, call: Call) -> Answer:
+def list_messages(world: World, call: Call) -> Answer:
     odata.check_options(call.query)
     selected, expanded = odata.parse_select(call.query), odata.parse_expand(call.query)
-    matching = odata.parse_filter(call.query.get("$filter")).messages(call.mailbox, call.folder)
+    alternatives = world.behaviour.filters_take_alternatives
+    matching = odata.parse_filter(call.query.get("$filter"), alternatives=alternatives).messages(
+        call.mailbox, call.folder
+    )
     page = odata.page(matching, call.query)
     listing: dict[str, Any] = {
         "@odata.context": f"{rendering.CONTEXT}('{call.mailbox.address}')/messages",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from urllib.parse import urlencode
 
 from . import errors, schema
@@ -22,6 +22,10 @@ _STRING = r"'((?:[^']|'')*)'"
 _AND = re.compile(r"\s+and\s+", re.IGNORECASE)
 _TAG = re.compile(
     rf"singleValueExtendedProperties/[Aa]ny\(\s*(\w+)\s*:\s*\1/id\s+eq\s+{_STRING}\s+and\s+\1/value\s+eq\s+{_STRING}\s*\)"
+)
+_TAGS = re.compile(
+    rf"singleValueExtendedProperties/[Aa]ny\(\s*(\w+)\s*:\s*\1/id\s+eq\s+{_STRING}\s+and\s+"
+    rf"\(\s*(\1/value\s+eq\s+{_STRING}(?:\s+or\s+\1/value\s+eq\s+{_STRING})*)\s*\)\s*\)"
 )
 _INTERNET_ID = re.compile(rf"internetMessageId\s+eq\s+{_STRING}")
 _SINCE = re.compile(r"(sentDateTime|createdDateTime|receivedDateTime)\s+(ge|gt|le|lt)\s+(\S+)")
@@ -49,8 +53,11 @@ class Filter:
         return (each for each in found if all(condition(each) for condition in self.conditions))
 
 
-def parse_filter(text: str | None) -> Filter:
+def parse_filter(text: str | None, *, alternatives: bool = True) -> Filter:
     """Read a ``$filter``.
+
+    Args:
+        alternatives: Whether an extended property may have one of several values.
 
     Raises:
         GraphError: 400, not one of the forms that are served.
@@ -62,6 +69,11 @@ def parse_filter(text: str | None) -> Filter:
             key, value = property_key(_unquote(tag[2])), _unquote(tag[3]).lower()
             candidates = _tagged(key, value)
             conditions.append(_has_tag(key, value))
+        elif (tags := _TAGS.fullmatch(clause)) and alternatives:
+            key = property_key(_unquote(tags[2]))
+            values = {_unquote(each).lower() for each in re.findall(_STRING, tags[3])}
+            candidates = _tagged_any(key, values)
+            conditions.append(_has_any_tag(key, values))
         elif internet_id := _INTERNET_ID.fullmatch(clause):
             candidates = _with_internet_id(_unquote(internet_id[1]))
             conditions.append(_has_internet_id(_unquote(internet_id[1])))
@@ -188,6 +200,14 @@ def _tagged(key: str, value: str) -> Candidates:
 
 def _has_tag(key: str, value: str) -> Condition:
     return lambda message: message.properties.get(key, "").lower() == value
+
+
+def _tagged_any(key: str, values: set[str]) -> Candidates:
+    return lambda mailbox, folder: chain.from_iterable(mailbox.tagged(key, value, folder) for value in values)
+
+
+def _has_any_tag(key: str, values: set[str]) -> Condition:
+    return lambda message: message.properties.get(key, "").lower() in values
 
 
 def _with_internet_id(internet_message_id: str) -> Candidates:

@@ -68,9 +68,8 @@ def archive(publisher_message_id: str = "order-1", *, mime: bytes = MIME, **chan
     blob = runtime.vault.seal([mime], associated_data=bind_to(id, graph_id))
     sealed = Sealed(blob.ciphertext, "gzip", blob.size_bytes, blob.compressed_size_bytes, blob.checksum, blob.key_id)
     email = support.email_row(id)
-    ClaimedBackup(id, publisher_message_id, email["mailbox"], graph_id, email["created_at"], 1).store(
-        graph_id, sealed, retention=timedelta(days=1)
-    )
+    claimed = ClaimedBackup(id, publisher_message_id, email["mailbox"], graph_id, email["created_at"], 1)
+    backups.store([backups.Copy(claimed, graph_id, sealed)], retention=timedelta(days=1))
     return id
 
 

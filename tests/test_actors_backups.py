@@ -174,14 +174,13 @@ def test_a_worker_that_was_frozen_adds_no_second_copy_under_another_id(fleet: Fl
     rows("UPDATE sent_emails SET backup_due_at = now()")
     fleet.schedule()
     fleet.take("backup")
-    frozen = models.ClaimedBackup.claim(id, 1, lease=support.LEASE)
-    assert frozen is not None
+    (frozen,) = models.ClaimedBackup.claim([(id, 1)], lease=support.LEASE)
     rows("UPDATE sent_emails SET backup_lease_until = NULL")
     assert fleet.backup() == ["done"]
     before = (table("email_backups"), table("sent_emails"))
     # When it wakes
     sealed = models.Sealed(b"x", "gzip", 1, 1, "0", "k")
-    assert not frozen.store("another-id", sealed, retention=timedelta(days=1))
+    assert not backups.store([models.Copy(frozen, "another-id", sealed)], retention=timedelta(days=1))
     # Then
     assert (table("email_backups"), table("sent_emails")) == before
 
@@ -320,7 +319,7 @@ def test_a_backup_whose_worker_dies_each_time_is_given_up(fleet: Fleet, configur
         rows("UPDATE sent_emails SET backup_due_at = now(), backup_lease_until = NULL")
         fleet.schedule()
         assert [message.kwargs["attempt"] for message in fleet.take("backup")] == [attempt]
-        assert models.ClaimedBackup.claim(id, attempt, lease=support.LEASE)
+        assert models.ClaimedBackup.claim([(id, attempt)], lease=support.LEASE)
     # When
     rows("UPDATE sent_emails SET backup_lease_until = NULL")
     asked = len(fleet.graph.requests())
@@ -354,3 +353,92 @@ def test_while_postgresql_is_away_a_backup_is_dropped_and_its_row_brings_it_back
     rows("UPDATE sent_emails SET backup_lease_until = now()")
     assert fleet.backup() == ["done"]
     assert len(table("email_backups")) == 1
+
+
+# Several together
+
+
+def sent_together(fleet: Fleet, count: int = 3) -> list[str]:
+    """Mails of one mailbox whose backups are due together."""
+    ids = [store(publisher_message_id=f"order-{n}", subject=f"Mail {n}") for n in range(count)]
+    fleet.send()
+    assert [sending(id) for id in ids] == ["sent"] * count
+    return ids
+
+
+def archived() -> dict[str, bytes]:
+    return {str(row["incoming_email_id"]): opened(row) for row in table("email_backups")}
+
+
+@pytest.mark.parametrize("alternatives", [True, False])
+def test_backups_of_a_mailbox_are_found_by_one_look_if_graph_takes_it(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, alternatives: bool
+) -> None:
+    # Given a client that has not learned yet what Graph takes
+    url = runtime.configuration.graph_base_url
+    monkeypatch.setattr(runtime, "graph", GraphClient(url, runtime.tokens, timedelta(seconds=30), runtime.TAG))
+    fleet.graph.set_behaviour(filters_take_alternatives=alternatives)
+    ids = sent_together(fleet)
+    asked = len(asked_of(fleet))
+    # When
+    assert fleet.backup() == ["done"]
+    # Then
+    copies = archived()
+    assert [f"Subject: Mail {n}".encode() in copies[id] for n, id in enumerate(ids)] == [True] * 3
+    looks = ["find"] if alternatives else ["find"] * 4  # the one that was refused, then one for each
+    assert asked_of(fleet)[asked:] == [*looks, "mime", "mime", "mime"]
+    assert {(row["backup_attempt_count"], row["backup_lease_until"]) for row in table("sent_emails")} == {(1, None)}
+    assert fleet.backup() == []
+
+
+def test_one_that_does_not_show_yet_holds_back_no_other_and_is_looked_for_alone(fleet: Fleet) -> None:
+    first = sent(fleet)
+    support.wait_until("it shows", lambda: fleet.graph.messages(SENDER))
+    fleet.graph.set_sent_items_delay(3600)
+    late = sent(fleet, publisher_message_id="late")
+    assert fleet.backup() == ["done"]
+    assert [*archived()] == [first]
+    fleet.graph.set_sent_items_delay(0)
+    rows("UPDATE sent_emails SET backup_due_at = now() WHERE backup_due_at IS NOT NULL")
+    fleet.schedule()
+    (message,) = fleet.take("backup")
+    assert (message.actor_name, message.kwargs) == ("backup_email", {"incoming_email_id": late, "attempt": 2})
+
+
+def test_trouble_of_the_mailbox_puts_those_behind_back_without_an_attempt(fleet: Fleet) -> None:
+    # Given a Graph that throttles the first of three
+    sent_together(fleet)
+    asked = len(asked_of(fleet))
+    fleet.graph.throttle(operation="mime")
+    # When
+    assert fleet.backup() == ["done"]
+    # Then nobody asks for the others, and none has cost an attempt
+    assert asked_of(fleet)[asked:] == ["find", "mime"]
+    assert [row["backup_attempt_count"] for row in table("sent_emails")] == [0] * 3
+    rows("UPDATE mailboxes SET paused_until = NULL")
+    runtime.redis.flushdb()
+    assert fleet.backup() == ["done"]
+    assert len(archived()) == 3
+
+
+def test_one_that_can_never_be_made_is_given_up_alone(fleet: Fleet) -> None:
+    sent_together(fleet, 2)
+    fleet.graph.break_mime(times=None)
+    assert fleet.backup() == ["done"]
+    assert table("dlq") == []
+    rows("UPDATE sent_emails SET backup_attempt_count = 7")
+    assert fleet.backup() == ["dead-lettered", "dead-lettered"]
+    assert {row["reason"] for row in table("dlq")} == {"backup_failed"}
+
+
+def test_a_worker_that_dies_with_several_in_hand_leaves_them_to_the_next(fleet: Fleet) -> None:
+    ids = sent_together(fleet)
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
+    (message,) = fleet.take("backup")
+    assert len(models.ClaimedBackup.claim([(id, 1) for id in ids], lease=support.LEASE)) == 3
+    assert work(message) == "done"  # delivered again: they are another's
+    assert archived() == {}
+    rows("UPDATE sent_emails SET backup_lease_until = now()")
+    assert fleet.backup() == ["done", "done", "done"]
+    assert len(archived()) == 3

@@ -240,9 +240,9 @@ def test_due_backups_are_handed_to_their_queue_up_to_the_fleets_concurrency(flee
         support.claim(result.incoming_email_id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
     fleet.schedule()
     fleet.schedule()
-    messages = fleet.take("backup")
-    assert len(messages) == 2
-    assert messages[0].kwargs.keys() == {"incoming_email_id", "attempt"}
+    (message,) = fleet.take("backup")
+    assert len(message.args[0]) == 2
+    assert message.actor_name == "backup_emails"
 
 
 def test_a_paused_mailbox_is_left_alone_and_others_are_not(fleet: Fleet) -> None:

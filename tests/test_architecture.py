@@ -31,6 +31,7 @@ LEAVES = {
     "notices",
     "orphans",
     "settings",
+    "settings_reference",
     "telemetry",
     "vault",
 }
@@ -38,6 +39,7 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "settings": {"settings_reference"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},

@@ -79,6 +79,20 @@ def test_a_sent_mail_is_found_by_its_tag(graph: GraphClient, simulator: Simulato
     assert graph.get_message(mailbox, found.id) == found
 
 
+@pytest.mark.parametrize("alternatives", [True, False])
+def test_several_sent_mails_are_found_by_their_tags_each_by_its_own(
+    graph: GraphClient, simulator: Simulator, mailbox: str, alternatives: bool
+) -> None:
+    simulator.set_behaviour(filters_take_alternatives=alternatives)
+    began = datetime.now(UTC)
+    for value in ("One-1", "two'2", "other"):
+        graph.send_mail(mailbox, graph.tagged(mail(), value))
+    for _ in range(2):  # the second time it is known whether Graph takes them
+        found = graph.find_by_tags(mailbox, ["One-1", "two'2", "absent"], since=began - timedelta(minutes=1))
+        assert {value: len(messages) for value, messages in found.items()} == {"One-1": 1, "two'2": 1, "absent": 0}
+        assert found["One-1"] == graph.find_by_tag(mailbox, "One-1").messages
+
+
 def test_what_is_looked_at_last_keeps_a_request_from_leaving(
     graph: GraphClient, simulator: Simulator, mailbox: str
 ) -> None:

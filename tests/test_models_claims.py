@@ -226,7 +226,7 @@ def test_a_sent_email_is_processed_with_its_event_and_its_backup_due() -> None:
     assert (sent["status"], sent["graph_message_id"]) == ("sent", "m-1")
     assert datetime.fromisoformat(sent["sent_at"]) == at
     assert sent["response_metadata"]["evidence"][0]["seen"] == "202"
-    assert 55 < seconds_until("sent_emails", "backup_due_at", "incoming_email_id", id) <= 60
+    assert 55 < seconds_until("sent_emails", "backup_due_at", "incoming_email_id", id) <= 90
     (stored,) = [row for row in table("outbox_events") if row["type"] == "SendEmailSent"]
     assert stored["id"] == event.id
     assert stored["published_at"] is None

@@ -429,7 +429,7 @@ def test_what_could_not_be_published_is_claimed_again_without_an_attempt_spent()
         scheduling.expire_leases()
     # Then
     assert [(d.incoming_email_id, d.attempt) for d in dispatch()] == [(plain, 1)]
-    assert claim_backups() == [DueBackup(sent, 1)]
+    assert claim_backups() == [DueBackup(sent, 1, "ann@example.com", True)]
 
 
 def test_what_a_worker_has_claimed_meanwhile_is_not_taken_back() -> None:
@@ -478,9 +478,9 @@ def test_backups_of_a_paused_mailbox_and_backups_not_yet_due_wait() -> None:
 def test_a_backup_whose_worker_died_is_leased_again_by_the_sweep_that_sees_it() -> None:
     (id,) = sent_many(1)
     claim_backups()
-    assert models.ClaimedBackup.claim(id, 1, lease=LEASE)
+    assert models.ClaimedBackup.claim([(id, 1)], lease=LEASE)
     rows("UPDATE sent_emails SET backup_lease_until = now()")
-    assert claim_backups() == [DueBackup(id, 2)]
+    assert claim_backups() == [DueBackup(id, 2, "ann@example.com", True)]
 
 
 def test_a_mailbox_never_has_more_than_its_share_of_backups_in_flight() -> None:
@@ -560,7 +560,7 @@ def test_a_claim_of_backups_reads_the_index_of_due_ones_and_no_settled_mail(
 def test_what_a_worker_has_begun_meanwhile_keeps_its_lease() -> None:
     sent_many(1)
     (backup,) = claim_backups()
-    assert models.ClaimedBackup.claim(*backup, lease=LEASE)
+    assert models.ClaimedBackup.claim([(backup.incoming_email_id, backup.attempt)], lease=LEASE)
     before = everything()
     scheduling.take_back([], [backup])
     assert everything() == before

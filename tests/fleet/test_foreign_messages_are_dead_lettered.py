@@ -58,6 +58,7 @@ FOREIGN = {
     "to be held for a century": ("send_plain", _message(options={"eta": 4_900_000_000_000})),
     "for the uploads": ("send_attached", b"hello"),
     "for the archive": ("backup", _to("backup_email", "backup", incoming_email_id="ann", attempt=1)),
+    "for the archive, several": ("backup", _to("backup_emails", "backup", backups=17)),
     "in the wrong queue": ("backup", _to("send_plain", incoming_email_id=str(uuid.uuid4()), attempt=1)),
     "for the scheduler": ("scheduler", _to("acknowledge_receipt", "scheduler", receipts=[["ann", "one"]])),
     "receipts that are none": ("scheduler", _to("acknowledge_receipt", "scheduler", receipts=17)),

@@ -71,8 +71,8 @@ def test_counts_of_all_processes_add_up_after_a_load_and_a_restart(world: World,
         "graph_requests_total send_mail 429": 1,
         "graph_throttled_total send_mail": 1,
         "graph_requests_total send_draft 202": ATTACHED,
-        "uploaded_bytes_total at once": ATTACHED * SMALL_BYTES,
-        "uploaded_bytes_total in ranges": ATTACHED * LARGE_BYTES,
+        "uploaded_bytes_total request": ATTACHED * SMALL_BYTES,
+        "uploaded_bytes_total range": ATTACHED * LARGE_BYTES,
     }
     adds_up(world, expected)
     told = summed(world)

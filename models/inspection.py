@@ -146,7 +146,7 @@ _OLDEST = f"""
 # Each condition is that of a partial index here, too.
 _UNFINISHED = """
     SELECT (SELECT count(*) FROM sent_emails WHERE status = 'in_doubt'),
-           (SELECT min(intent_at) FROM sent_emails WHERE status IN ('sending', 'in_doubt') AND status = 'in_doubt'),
+           (SELECT min(intent_at) FROM sent_emails WHERE status = 'in_doubt'),
            (SELECT count(*) FROM (SELECT 1 FROM outbox_events WHERE published_at IS NULL LIMIT %(counted)s) AS events),
            (SELECT min(created_at) FROM
                 (SELECT created_at FROM outbox_events WHERE published_at IS NULL LIMIT %(counted)s) AS events),

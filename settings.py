@@ -111,9 +111,10 @@ def _graph(url: str) -> str:
     return url
 
 
-def _webhook(secret: SecretStr) -> SecretStr:
+def _webhook(secret: SecretStr | None) -> SecretStr | None:
     """Check an address that is a secret: its path may be what lets one in."""
-    _graph(secret.get_secret_value())
+    if secret is not None:
+        _graph(secret.get_secret_value())
     return secret
 
 

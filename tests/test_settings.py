@@ -173,6 +173,13 @@ def test_a_limit_that_no_call_fits_into_is_refused(
     assert sentence in problem
 
 
+@pytest.mark.parametrize("url", ["http://hooks.example/", "ftp://hooks.example/", "hooks.example/", "https:///"])
+def test_a_webhook_is_told_over_https_and_its_address_is_never_shown(environment: pytest.MonkeyPatch, url: str) -> None:
+    environment.setenv("DEAD_LETTER_WEBHOOK_URL", url + SECRET)
+    (problem,) = problems()
+    assert problem == "DEAD_LETTER_WEBHOOK_URL: must be an https address (http is accepted on loopback only)"
+
+
 def test_lists_are_separated_by_commas(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("ALLOWED_SENDERS", " a@example.com, *@example.org ,,")
     assert load().allowed_senders == ("a@example.com", "*@example.org")

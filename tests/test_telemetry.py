@@ -158,5 +158,5 @@ def test_what_a_stranger_writes_becomes_no_series() -> None:
     middleware.before_process_message(runtime.fleet_broker, strange)
     middleware.after_process_message(runtime.fleet_broker, strange, exception=KeyError())
     told = generate_latest().decode()
-    assert "eve" not in told
+    assert "eve@" not in told
     assert 'mailfleet_messages_total{actor="other",outcome="failed"} 1.0' in told

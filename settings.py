@@ -11,19 +11,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import psycopg2
-from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-import settings_reference
-from settings_reference import is_secret, variable_of
-
-LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
+from addresses import https, on_loopback, postgresql, server, webhook
 
 #: A worker must notice a lost lease before it may call Graph again: a lease outlives the longest call by this much.
 LEASE_MARGIN = timedelta(seconds=15)
@@ -63,61 +57,6 @@ def comma_separated(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-def _server(*schemes: str) -> AfterValidator:
-    """Check an address without ever quoting it: it holds a password."""
-
-    def check(secret: SecretStr) -> SecretStr:
-        try:
-            parts = urlsplit(secret.get_secret_value())
-            usable = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(
-                f"must look like {schemes[0]}://user:password@host:port/name, with special characters percent-encoded"
-            )
-        return secret
-
-    return AfterValidator(check)
-
-
-#: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
-_OWN_KEYWORDS = {"host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"} | {
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
-}
-
-
-def _postgresql(secret: SecretStr) -> SecretStr:
-    url = secret.get_secret_value()
-    if own := {keyword for keyword, _ in parse_qsl(urlsplit(url).query)} & _OWN_KEYWORDS:
-        raise ValueError(f"{', '.join(sorted(own))} may not be given in its query: mailfleet sets it")
-    try:
-        parse_dsn(url)
-    except psycopg2.ProgrammingError:
-        raise ValueError("has something in its query that PostgreSQL's clients do not know") from None
-    return secret
-
-
-def _graph(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if not usable or (parts.scheme != "https" and not (parts.scheme == "http" and _on_loopback(url))):
-        raise ValueError("must be an https address (http is accepted on loopback only)")
-    return url
-
-
-def _webhook(secret: SecretStr | None) -> SecretStr | None:
-    """Check an address that is a secret: its path may be what lets one in."""
-    if secret is not None:
-        _graph(secret.get_secret_value())
-    return secret
-
-
 def _readable(path: Path) -> Path:
     try:
         path.read_text(encoding="utf-8")
@@ -126,11 +65,8 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _on_loopback(url: str) -> bool:
-    return urlsplit(url).hostname in LOOPBACK_HOSTS
-
-
 Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
+Hours = Annotated[timedelta, _of(timedelta(hours=1))]
 Days = Annotated[timedelta, _of(timedelta(days=1))]
 #: At least one of something must be possible.
 Count = Annotated[int, Field(ge=1)]
@@ -178,10 +114,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
 
-    database_url: Annotated[SecretStr, _server("postgresql", "postgres"), AfterValidator(_postgresql)] = _setting(
+    database_url: Annotated[SecretStr, server("postgresql", "postgres"), AfterValidator(postgresql)] = _setting(
         "DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`."
     )
-    rabbitmq_url: Annotated[SecretStr, _server("amqp", "amqps")] = _setting(
+    rabbitmq_url: Annotated[SecretStr, server("amqp", "amqps")] = _setting(
         "RABBITMQ_URL", "RabbitMQ, `amqp://user:password@host:port/vhost`."
     )
     rabbitmq_queue_type: Literal["quorum", "classic"] = _setting(
@@ -189,16 +125,16 @@ class Settings(BaseSettings):
         "Type of every queue that mailfleet declares. It cannot be changed once the queues exist.",
         default="quorum",
     )
-    redis_url: Annotated[SecretStr, _server("redis", "rediss")] = _setting(
+    redis_url: Annotated[SecretStr, server("redis", "rediss")] = _setting(
         "REDIS_URL", "Redis, `redis://:password@host:port/0`."
     )
 
-    graph_base_url: Annotated[str, AfterValidator(_graph)] = _setting(
+    graph_base_url: Annotated[str, AfterValidator(https)] = _setting(
         "GRAPH_BASE_URL",
         "Microsoft Graph. Must be https except on loopback.",
         default="https://graph.microsoft.com/v1.0",
     )
-    graph_authority: Annotated[str, AfterValidator(_graph)] = _setting(
+    graph_authority: Annotated[str, AfterValidator(https)] = _setting(
         "GRAPH_AUTHORITY",
         "Where tokens come from; the tenant is appended. Must be https except on loopback.",
         default="https://login.microsoftonline.com",
@@ -318,6 +254,29 @@ class Settings(BaseSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
+    attachment_cloud_urls: Names = _setting(
+        "ATTACHMENT_CLOUD_URLS",
+        "Where in clouds' object stores attachments may come from: prefixes, as `s3://bucket/folder`, comma-separated.",
+        default="",
+    )
+    attachment_store_url: str = _setting(
+        "ATTACHMENT_STORE_URL",
+        "Where stored attachments are kept, sealed: a folder that console and `send_attached` share, or `s3://…`,"
+        " `abfs://…`.",
+        default="file:///var/lib/mailfleet/attachments",
+    )
+    attachment_types: Names = _setting(
+        "ATTACHMENT_TYPES", "Content types that are stored, as patterns, comma-separated.", default="*"
+    )
+    attachment_retention: Days = _setting(
+        "ATTACHMENT_RETENTION_DAYS", "How long a stored attachment is kept at most.", default=30, unit="days"
+    )
+    attachment_keep_used: Hours = _setting(
+        "ATTACHMENT_KEEP_USED_HOURS",
+        "How long a stored attachment is kept once every mail that uses it is done.",
+        default=1,
+        unit="hours",
+    )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
     message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Names = _setting(
@@ -330,7 +289,7 @@ class Settings(BaseSettings):
         " Without any, the console answers loopback clients only.",
         default=None,
     )
-    dead_letter_webhook_url: Annotated[SecretStr | None, AfterValidator(_webhook)] = _setting(
+    dead_letter_webhook_url: Annotated[SecretStr | None, AfterValidator(webhook)] = _setting(
         "DEAD_LETTER_WEBHOOK_URL",
         "Where new dead letters are told of, by POST, at most once a minute. Must be https except on loopback. Unset:"
         " nowhere.",
@@ -384,32 +343,37 @@ class Settings(BaseSettings):
             yield "RETRY_BACKOFF_MAX_SECONDS must not be less than RETRY_BACKOFF_MIN_SECONDS"
         if self.in_doubt_grace < self.in_doubt_settle:
             yield "IN_DOUBT_GRACE_SECONDS must not be less than IN_DOUBT_SETTLE_SECONDS"
-        if self.crash_directory and not _on_loopback(self.graph_base_url):
+        if self.crash_directory and not on_loopback(self.graph_base_url):
             yield "CRASH_DIRECTORY is for tests, where Graph is on loopback"
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
+        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
     """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
 
     def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), variable_of(field), False
+        return _secret_in_file(field), _variable(field), False
 
     def __call__(self) -> dict[str, Any]:
-        values = {variable_of(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
+        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
         return {variable: value for variable, value in values.items() if value}
 
 
 def _secret_in_file(field: FieldInfo) -> str | None:
     """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{variable_of(field)}_FILE") if is_secret(field) else None
+    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
     try:
         return Path(path).read_text(encoding="utf-8").strip() if path else None
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
+    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -446,7 +410,7 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
         if _secret_in_file(field) == "":
-            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
+            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
@@ -464,6 +428,10 @@ def _sentences(details: Any) -> list[str]:
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
 
 
+def _variable(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return "********"
@@ -474,10 +442,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def reference() -> str:
-    """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    return settings_reference.page(Settings.model_fields.values())
-
-
 if __name__ == "__main__":
+    from settings_reference import reference
+
     print(reference(), end="")

@@ -21,6 +21,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 LEAVES = {
+    "addresses",
     "attachments",
     "broker",
     "contracts",
@@ -30,8 +31,8 @@ LEAVES = {
     "limiter",
     "notices",
     "orphans",
+    "repeated_keys",
     "settings",
-    "settings_reference",
     "telemetry",
     "vault",
 }
@@ -39,7 +40,9 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
-    "settings": {"settings_reference"},
+    "contracts": {"repeated_keys"},
+    "settings": {"addresses"},
+    "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},

@@ -23,6 +23,7 @@ MAX_FUNCTION_LINES = 60
 LEAVES = {
     "addresses",
     "attachments",
+    "bounds",
     "broker",
     "contracts",
     "crash_points",
@@ -31,17 +32,21 @@ LEAVES = {
     "limiter",
     "notices",
     "orphans",
+    "payloads",
     "repeated_keys",
     "settings",
+    "settings_reference",
     "telemetry",
+    "tracing",
     "vault",
 }
 #: Whom each part may import. Every part must be here.
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "payloads": {"vault"},
     "contracts": {"repeated_keys"},
-    "settings": {"addresses"},
+    "settings": {"addresses", "bounds"},
     "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},

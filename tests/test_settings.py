@@ -29,6 +29,7 @@ COMPLETE = {
     "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
     "DEAD_LETTER_WEBHOOK_URL": f"https://hooks.example/{SECRET}",
     "DEAD_LETTER_WEBHOOK_SECRET": f"{SECRET}-{SECRET}",
+    "OTEL_EXPORTER_OTLP_HEADERS": f"x-key={SECRET}",
 }
 VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
 SECRETS = [str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)]
@@ -220,6 +221,7 @@ def test_every_secret_is_known_as_one() -> None:
         "CONSOLE_TOKENS",
         "DEAD_LETTER_WEBHOOK_URL",
         "DEAD_LETTER_WEBHOOK_SECRET",
+        "OTEL_EXPORTER_OTLP_HEADERS",
     }
 
 

@@ -113,6 +113,8 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
     elif email.expired:
         outcomes.record_expired(email)
     else:
+        if email.attempt == 1:
+            STAGE_SECONDS.labels("claimed").observe(email.waited.total_seconds())
         send(email)
 
 
@@ -184,8 +186,6 @@ def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool
         correlation_id=email.correlation_id,
         trace_id=trace_id(email.traceparent),
     )
-    if attempt == 1:
-        STAGE_SECONDS.labels("claimed").observe(email.waited.total_seconds())
     mail_log(Step.CLAIMED, incoming_email_id=email.id, attempt=attempt)
     receipts.add([(email.id, attempt)])
     with _traced(email, route) as span:

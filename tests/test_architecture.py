@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "broker": {"crash_points"},
     "payloads": {"vault"},
     "contracts": {"repeated_keys"},
-    "settings": {"addresses", "bounds"},
+    "settings": {"addresses", "bounds", "settings_reference"},
     "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},

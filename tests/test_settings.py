@@ -27,6 +27,7 @@ COMPLETE = {
     "GRAPH_CLIENT_SECRET": SECRET,
     "BACKUP_KEYS": f"k1:{KEY}",
     "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
+    "OTEL_EXPORTER_OTLP_HEADERS": f"x-key={SECRET}",
 }
 VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
 SECRETS = [str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)]
@@ -209,6 +210,7 @@ def test_every_secret_is_known_as_one() -> None:
         "GRAPH_CLIENT_SECRET",
         "BACKUP_KEYS",
         "CONSOLE_TOKENS",
+        "OTEL_EXPORTER_OTLP_HEADERS",
     }
 
 

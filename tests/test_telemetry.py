@@ -72,6 +72,7 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "drafted",
         "uploading",
         "uploaded",
+        "draft deleted",
         "sent",
         "in doubt",
         "settled",
@@ -85,7 +86,6 @@ def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
         "cancelled",
         "archived",
         "replayed",
-        "draft deleted",
         "lease lost",
     }
 

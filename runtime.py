@@ -43,10 +43,11 @@ from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event, __version__
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
-from models import stored_attachments
+from models import payload_keys, stored_attachments
 from models.ids import as_uuid
 from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
+from payloads import Payloads, WrappedKey
 from tracing import Tracer, check_endpoint, header_pairs, trace_id
 from vault import Keyring, Vault, VaultError, bind_to_attachment
 from waking import WakeUps
@@ -128,6 +129,11 @@ def _token_source() -> TokenSource:
         certificate_pem_path=configuration.graph_client_certificate,
         timeout=configuration.graph_timeout,
     )
+
+
+def _find_data_key(id: str) -> WrappedKey | None:
+    found = payload_keys.find(id)
+    return WrappedKey(*found) if found else None
 
 
 def _count_call(call: Call) -> None:
@@ -317,6 +323,7 @@ graph = GraphClient(
     on_unknown_code=_count_unknown_code,
 )
 vault = Vault(Keyring.parse(configuration.backup_keys.get_secret_value()))
+payloads = Payloads(vault.keyring, keep=lambda key: payload_keys.keep(*key), find=_find_data_key)
 store = Store(configuration.attachment_store_url)
 source = attachment_source()
 

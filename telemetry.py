@@ -292,6 +292,7 @@ MESSAGE_SECONDS = Histogram(
     ["actor"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
+PURGED = Counter("mailfleet_purged", "Rows deleted, or payloads emptied, at the end of their retention.", ["kind"])
 UPLOADED_BYTES = Counter(
     "mailfleet_uploaded_bytes", "Bytes of attachments that Graph has taken, in one request or as a range.", ["way"]
 )

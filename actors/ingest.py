@@ -34,6 +34,7 @@ import telemetry
 from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
 from models import Arrival, Reception
+from models.ingest import Stored
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
 from telemetry import Step, mail_log
 from tracing import Span, ending, trace_id
@@ -126,7 +127,7 @@ def ingest(deliveries: Sequence[Delivery]) -> None:
 
 def _store(arrivals: list[_Arrived], rejections: list[_Rejection]) -> tuple[list[Event], list[_Rejection]]:
     """Store what arrived; return the events that became true, and the rejections with the conflicts added."""
-    stored = models.store([arrived.arrival for arrived in arrivals], publish_within=PUBLISH_WITHIN) if arrivals else []
+    stored = _store_sealed([arrived.arrival for arrived in arrivals]) if arrivals else []
     for (delivery, arrival, span), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
         publisher_message_id = arrival.accepted.publisher_message_id
         telemetry.DELIVERIES.labels(reception.value).inc()
@@ -142,6 +143,15 @@ def _store(arrivals: list[_Arrived], rejections: list[_Rejection]) -> tuple[list
         elif reception is Reception.CONFLICT:
             rejections.append(_conflict(delivery, publisher_message_id, incoming_email_id))
     return [event for _, _, event in stored if event], rejections
+
+
+def _store_sealed(arrivals: Sequence[Arrival]) -> list[Stored]:
+    sealer = runtime.payloads.sealer() if runtime.configuration.seal_payloads else None
+    try:
+        return models.store(arrivals, publish_within=PUBLISH_WITHIN, sealer=sealer)
+    except models.DataKeyLost:
+        runtime.payloads.forget()
+        raise
 
 
 def _sort(deliveries: Sequence[Delivery]) -> tuple[list[_Arrived], list[_Rejection]]:

@@ -4,7 +4,7 @@ Both do a bounded batch at a time. Where they may die, and what happens next:
 
 * ``mirror.consumed``, before the commit: RabbitMQ delivers the copies again at the next turn.
 * ``mirror.stored``, before the ACK: the copies are delivered again and find their rows. ``mirror.acknowledged``: done.
-* ``purge.deleted``: the next turn deletes the rest.
+* A purge: see `actors.retention`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from periodiq import cron
 
 import models
 import runtime
+from actors.retention import purge_kind
 from broker import MIRROR_QUEUE
 from crash_points import CrashPoint
-from models import backups, dead_letters, inspection
+from models import dead_letters, inspection
 from models.dead_letters import Copy
 from models.ids import as_uuid, new_id
+from models.retention import Kind
 from outbox import Unconfirmed, connect
 from telemetry import MIRRORED, Step, mail_log
 from tracing import trace_id
@@ -34,7 +36,6 @@ from tracing import trace_id
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-_PURGE_BATCH = 1000
 #: RabbitMQ moves a dead letter a moment after it was refused.
 _QUIET = timedelta(seconds=1)
 #: Of what nobody can read, more is of no use to anybody.
@@ -174,9 +175,6 @@ def _message(body: bytes) -> dict[str, Any]:
 
 @dramatiq.actor(queue_name="maintenance", periodic=cron("*/10 * * * *"))
 def purge_expired() -> None:
-    """Delete backups whose retention has ended."""
-    while purged := backups.purge_expired(_PURGE_BATCH):
-        runtime.crash_point(CrashPoint.PURGE_DELETED)
-        log.info("deleted %d expired backups", purged)
-        if purged < _PURGE_BATCH:
-            return
+    """Delete what is past its retention: backups, payloads, and the records that grow with every mail."""
+    for kind in Kind:
+        purge_kind(kind, who="maintenance")

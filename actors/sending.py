@@ -104,7 +104,9 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
     """Look an email in doubt up; send any other. Do neither if it was paused since it was dispatched."""
     if email.paused:
         outcomes.hold(email)
-    elif email.in_doubt_for is not None:
+        return
+    email.payload = runtime.payloads.open(email.id, email.payload)
+    if email.in_doubt_for is not None:
         settle(email, email.in_doubt_for)
     elif email.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")

@@ -22,6 +22,7 @@ MAX_FUNCTION_LINES = 60
 
 LEAVES = {
     "attachments",
+    "bounds",
     "broker",
     "contracts",
     "crash_points",
@@ -29,8 +30,10 @@ LEAVES = {
     "graph_client",
     "limiter",
     "orphans",
+    "payloads",
     "repeated_keys",
     "settings",
+    "settings_reference",
     "telemetry",
     "tracing",
     "vault",
@@ -39,8 +42,9 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "payloads": {"vault"},
     "contracts": {"repeated_keys"},
-    "settings": {"settings_reference"},
+    "settings": {"bounds", "settings_reference"},
     "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,70 @@ def test_a_release_that_is_killed_while_it_waits_hinders_nobody(empty_database: 
 
 def waits(url: str) -> bool:
     return bool(ask(url, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+
+
+# Old and new versions side by side
+
+#: What the version before may not bear: something gone, renamed, of another type, or asked for that it does not write.
+TAKES_AWAY = re.compile(
+    r"DROP\s+(TABLE|COLUMN|SCHEMA|TYPE|VIEW)|RENAME\s+(TO|COLUMN|CONSTRAINT)|ALTER\s+(COLUMN\s+)?\w+\s+(SET\s+DATA\s+)?TYPE"
+    r"|SET\s+NOT\s+NULL|DROP\s+DEFAULT|TRUNCATE|DELETE\s+FROM"
+    r"|ADD\s+COLUMN\s+(IF\s+NOT\s+EXISTS\s+)?\w+[^,;]*NOT\s+NULL(?![^,;]*\b(DEFAULT|GENERATED)\b)(?<!DEFAULT)",
+    re.IGNORECASE,
+)
+
+
+def taken_away(sql: str) -> list[str]:
+    statements = re.sub(r"--.*", "", sql).split(";")
+    return [statement.strip() for statement in statements if TAKES_AWAY.search(statement)]
+
+
+def test_migrations_only_add() -> None:
+    for path in sorted((ROOT / "migrations").glob("*.sql")):
+        assert taken_away(path.read_text()) == [], path.name
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DROP TABLE dlq",
+        "ALTER TABLE dlq DROP COLUMN IF EXISTS reason",
+        "ALTER TABLE dlq RENAME COLUMN reason TO cause",
+        "ALTER TABLE dlq ALTER COLUMN attempts TYPE bigint",
+        "ALTER TABLE dlq ALTER COLUMN reason SET NOT NULL",
+        "ALTER TABLE dlq ADD COLUMN IF NOT EXISTS cause text NOT NULL",
+    ],
+)
+def test_a_migration_that_takes_something_away_would_be_found(sql: str) -> None:
+    assert taken_away(f"{sql};") == [sql]
+
+
+def test_a_migration_that_adds_a_column_with_a_default_is_no_fault() -> None:
+    assert taken_away("ALTER TABLE dlq ADD COLUMN cause text NOT NULL DEFAULT '';") == []
+
+
+def test_no_table_asks_the_version_that_first_had_it_for_a_column_that_it_does_not_write(empty_database: str) -> None:
+    # Given what each table asks for once all migrations have run
+    migrate(empty_database)
+    required = ask(
+        empty_database,
+        """
+        SELECT table_name, column_name FROM information_schema.columns
+        WHERE table_schema = 'public' AND is_nullable = 'NO' AND column_default IS NULL AND is_identity = 'NO'
+          AND is_generated = 'NEVER' AND table_name NOT LIKE '%yoyo%'
+        """,
+    )
+    # Then it asked for that from its beginning
+    for table, column in required:
+        assert re.search(rf"^    {column}\s", created(table), re.MULTILINE), (table, column)
+
+
+def created(table: str) -> str:
+    """The statement that makes a table."""
+    history = "".join(path.read_text() for path in sorted((ROOT / "migrations").glob("*.sql")))
+    found = re.search(rf"CREATE TABLE IF NOT EXISTS {table} \((.*?)^\)", history, re.MULTILINE | re.DOTALL)
+    assert found, table
+    return found[1]
 
 
 # The models describe the schema

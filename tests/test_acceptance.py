@@ -1,0 +1,61 @@
+"""docs/acceptance.md: what it names as a proof exists, and every criterion has one."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = re.findall(r"^\| (?!---)(.+) \|$", (ROOT / "docs" / "acceptance.md").read_text(), re.MULTILINE)
+#: Of each row, what stands in its last column.
+PROOFS = [proof for row in ROWS if (proof := row.rpartition(" | ")[2]) != "shown by"]
+
+
+def names(proof: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", proof)
+
+
+def exists(name: str) -> bool:
+    """Whether a named test, command or file is there."""
+    if name.startswith("mailfleet "):
+        return is_command(name.split()[1:])
+    if name.startswith("python -m "):
+        return importlib.util.find_spec(name.split()[2]) is not None
+    file, _, test = name.partition("::")
+    return (ROOT / file).exists() and (not test or test in functions_in(ROOT / file))
+
+
+def is_command(words: list[str]) -> bool:
+    command: click.Command | None = cli.main
+    for word in words:
+        command = command.commands.get(word) if isinstance(command, click.Group) else None
+    return command is not None
+
+
+def functions_in(file: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", sorted({name for proof in PROOFS for name in names(proof)}))
+def test_every_named_proof_exists(name: str) -> None:
+    assert exists(name)
+
+
+@pytest.mark.parametrize("proof", PROOFS)
+def test_every_criterion_has_a_proof(proof: str) -> None:
+    assert names(proof)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tests/test_acceptance.py::test_none", "tests/none.py", "mailfleet halt", "mailfleet dlq halt", "docs/none.md"],
+)
+def test_a_proof_that_does_not_exist_would_be_found(name: str) -> None:
+    assert not exists(name)

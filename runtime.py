@@ -294,7 +294,7 @@ configuration = _load()
 crash_point = CrashPoints(configuration.crash_directory)
 telemetry.configure_logging(configuration.log_level)
 tracer = _tracer()
-models.connect(configuration.database_url.get_secret_value(), "mailfleet")
+models.connect(configuration.database_url.get_secret_value(), "mailfleet", pooled=configuration.database_pooled)
 
 rabbitmq = outbox.connection_parameters(configuration.rabbitmq_url.get_secret_value(), "mailfleet")
 redis = Redis.from_url(

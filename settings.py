@@ -93,6 +93,11 @@ class Settings(BaseSettings):
     database_url: Annotated[SecretStr, server("postgresql", "postgres"), AfterValidator(postgresql)] = _setting(
         "DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`."
     )
+    database_pooled: bool = _setting(
+        "DATABASE_POOLED",
+        "Whether `DATABASE_URL` leads to a pooler in transaction mode, such as PgBouncer (docs/deploy.md).",
+        default=False,
+    )
     rabbitmq_url: Annotated[SecretStr, server("amqp", "amqps")] = _setting(
         "RABBITMQ_URL", "RabbitMQ, `amqp://user:password@host:port/vhost`."
     )

@@ -34,7 +34,7 @@ _KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 5, "keepalives_coun
 _SERVER_SETTINGS = {
     "statement_timeout": STATEMENT_TIMEOUT_MILLISECONDS,
     "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_MILLISECONDS,
-    "timezone": "UTC",
+    "TimeZone": "UTC",
     # A plan that looks dear would be compiled for longer than it runs: each of ours reads a few rows of an index.
     "jit": "off",
     # A queue is empty when it is looked at by ANALYZE and long when it matters, so statistics say nothing: every
@@ -51,6 +51,8 @@ _OUTAGES = {
 }
 
 database = peewee.PostgresqlDatabase(None)
+#: Whether a pooler gives each transaction any connection that is free: nothing may then be left behind in one.
+_pooled = False
 
 
 class DatabaseAway(Exception):
@@ -64,10 +66,18 @@ class NotStorable(Exception):
     """Raised when PostgreSQL refuses a value: what was given cannot be kept, now or later."""
 
 
-def connect(url: str, application_name: str) -> None:
-    """Set where PostgreSQL is. Connections are opened by the threads that need one."""
+def connect(url: str, application_name: str, *, pooled: bool = False) -> None:
+    """Set where PostgreSQL is. Connections are opened by the threads that need one.
+
+    Args:
+        pooled: It is a pooler in transaction mode: no statement is prepared, and it has to make `unkept_settings` hold.
+    """
+    global _pooled
+    _pooled = pooled
     parts = urlsplit(url)
     options: dict[str, Any] = {**_KEEPALIVES, **dict(parse_qsl(parts.query))}
+    if not pooled:
+        options["options"] = " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items())
     database.init(
         unquote(parts.path.lstrip("/")),
         host=parts.hostname,
@@ -76,9 +86,20 @@ def connect(url: str, application_name: str) -> None:
         password=unquote(parts.password or ""),
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         application_name=application_name,
-        options=" ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items()),
         **options,
     )
+
+
+def unkept_settings() -> list[str]:
+    """Return the settings of ours that do not hold on a connection: those that a pooler has not been told of.
+
+    Keepalives are left out: they are between the pooler and PostgreSQL, which may share a host.
+    """
+    wanted = {name: str(value) for name, value in _SERVER_SETTINGS.items() if not name.startswith("tcp_")}
+    found = dict(rows("SELECT name, setting FROM pg_settings WHERE name = ANY(%(names)s)", {"names": [*wanted]}))
+    if found["TimeZone"] == "Etc/UTC":  # as a server is set up where the machine's clock says UTC
+        found["TimeZone"] = "UTC"
+    return sorted(name for name, value in wanted.items() if found.get(name) != value)
 
 
 def disconnect() -> None:
@@ -92,12 +113,13 @@ def rows(sql: str, parameters: Mapping[str, Any] | None = None, *, prepared: boo
     Args:
         prepared: PostgreSQL is to parse and plan it once for each connection: for what runs for each mail or each
             sweep, where that takes several times as long as the execution. The text must be one of a few.
+            Behind a pooler it is not prepared.
 
     Raises:
         DatabaseAway: See there.
     """
     with _dropping_dead_connections():
-        if prepared:
+        if prepared and not _pooled:
             sql = _prepare(sql)
         cursor = database.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
         return cursor.fetchall() if cursor.description else []

@@ -19,6 +19,7 @@ from broker import MIRROR_QUEUE
 from graph_client.errors import GraphError
 from limiter import Unavailable
 from models import Route, inspection
+from models.database import unkept_settings
 from models.inspection import Backlog
 from operations.errors import ServerAway
 from operations.rotation import older_keys
@@ -132,6 +133,8 @@ def _check_postgresql() -> str:
     models.rows("SELECT 1")
     if missing := _missing_migrations():
         raise _Unwell(f"the database lacks {', '.join(missing)}: run the release process")
+    if unkept := unkept_settings():
+        raise _Unwell(f"the pooler does not set {', '.join(unkept)}: see connect_query in docs/deploy.md")
     return "answers, and its schema is up to date"
 
 

@@ -1,4 +1,4 @@
-"""The runbooks: every command of docs/operations.md does what an operator is told that it does."""
+"""The runbooks: every command of docs/operations.md and docs/scale.md does what an operator is told that it does."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ run_time_limits = operator_support.run_time_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "operations.md").read_text()
+SCALE = (ROOT / "docs" / "scale.md").read_text()
 
 
 def blocks(page: str) -> list[list[str]]:
@@ -87,7 +88,7 @@ def desk(tables: str, run_time_limits: None, graph: Simulator, tmp_path: Path, m
     Path("mail.json").write_bytes(orjson.dumps(support.send_email()))
 
 
-@pytest.mark.parametrize("command", commands(PAGE))
+@pytest.mark.parametrize("command", commands(PAGE + SCALE))
 def test_each_command_of_the_runbooks_does_what_it_says(command: str, desk: None) -> None:
     # Given
     about = next(scene for start, scene in SCENES.items() if command.startswith(start))()

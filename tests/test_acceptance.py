@@ -1,4 +1,4 @@
-"""docs/acceptance.md: what it names as a proof exists, and every criterion has one."""
+"""What the documentation names exists: the proofs of docs/acceptance.md, and every page and heading that is linked to."""
 
 from __future__ import annotations
 
@@ -59,3 +59,38 @@ def test_every_criterion_has_a_proof(proof: str) -> None:
 )
 def test_a_proof_that_does_not_exist_would_be_found(name: str) -> None:
     assert not exists(name)
+
+
+# Links
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a Markdown page has on every forge."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def leads_nowhere(page: Path, link: str) -> bool:
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    return not target.exists() or bool(anchor and anchor not in anchors(target))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_page_or_heading_of_ours_leads_there(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text())
+    assert [link for link in links if leads_nowhere(page, link)] == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text()))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_a_link_that_leads_nowhere_would_be_found() -> None:
+    readme = ROOT / "README.md"
+    assert leads_nowhere(readme, "docs/none.md")
+    assert leads_nowhere(readme, "docs/operations.md#none")
+    assert not leads_nowhere(readme, "docs/operations.md#dead-letters")

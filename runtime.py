@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dramatiq
@@ -18,6 +18,7 @@ import pika
 from dramatiq.common import q_name
 from dramatiq.middleware import CurrentMessage, TimeLimit
 from periodiq import PeriodiqMiddleware
+from pydantic import SecretStr
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -26,6 +27,7 @@ import limiter as limits
 import models
 import outbox
 import settings
+import settings_sources
 import telemetry
 import worker_metrics
 from attachments import AttachmentSource, HostPattern
@@ -33,6 +35,7 @@ from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
+from mail_rules import RecipientFirewall, SenderRule
 from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from vault import Keyring, Vault
@@ -70,6 +73,8 @@ def _load() -> settings.Settings:
 
 def _token_source() -> TokenSource:
     secret = configuration.graph_client_secret
+    if not settings_sources.is_needed("GRAPH_CLIENT_SECRET"):
+        secret = SecretStr("not loaded by this process type")
     return TokenSource(
         configuration.graph_authority,
         configuration.graph_tenant_id,
@@ -77,7 +82,29 @@ def _token_source() -> TokenSource:
         secret=secret.get_secret_value() if secret else None,
         certificate_pem_path=configuration.graph_client_certificate,
         timeout=configuration.graph_timeout,
+        reread_secret=settings_sources.Rereading("GRAPH_CLIENT_SECRET"),
+        on_credential=_note_credential,
     )
+
+
+def _keyring() -> Keyring:
+    """Return the archive's keys; a process type that needs none has none, and opens and seals nothing."""
+    keys = configuration.backup_keys.get_secret_value()
+    return Keyring.parse(keys) if keys else Keyring({})
+
+
+def _note_credential(certificate_ends_at: datetime | None) -> None:
+    ends_at, kind = certificate_ends_at or credential_expires_at(), "certificate" if certificate_ends_at else "secret"
+    if ends_at:
+        telemetry.CREDENTIAL_EXPIRES_AT.labels(kind).set(ends_at.timestamp())
+
+
+def credential_expires_at() -> datetime | None:
+    """Return when the certificate or the secret for Graph ends, as far as that is known."""
+    if tokens.certificate_expires_at:
+        return tokens.certificate_expires_at
+    day = configuration.graph_client_secret_expires_on
+    return datetime(day.year, day.month, day.day, tzinfo=UTC) if day else None
 
 
 def _count_call(call: Call) -> None:
@@ -192,9 +219,11 @@ _TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika
 configuration = _load()
 crash_point = CrashPoints(configuration.crash_directory)
 telemetry.configure_logging(configuration.log_level)
-models.connect(configuration.database_url.get_secret_value(), "mailfleet")
+models.connect(configuration.database_url.get_secret_value(), "mailfleet", settings_sources.Rereading("DATABASE_URL"))
 
-rabbitmq = outbox.connection_parameters(configuration.rabbitmq_url.get_secret_value(), "mailfleet")
+rabbitmq = outbox.connection_parameters(
+    configuration.rabbitmq_url.get_secret_value(), "mailfleet", settings_sources.Rereading("RABBITMQ_URL")
+)
 redis = Redis.from_url(
     configuration.redis_url.get_secret_value(),
     socket_timeout=1,
@@ -214,6 +243,8 @@ limiter = limits.Limiter(
     ),
     slot_lease=2 * configuration.graph_timeout + _SLOT_MARGIN,
 )
+sender_rules = [SenderRule.parse(entry) for entry in configuration.allowed_senders]
+firewall = RecipientFirewall.parse(configuration.recipient_firewall)
 tokens = _token_source()
 graph = GraphClient(
     configuration.graph_base_url,
@@ -224,7 +255,7 @@ graph = GraphClient(
     on_call=_count_call,
     on_unknown_code=_count_unknown_code,
 )
-vault = Vault(Keyring.parse(configuration.backup_keys.get_secret_value()))
+vault = Vault(_keyring())
 source = AttachmentSource(
     configuration.attachment_allowed_hosts, max_bytes=configuration.attachment_max_mb * 1024 * 1024
 )

@@ -24,7 +24,7 @@ import dramatiq
 import orjson
 import structlog
 from dramatiq.message import Message
-from prometheus_client import CollectorRegistry, Counter, Histogram, multiprocess, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, start_http_server
 
 # --- logs
 
@@ -157,6 +157,12 @@ GRAPH_SECONDS = Histogram(
 )
 GRAPH_UNKNOWN_CODES = Counter("mailfleet_graph_unknown_codes", "Error codes of Graph that no table knows.", ["status"])
 THROTTLED = Counter("mailfleet_graph_throttled", "Answers of Graph that asked to wait.", ["operation"])
+CREDENTIAL_EXPIRES_AT = Gauge(
+    "mailfleet_graph_credential_expiry_timestamp_seconds",
+    "When the certificate or the secret in use for Graph ends, in Unix time, as far as it is known.",
+    ["kind"],
+    multiprocess_mode="livemin",
+)
 LIMITER_REFUSALS = Counter("mailfleet_limiter_refusals", "Calls that the limiter held back.", ["budget"])
 LOWERED = Counter("mailfleet_limits_lowered", "Limits of mailboxes lowered because Graph kept throttling.", ["budget"])
 RESTORED = Counter("mailfleet_limiter_restored", "Times that what was spent was written down again in Redis.")

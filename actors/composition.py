@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 import runtime
+from graph_client.errors import InvalidRecipient
 
 #: Recipient fields of a ``SendEmail`` and of Graph's message.
 _RECIPIENTS = {"to": "toRecipients", "cc": "ccRecipients", "bcc": "bccRecipients", "reply_to": "replyTo"}
@@ -16,7 +17,13 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
     """Return the message without its attachments, tagged so that it can be found by the email's id.
 
     The sender is the mailbox that the request names; ``from`` is left out, so that no send-as right is asked for.
+    It goes to whom the firewall lets it reach.
+
+    Raises:
+        InvalidRecipient: It reaches nobody.
     """
+    if runtime.firewall.stands:
+        payload = _behind_firewall(payload)
     message = {
         "subject": payload.get("subject", ""),
         "body": payload["body"],
@@ -32,6 +39,13 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
             {"name": name, "value": value} for name, value in payload["headers"].items()
         ]
     return runtime.graph.tagged(message, incoming_email_id)
+
+
+def _behind_firewall(payload: dict[str, Any]) -> dict[str, Any]:
+    reached = runtime.firewall.reached(payload)
+    if not any(reached.values()):
+        raise InvalidRecipient("RECIPIENT_FIREWALL lets the mail reach none of its recipients")
+    return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": runtime.firewall.headers(payload)}
 
 
 def size_of(message: dict[str, Any]) -> int:

@@ -33,6 +33,7 @@ import runtime
 import telemetry
 from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
+from mail_rules import refusal_of_sender
 from models import Arrival, Reception
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
 from telemetry import Step, mail_log
@@ -53,11 +54,18 @@ class Delivery(NamedTuple):
     correlation_id: str | None = None
     reply_to: str | None = None
     traceparent: str | None = None
+    #: The publisher's user, which RabbitMQ has verified.
+    user_id: str | None = None
 
     @classmethod
-    def of(cls, body: bytes, correlation_id: Any, reply_to: Any, traceparent: Any) -> Delivery:
+    def of(cls, body: bytes, correlation_id: Any, reply_to: Any, traceparent: Any, user_id: Any = None) -> Delivery:
         """Keep of the properties what can be stored and carried back: AMQP lets a client put any bytes there."""
-        return cls(body, *map(_carried, (correlation_id, reply_to, traceparent)))
+        return cls(body, *map(_carried, (correlation_id, reply_to, traceparent, user_id)))
+
+    @property
+    def answering(self) -> tuple[str | None, str | None, str | None]:
+        """What an answer carries back: correlation id, queue to reply to, traceparent."""
+        return self.correlation_id, self.reply_to, self.traceparent
 
 
 class _Rejection(NamedTuple):
@@ -136,29 +144,31 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]
     for delivery in deliveries:
         try:
             accepted = contracts.accept(delivery.body)
-            _check_sender(accepted)
+            _check_sender(delivery, accepted)
             _check_reply_to(delivery, accepted)
         except Unacceptable as error:
             # Even to tell of the rejection nothing is put on a queue of our own.
             told = delivery._replace(reply_to=None) if runtime.is_own_queue(delivery.reply_to) else delivery
             rejections.append(_Rejection(told, error.reason, error.detail, error.publisher_message_id))
         else:
-            arrivals.append((delivery, Arrival(accepted, *delivery[1:], _external_recipients(accepted))))
+            arrivals.append((delivery, Arrival(accepted, *delivery.answering, *_recipients_reached(accepted))))
     return arrivals, rejections
 
 
-def _external_recipients(accepted: contracts.AcceptedEmail) -> int:
-    patterns = [pattern.lower() for pattern in runtime.configuration.internal_domains]
+def _recipients_reached(accepted: contracts.AcceptedEmail) -> tuple[int, int]:
+    """Return how many external recipients the mail reaches, and how many in all: what limits count."""
     domains = accepted.email.recipient_domains
-    return sum(not any(fnmatchcase(domain, pattern) for pattern in patterns) for domain in domains)
+    if runtime.firewall.stands:
+        email = accepted.email
+        reached = runtime.firewall.reached({"to": email.to, "cc": email.cc, "bcc": email.bcc})
+        domains = [address.rpartition("@")[2].lower() for addresses in reached.values() for address in addresses]
+    patterns = [pattern.lower() for pattern in runtime.configuration.internal_domains]
+    return sum(not any(fnmatchcase(domain, pattern) for pattern in patterns) for domain in domains), len(domains)
 
 
-def _check_sender(accepted: contracts.AcceptedEmail) -> None:
-    patterns = runtime.configuration.allowed_senders
-    if not any(fnmatchcase(accepted.email.mailbox, pattern.lower()) for pattern in patterns):
-        raise Unacceptable(
-            "sender_not_allowed", "from: this mailbox may not be sent from", accepted.publisher_message_id
-        )
+def _check_sender(delivery: Delivery, accepted: contracts.AcceptedEmail) -> None:
+    if refusal := refusal_of_sender(accepted.email.mailbox, delivery.user_id, runtime.sender_rules):
+        raise Unacceptable("sender_not_allowed", f"from: {refusal}", accepted.publisher_message_id)
 
 
 def _check_reply_to(delivery: Delivery, accepted: contracts.AcceptedEmail) -> None:
@@ -217,7 +227,7 @@ def _rejection_messages(rejection: _Rejection) -> list[Outgoing]:
             detail=rejection.detail,
         ),
         rejection.incoming_email_id,
-        *delivery[1:],
+        *delivery.answering,
     )
     # Of the rest nothing is stored, so it must not stop the line: the original is what is kept.
     told = [message._replace(best_effort=True) for message in event_messages(event)]

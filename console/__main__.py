@@ -11,7 +11,7 @@ import uvicorn
 import actors  # noqa: F401  declares the queues whose depth is shown
 import runtime
 import telemetry
-from console.access import Access, parse_tokens
+from console.access import Access, FailedTries, parse_tokens
 from console.app import make_app
 
 #: A proxy in front may keep requests for a moment after SIGTERM.
@@ -35,7 +35,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     uvicorn.run(
-        make_app(Access(tokens)),
+        make_app(Access(tokens, FailedTries(configuration.console_failed_tries_per_minute))),
         host="0.0.0.0",  # noqa: S104  a process type is reached through its platform's router; tokens guard it
         port=configuration.port,
         log_config=None,

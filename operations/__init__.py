@@ -22,7 +22,7 @@ from operations.dead_letters import dead_letter, find_dead_letters, open_dead_le
 from operations.emails import cancel, publish, status
 from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
-from operations.health import Finding, backlog, doctor, queue_depths, ready
+from operations.health import Finding, backlog, doctor, queue_depths, ready, recipient_firewall
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "publish",
     "queue_depths",
     "ready",
+    "recipient_firewall",
     "resolve",
     "resume",
     "set_limits",

@@ -31,8 +31,12 @@ def publish(body: bytes) -> str:
 
 
 def status(id: str) -> dict[str, Any]:
-    """Return everything that is known of an email, by our id or the publisher's. Its content is left out."""
-    return inspection.everything_about(_found(id))
+    """Return everything that is known of an email, by our id or the publisher's. Its content is left out.
+
+    A recipient firewall that stands is told of: it decides where the mail goes.
+    """
+    known = inspection.everything_about(_found(id))
+    return {**known, "recipient_firewall": str(runtime.firewall)} if runtime.firewall.stands else known
 
 
 def cancel(id: str, *, who: str) -> bool:

@@ -28,8 +28,12 @@ LEAVES = {
     "forecast",
     "graph_client",
     "limiter",
+    "mail_rules",
     "orphans",
+    "secret_stores",
     "settings",
+    "settings_reference",
+    "settings_sources",
     "telemetry",
     "vault",
 }
@@ -37,6 +41,8 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "broker": {"crash_points"},
+    "settings": {"mail_rules", "settings_reference", "settings_sources"},
+    "settings_sources": {"secret_stores", "settings_reference"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
@@ -110,7 +116,7 @@ def test_nothing_of_ours_is_imported_by_the_simulator_and_nothing_of_it_by_the_p
 
 def test_only_the_settings_read_the_environment() -> None:
     readers = {part for part in PRODUCT for path in modules(part) if any(map(reads_environment, nodes(path)))}
-    assert readers == {"settings"}
+    assert readers == {"settings", "settings_sources"}
 
 
 def reads_environment(node: ast.AST) -> bool:

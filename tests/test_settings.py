@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import settings
-from settings import Settings, SettingsInvalid, is_secret, load
+from settings import Settings, SettingsInvalid, load
+from settings_reference import is_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hunter2-hunter2"

@@ -22,8 +22,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 import settings_reference
 import settings_sources
 from mail_rules import RecipientFirewall, SenderRule
-from settings_reference import variable_of
 from settings_reference import setting as _setting
+from settings_reference import variable_of
 from settings_sources import is_needed, secret_in_file
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -299,9 +299,10 @@ class Settings(settings_sources.StoreSettings):
         default="sendmail",
     )
 
+    draft_retention: Days = _setting("DRAFT_RETENTION_DAYS", "How long an unsent draft stays.", default=1, unit="days")
     backup_delay: Seconds = _setting(
         "BACKUP_DELAY_SECONDS",
-        "Wait between a send and its backup, for Sent Items to fill; half as long more, to take some of a mailbox together.",
+        "Wait between a send and its backup, for Sent Items to fill; half as long more to archive several at once.",
         default=10,
         unit="seconds",
     )
@@ -317,6 +318,7 @@ class Settings(settings_sources.StoreSettings):
         default="",
     )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
+    message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Annotated[Names, AfterValidator(SenderRule.check)] = _setting(
         "ALLOWED_SENDERS",
         "Mailboxes that may be sent from, as patterns, comma-separated; `user=pattern`: only by that user of RabbitMQ.",

@@ -37,6 +37,7 @@ class Step(StrEnum):
     DISPATCHED = "dispatched"
     CLAIMED = "claimed"
     DRAFTED = "drafted"
+    UPLOADING = "uploading"
     UPLOADED = "uploaded"
     SENT = "sent"
     IN_DOUBT = "in doubt"
@@ -48,6 +49,7 @@ class Step(StrEnum):
     CANCELLED = "cancelled"
     ARCHIVED = "archived"
     REPLAYED = "replayed"
+    DRAFT_DELETED = "draft deleted"
     LEASE_LOST = "lease lost"
     BACKUP_RETRIED = "backup retried"
     BACKUP_FAILED = "backup failed"
@@ -177,6 +179,9 @@ MESSAGE_SECONDS = Histogram(
     "Time that actors spent on a message.",
     ["actor"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
+UPLOADED_BYTES = Counter(
+    "mailfleet_uploaded_bytes", "Bytes of attachments that Graph has taken, in one request or as a range.", ["way"]
 )
 ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
 

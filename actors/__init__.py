@@ -9,6 +9,7 @@ from actors.ingest import ingest_emails
 from actors.maintenance import mirror_dead_letters, purge_expired
 from actors.scheduling import acknowledge_receipt, schedule_emails
 from actors.sending import send_attached, send_plain
+from actors.tidying import tidy_drafts
 
 __all__ = [
     "acknowledge_receipt",
@@ -20,4 +21,5 @@ __all__ = [
     "schedule_emails",
     "send_attached",
     "send_plain",
+    "tidy_drafts",
 ]

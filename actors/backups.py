@@ -71,6 +71,7 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
     for backup in _claimed([(incoming_email_id, attempt)]):
         try:
             with _told_of(backup):
+                runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
                 _archive([_copy_known(backup) or _copy_found(backup)])
         except Exception as error:
             _record(backup, error)
@@ -106,10 +107,7 @@ def backup_emails(backups: list[list[Any]]) -> None:
 
 def _claimed(dispatched: Sequence[tuple[str, int]]) -> list[ClaimedBackup]:
     runtime.crash_point(CrashPoint.BACKUP_TAKEN)
-    claimed = ClaimedBackup.claim(dispatched, lease=runtime.configuration.lease)
-    if claimed:
-        runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
-    return claimed
+    return ClaimedBackup.claim(dispatched, lease=runtime.configuration.lease)
 
 
 @contextmanager
@@ -131,8 +129,10 @@ def _copy_all(left: deque[ClaimedBackup], copies: list[Copy]) -> None:
         while left:
             backup = left[0]
             try:
-                message_id = _sent_one(found[backup.incoming_email_id])
-                copies.append(Copy(backup, message_id, _sealed(backup, message_id, renewing)))
+                with _told_of(backup):
+                    runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
+                    message_id = _sent_one(found[backup.incoming_email_id])
+                    copies.append(Copy(backup, message_id, _sealed(backup, message_id, renewing)))
             except (NotInMailbox, PermanentError) as error:
                 _record(backup, error, together=True)
             left.popleft()

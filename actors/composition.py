@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any
 
 import orjson
@@ -48,6 +50,25 @@ def _behind_firewall(payload: dict[str, Any]) -> dict[str, Any]:
     return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": runtime.firewall.headers(payload)}
 
 
+#: Joiners that scripts and emoji need; the other invisible characters only make a name look like another.
+_JOINERS = "\u200c\u200d"
+
+
+def file_name(name: str) -> str:
+    """Return the name under which a file is attached: without path and without invisible characters.
+
+    No reader's program is given a folder to write into, and no name reads as another than it is.
+    """
+    last = re.split(r"[/\\]", name)[-1]
+    visible = "".join(each for each in last if each in _JOINERS or unicodedata.category(each) not in ("Cc", "Cf"))
+    return visible if visible.strip(". ") else "attachment"
+
+
 def size_of(message: dict[str, Any]) -> int:
     """Return how many bytes of the mailbox's upload budget the message takes."""
     return len(orjson.dumps(message))
+
+
+def attached_bytes(payload: dict[str, Any]) -> int:
+    """Return how many bytes the attachments of a stored ``SendEmail`` have together."""
+    return sum(attachment["size"] for attachment in payload.get("attachments", ()))

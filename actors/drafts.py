@@ -18,31 +18,38 @@ Where the worker may die, and what the next claimant does once the lease has run
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import runtime
-from actors.composition import graph_message, size_of
+from actors.composition import attached_bytes, file_name, graph_message, size_of
 from actors.evidence import looked_up
 from actors.graph_calls import graph_call
+from actors.uploaders import bring_up_all, look
 from actors.waiting import CLOCKS_DIFFER
-from attachments import AttachmentStream
+from attachments import AttachmentStream, SourceChanged, SourceUnavailable
 from crash_points import CrashPoint
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
 from graph_client.errors import (
     AttachmentTooLarge,
     AttachmentTooSmall,
+    GraphError,
+    MessageTooLarge,
     TransientError,
     UploadOutOfOrder,
     UploadSessionLost,
 )
+from limiter import Refused
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
 from settings import LEASE_MARGIN
-from telemetry import Step, mail_log
+from telemetry import UPLOADED_BYTES, Step, mail_log
 
 #: Between two pieces the lease is looked at; from a slow source a piece is what has come.
 _PIECE_BYTES = 64 * 1024
+#: Of one mail; a mailbox has four slots, and other mail and its backups need one.
+_FILES_AT_A_TIME = 3
 
 
 class AttachmentsIncomplete(TransientError):
@@ -63,6 +70,8 @@ def prepare_draft(email: ClaimedEmail) -> str:
 
     Raises what Graph, the limiter and the attachments' sources raise; what was done until then is kept.
     """
+    if attached_bytes(email.payload) > runtime.configuration.message_max_mb * 1024 * 1024:
+        raise MessageTooLarge
     begun_before = email.attempt > 1 or email.draft_id is not None
     draft_id = email.draft_id or _create_draft(email, begun_before)
     if attachments := email.payload.get("attachments"):
@@ -72,13 +81,30 @@ def prepare_draft(email: ClaimedEmail) -> str:
 
 def _attach_all(email: ClaimedEmail, draft_id: str, attachments: list[dict[str, Any]], begun_before: bool) -> None:
     planned = uploads.plan(email, attachments)
+    for upload in planned:
+        upload.filename = file_name(upload.filename)  # as it is on the draft
     if begun_before:
         _find_unrecorded(email, draft_id, planned)
-    for upload, attachment in zip(planned, attachments, strict=True):
-        if not upload.uploaded:
-            _upload(email, draft_id, upload, attachment)
+    pending = [upload for upload in planned if not upload.uploaded]
+    bring_up_all(
+        pending,
+        lambda upload: _upload(email, draft_id, upload, attachments[upload.position]),
+        at_a_time=_at_a_time(pending),
+        keep=lambda: _keep(email),
+    )
     if begun_before:
         _compare(email, draft_id, planned)
+
+
+def _at_a_time(pending: list[Upload]) -> int:
+    """Return how many files go at a time: another thread's connections are worth it for a few requests, not for one."""
+    requests = sum(max(1, -(-(upload.size - upload.uploaded_bytes) // UPLOAD_RANGE_BYTES)) for upload in pending)
+    return max(1, min(_FILES_AT_A_TIME, requests // 2))
+
+
+def _keep(email: ClaimedEmail) -> None:
+    configuration = runtime.configuration
+    email.ensure_held(at_least=configuration.graph_timeout + LEASE_MARGIN, lease=configuration.lease)
 
 
 def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
@@ -121,28 +147,37 @@ def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) 
 def _compare(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
     """Take off what is there twice: an earlier worker that stood still may have attached it only now.
 
+    Files of one name are alike only if the mail has one of them; of several nobody can tell which is missing or there
+    twice, so all of that name are brought up again. Graph may call a file otherwise than we did: it is neither twice
+    nor missing as long as the numbers agree.
+
     Raises:
         AttachmentsIncomplete: Something is missing; the next attempt brings it up again.
     """
     with graph_call(email):
         attached = runtime.graph.attachments(email.mailbox, draft_id)
-    lacking = Counter(upload.filename for upload in planned)
-    renamed = 0  # Graph may call one otherwise than we did: it is neither twice nor missing
-    for attachment in attached:
-        if lacking[attachment.name] > 0:
-            lacking[attachment.name] -= 1
-        elif attachment.name in lacking:
-            with graph_call(email):
-                runtime.graph.delete_attachment(email.mailbox, draft_id, attachment.id)
-        else:
-            renamed += 1
-    if lacking.total() <= renamed:
-        return
-    missing = [upload for upload in planned if lacking[upload.filename] > 0]
-    for upload in missing:
+    wanted = Counter(upload.filename for upload in planned)
+    there = {name: [each for each in attached if each.name == name] for name in wanted}
+    renamed = [each for each in attached if each.name not in wanted]
+    lacking = {name: count - len(there[name]) for name, count in wanted.items() if len(there[name]) < count}
+    again = {name for name, count in wanted.items() if len(there[name]) > count > 1}
+    surplus = [each for name, count in wanted.items() if count == 1 for each in there[name][1:]]
+    if sum(lacking.values()) != len(renamed):
+        again |= lacking.keys()
+        surplus += renamed
+    surplus += [each for name in again if wanted[name] > 1 for each in there[name]]
+    for attachment in surplus:
+        with graph_call(email):
+            runtime.graph.delete_attachment(email.mailbox, draft_id, attachment.id)
+    if again:
+        _bring_up_again(email, [upload for upload in planned if upload.filename in again])
+
+
+def _bring_up_again(email: ClaimedEmail, lost: list[Upload]) -> None:
+    for upload in lost:
         upload.uploaded = False
         _go_on_at(email, upload, None)
-    raise AttachmentsIncomplete(f"{lacking.total()} attachments that were brought up are not on the draft")
+    raise AttachmentsIncomplete(f"{len(lost)} attachments that were brought up cannot be told on the draft")
 
 
 def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
@@ -169,18 +204,19 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 
 
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
-    with runtime.source.open(attachment["urlOrId"], declared_size=upload.size) as stream:
+    with runtime.source.open(
+        attachment["urlOrId"], declared_size=upload.size, declared_type=attachment.get("contentType")
+    ) as stream:
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
         runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
+    UPLOADED_BYTES.labels("request").inc(len(content))
 
 
 def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     session = _session(email, draft_id, upload, attachment)
-    url = attachment["urlOrId"]
     try:
-        with runtime.source.open(url, declared_size=upload.size, offset=upload.uploaded_bytes) as stream:
-            _send_ranges(email, session, upload, stream)
+        _stream(email, session, upload, attachment)
     except UploadOutOfOrder as error:
         # Graph took a range of which nobody lived to hear: the next attempt goes on where Graph wants to.
         _go_on_at(email, upload, error.expected_offset)
@@ -188,12 +224,48 @@ def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attach
     except UploadSessionLost:
         _go_on_at(email, upload, None)
         raise
+    except SourceChanged:
+        # What is up is of another file than the rest would be: the next attempt begins at the first byte.
+        _go_on_at(email, upload, None)
+        _cancel(email, session)
+        raise
+
+
+def _stream(email: ClaimedEmail, session: UploadSession, upload: Upload, attachment: dict[str, Any]) -> None:
+    """Have the bytes flow from the source to the session; a source that breaks off is asked for the rest at once.
+
+    Raises:
+        SourceUnavailable: It gave less than a range since it was asked last.
+    """
+    while True:
+        began_at = upload.uploaded_bytes
+        try:
+            with runtime.source.open(
+                attachment["urlOrId"],
+                declared_size=upload.size,
+                declared_type=attachment.get("contentType"),
+                offset=began_at,
+                version=upload.source_version if began_at else None,
+            ) as stream:
+                upload.source_version = stream.version
+                return _send_ranges(email, session, upload, stream)
+        except SourceChanged:
+            raise
+        except SourceUnavailable as broken:
+            if upload.uploaded_bytes == began_at or broken.retry_after:
+                raise
+
+
+def _cancel(email: ClaimedEmail, session: UploadSession) -> None:
+    """Give a session up at once; if that fails it ends by itself, and leaves nothing on the draft."""
+    with suppress(GraphError, Refused), graph_call(email):
+        runtime.graph.cancel_upload(session)
 
 
 def _go_on_at(email: ClaimedEmail, upload: Upload, offset: int | None) -> None:
     """Have the next attempt go on there in the same session; None: at the first byte, in a new one."""
     if offset is None:
-        upload.session_url = None
+        upload.session_url = upload.source_version = None
     upload.uploaded_bytes = offset or 0
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
 
@@ -204,23 +276,27 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
             following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
         runtime.crash_point(CrashPoint.RANGE_UPLOADED)
         if following is None:
+            UPLOADED_BYTES.labels("range").inc(len(content))
             return
         if following != upload.uploaded_bytes + len(content):
             raise UploadOutOfOrder("Graph expects another range than the next")
         upload.uploaded_bytes = following
         uploads.record_progress(email, upload, lease=runtime.configuration.lease)
         runtime.crash_point(CrashPoint.RANGE_RECORDED)
+        UPLOADED_BYTES.labels("range").inc(len(content))
+        mail_log(Step.UPLOADING, incoming_email_id=email.id, position=upload.position, bytes=following, of=upload.size)
+        look()
     raise UploadSessionLost("the file is up and Graph still waits")
 
 
 def _read(email: ClaimedEmail, stream: AttachmentStream, size_bytes: int) -> bytes:
     """Read so much, or what is left, keeping the lease while a slow source drips."""
-    configuration = runtime.configuration
     pieces = []
     while size_bytes > 0 and (piece := stream.receive(min(size_bytes, _PIECE_BYTES))):
         pieces.append(piece)
         size_bytes -= len(piece)
-        email.ensure_held(at_least=configuration.graph_timeout + LEASE_MARGIN, lease=configuration.lease)
+        look()
+        _keep(email)
     return b"".join(pieces)
 
 
@@ -243,7 +319,7 @@ def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dic
 
 def _described(attachment: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": attachment["name"],
+        "name": file_name(attachment["name"]),
         "content_type": attachment.get("contentType", "application/octet-stream"),
         "is_inline": attachment.get("is_inline", False),
         "content_id": attachment.get("content_id"),

@@ -25,6 +25,7 @@ from dramatiq.middleware import CurrentMessage
 
 import limiter as limits
 import runtime
+from actors.composition import attached_bytes
 from actors.evidence import refused
 from actors.waiting import after_refusal, after_throttling, backoff, unreachable
 from attachments import AttachmentRefused, SourceUnavailable
@@ -35,6 +36,7 @@ from graph_client.errors import (
     GraphError,
     ItemNotFound,
     MailboxUnavailable,
+    MessageTooLarge,
     OutcomeUnknown,
     PermanentError,
     Throttled,
@@ -79,8 +81,12 @@ class Unforeseen(Exception):
     """Raised in the place of an error that nobody foresaw; names its class, since its text may quote anything."""
 
 
+class TooLargeForMailbox(Exception):
+    """Raised in the place of Graph's word for it; says how large the mail is, and who may change what is allowed."""
+
+
 #: What ends an email: recorded as failed, and dead-lettered.
-GIVEN_UP = (PermanentError, AttachmentRefused, AttemptsUsedUp, InDoubtHeld, limits.NeverFits)
+GIVEN_UP = (PermanentError, AttachmentRefused, AttemptsUsedUp, InDoubtHeld, TooLargeForMailbox, limits.NeverFits)
 
 
 def record_sent(
@@ -132,6 +138,8 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
             _doubt(email, error)  # a draft that is gone may have been sent
         case ItemNotFound():
             _wait_for_draft(email, error)
+        case MessageTooLarge():
+            _fail(email, TooLargeForMailbox(_how_large(email, error)), because=error)
         case _ if isinstance(error, GIVEN_UP):
             _fail(email, error)
         case limits.Refused():
@@ -154,6 +162,17 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
             _retry(email, error, error.retry_after or backoff(email.attempt))
         case _:
             _retry_unforeseen(email, error)
+
+
+def _how_large(email: ClaimedEmail, error: MessageTooLarge) -> str:
+    count, size_bytes = len(email.payload.get("attachments", ())), attached_bytes(email.payload)
+    allowed = runtime.configuration.message_max_mb
+    who = (
+        "its mailbox may send, which an Exchange administrator sets (35 MB unless it was raised)"
+        if error.status
+        else f"MESSAGE_MAX_MB allows, {allowed} MB"
+    )
+    return f"the mail with {count} attachments of {size_bytes:,} bytes together is larger than {who}: {error}"
 
 
 def _hold_back(email: ClaimedEmail, refused: limits.Refused) -> None:

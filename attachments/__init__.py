@@ -18,8 +18,10 @@ file. Errors tell whether another try may help; of a URL, which may carry a sign
     │   ├── SourceForbidden
     │   ├── SourceGone
     │   ├── SizeMismatch
+    │   ├── TypeMismatch
     │   └── TooLarge
     └── SourceUnavailable
+        └── SourceChanged
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from attachments.errors import (
     AttachmentRefused,
     InvalidSource,
     SizeMismatch,
+    SourceChanged,
     SourceForbidden,
     SourceGone,
     SourceUnavailable,
     TooLarge,
+    TypeMismatch,
 )
 from attachments.guard import HTTPS_PORT, Guard, HostPattern, Resolve, is_public, resolve_by_system
 from attachments.https import (
@@ -47,6 +51,7 @@ from attachments.https import (
     Timeouts,
     dial_by_system,
 )
+from attachments.types import demand_type
 
 __all__ = [
     "HTTPS_PORT",
@@ -61,11 +66,13 @@ __all__ = [
     "InvalidSource",
     "Resolve",
     "SizeMismatch",
+    "SourceChanged",
     "SourceForbidden",
     "SourceGone",
     "SourceUnavailable",
     "Timeouts",
     "TooLarge",
+    "TypeMismatch",
     "dial_by_system",
     "is_public",
     "resolve_by_system",
@@ -94,12 +101,24 @@ class AttachmentSource:
         self._by_scheme = {"https": HttpsFetcher(guard, dial, timeouts)}
 
     @contextmanager
-    def open(self, url_or_id: str, *, declared_size: int | None = None, offset: int = 0) -> Iterator[AttachmentStream]:
+    def open(
+        self,
+        url_or_id: str,
+        *,
+        declared_size: int | None = None,
+        declared_type: str | None = None,
+        offset: int = 0,
+        version: str | None = None,
+    ) -> Iterator[AttachmentStream]:
         """Yield the attachment's bytes from ``offset`` on; sizes are in bytes and of the whole attachment.
+
+        Args:
+            version: That of the stream which the bytes before the offset were read from.
 
         Raises:
             AttachmentRefused: It cannot be had, now or later; here or while reading.
             SourceUnavailable: It cannot be had now; here or while reading.
+            SourceChanged: The source has another file than that of the version.
         """
         if self._max_bytes is not None and (declared_size or 0) > self._max_bytes:
             raise TooLarge(f"the attachment is declared with {declared_size} bytes, {self._max_bytes} are allowed")
@@ -109,7 +128,8 @@ class AttachmentSource:
         fetcher = self._by_scheme.get(scheme.lower())
         if fetcher is None:
             raise InvalidSource("attachments are fetched from https URLs only")
-        with fetcher.fetch(url_or_id, offset) as answer:
+        with fetcher.fetch(url_or_id, offset, version) as answer:
+            demand_type(answer.origin, answer.content_type, declared_type)
             stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
             stream.skip_to(offset)
             yield stream
@@ -123,6 +143,7 @@ class AttachmentStream:
         self._max_bytes = max_bytes
         self.size_bytes = answer.total_bytes if declared_size is None else declared_size
         self.content_type = answer.content_type
+        self.version = answer.version
         self._position = answer.position
         if answer.total_bytes is not None:
             self._check_length(answer.total_bytes)

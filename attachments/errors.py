@@ -46,6 +46,14 @@ class SourceUnavailable(AttachmentError):
         self.retry_after = retry_after
 
 
+class SourceChanged(SourceUnavailable):
+    """The source has another file by now than the one whose first bytes were read: begin at the first byte."""
+
+
+class TypeMismatch(AttachmentRefused):
+    """The source has another type of file than the publisher declared."""
+
+
 @contextmanager
 def unavailable_on_failure(origin: str) -> Iterator[None]:
     """Raise what fails on the way to the origin as `SourceUnavailable`."""

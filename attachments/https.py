@@ -25,6 +25,7 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from attachments.errors import (
     InvalidSource,
     SizeMismatch,
+    SourceChanged,
     SourceForbidden,
     SourceGone,
     SourceUnavailable,
@@ -39,6 +40,8 @@ MAX_REDIRECTS = 3
 #: A Retry-After beyond this is not believed.
 MAX_RETRY_AFTER = timedelta(days=1)
 
+#: A strong ETag, or a date: what may be a condition for a range, and be kept in a table.
+_VERSION = re.compile(r'"[\x21\x23-\x7e]{1,200}"|[A-Z][a-z]{2}, [A-Za-z0-9 :]{1,40}')
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT = frozenset({408, 425, 429})
 #: What one receipt may bring: above TLS's 16 KiB records, and little to allocate for a receipt that brings less.
@@ -125,7 +128,13 @@ class Answer:
         self.origin = origin
         self.status = response.status
         self.content_type = response.headers.get("Content-Type")
+        self.version = self._version()
         self.position, self.total_bytes = self._extent()
+
+    def _version(self) -> str | None:
+        """Return what tells this file from a later one at the same URL; None if the source does not say."""
+        given = (self._response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
+        return next((text for text in given if _VERSION.fullmatch(text)), None)
 
     def _extent(self) -> tuple[int, int | None]:
         """Return where the content begins and how long the whole is; a range that ends early has position -1."""
@@ -202,33 +211,37 @@ class HttpsFetcher:
         self._tls = _trusted_by_requests()
 
     @contextmanager
-    def fetch(self, url: str, offset: int) -> Iterator[Answer]:
-        """Yield an answer with content that begins at the offset or before it."""
+    def fetch(self, url: str, offset: int, version: str | None) -> Iterator[Answer]:
+        """Yield an answer with content that begins at the offset or before it.
+
+        Raises:
+            SourceChanged: The source says that it is another file than that of the version.
+        """
         deadline = _Deadline(self._timeouts)
-        answer = self._follow(url, offset, deadline)
+        answer = self._follow(url, _part(offset, version), deadline)
         if offset and answer.position not in (0, offset):
             answer.close()
-            answer = self._follow(url, 0, deadline)
+            answer = self._follow(url, {}, deadline)
         with closing(answer):
             answer.demand_content()
+            if version and answer.version and answer.version != version:
+                raise SourceChanged(f"{answer.origin} has changed the attachment since its first bytes were read")
             if answer.position not in (0, offset):
                 raise SourceGone(f"{answer.origin} answers with a part that was not asked for")
             yield answer
 
-    def _follow(self, url: str, offset: int, deadline: _Deadline) -> Answer:
+    def _follow(self, url: str, part: dict[str, str], deadline: _Deadline) -> Answer:
         for _ in range(1 + MAX_REDIRECTS):
-            answer = self._ask(Destination.parse(url), offset, deadline)
+            answer = self._ask(Destination.parse(url), part, deadline)
             if answer.status not in _REDIRECTS:
                 return answer
             with closing(answer):
                 url = answer.redirect(url)
         raise SourceForbidden(f"{answer.origin} redirects after {MAX_REDIRECTS} redirects already")
 
-    def _ask(self, destination: Destination, offset: int, deadline: _Deadline) -> Answer:
+    def _ask(self, destination: Destination, part: dict[str, str], deadline: _Deadline) -> Answer:
         addresses = self._guard.addresses(destination)
-        headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "mailfleet"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
+        headers = {"Accept-Encoding": "identity", "Connection": "close", "User-Agent": "mailfleet", **part}
         connection = _PinnedConnection(destination, lambda: self._connect(addresses, deadline), deadline, self._tls)
         with ExitStack() as on_failure, unavailable_on_failure(destination.origin):
             on_failure.callback(connection.close)
@@ -245,6 +258,13 @@ class HttpsFetcher:
             except OSError as exc:
                 failure = exc
         raise failure
+
+
+def _part(offset: int, version: str | None) -> dict[str, str]:
+    """Return the headers that ask for the rest from the offset on, and for the whole if it is another file by now."""
+    if not offset:
+        return {}
+    return {"Range": f"bytes={offset}-", **({"If-Range": version} if version else {})}
 
 
 #: OpenSSL's SSL_OP_IGNORE_UNEXPECTED_EOF; not every Python has a name for it.

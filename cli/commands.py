@@ -146,26 +146,29 @@ def dlq() -> None:
     """Look at dead letters, replay or discard them."""
 
 
-def _filter_options(command: Command, limit: int | None = None) -> Command:
+def _narrowing_options(command: Command) -> Command:
     instant = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
     for option in (
         click.option("--reason", help="Only with this reason."),
         click.option("--mailbox", help="Only of this sending mailbox."),
         click.option("--since", type=instant, help="Only from this instant on (UTC)."),
         click.option("--until", type=instant, help="Only before this instant (UTC)."),
-        click.option(
-            "--limit", type=click.IntRange(1, 100_000), default=limit, show_default=True, help="At most so many."
-        ),
         json_option,
     ):
         command = option(command)
     return command
 
 
+def _filter_options(command: Command, limit: int | None = None) -> Command:
+    at_most = click.IntRange(1, 100_000)
+    bound = click.option("--limit", type=at_most, default=limit, show_default=True, help="At most so many.")
+    return _narrowing_options(bound(command))
+
+
 def _filter(ids: tuple[str, ...], reason: str | None, mailbox: str | None, since: Any, until: Any) -> Filter:
     from models.dead_letters import Filter
 
-    return Filter(reason, mailbox, _utc(since), _utc(until), tuple(_letter_id(id) for id in ids))
+    return Filter(reason, mailbox, utc(since), utc(until), tuple(_letter_id(id) for id in ids))
 
 
 def _letter_id(id: str) -> str:
@@ -174,7 +177,7 @@ def _letter_id(id: str) -> str:
     return operations.open_dead_letter(id).id
 
 
-def _utc(instant: datetime | None) -> datetime | None:
+def utc(instant: datetime | None) -> datetime | None:
     return instant.replace(tzinfo=UTC) if instant and instant.tzinfo is None else instant
 
 
@@ -186,6 +189,23 @@ def dlq_list(limit: int, as_json: bool, **filters: Any) -> None:
     import operations
 
     show_letters(operations.find_dead_letters(_filter((), **filters), limit), as_json)
+
+
+@dlq.command("groups")
+@_narrowing_options
+@connected
+def dlq_groups(as_json: bool, **filters: Any) -> None:
+    """Tell the open dead letters by their cause, the largest group first."""
+    import operations
+
+    groups = operations.dead_letter_groups(_filter((), **filters))
+    if as_json:
+        print_json([group._asdict() for group in groups])
+        return
+    table(
+        ["reason", "queue", "count", "mailboxes", "for example", "oldest", "newest", "last error"],
+        [list(group) for group in groups],
+    )
 
 
 @dlq.command("show")

@@ -64,6 +64,8 @@ def harmless(text: str) -> str:
 
 
 def show_status(known: dict[str, Any]) -> None:
+    import operations
+
     sending = known["sending"]
     doubt = " (in doubt)" if sending and sending["status"] == "in_doubt" else ""
     facts = {
@@ -79,30 +81,38 @@ def show_status(known: dict[str, Any]) -> None:
         "Graph message": sending and sending["graph_message_id"],
     }
     table(["", ""], [[name, value] for name, value in facts.items() if value is not None])
+    if known["uploads"]:
+        table(
+            ["attachment", "uploaded", "", ""],
+            [
+                [each["filename"], bar(each["uploaded_bytes"], each["size"], done=each["status"] == "uploaded"), *text]
+                for each in known["uploads"]
+                for text in [_how_far(each)]
+            ],
+        )
     table(
         ["when", "what"],
-        [[at, what] for at, what in sorted(_happenings(known), key=lambda happening: str(happening[0]))],
+        [[at, what] for at, what in operations.timeline(known)],
     )
 
 
-def _happenings(known: dict[str, Any]) -> Iterator[tuple[Any, str]]:
-    yield known["created_at"], "received"
-    for receipt in known["receipts"]:
-        yield receipt["received_at"], f"attempt {receipt['attempt']} taken up by a worker"
-    for upload in known["uploads"]:
-        yield upload["updated_at"], f"{upload['filename']}: {upload['uploaded_bytes']} of {upload['size']} bytes up"
-    for seen in (known["sending"] or {}).get("evidence", []):
-        asked = f"asked {seen['asked']}, " if "asked" in seen else ""
-        yield datetime.fromisoformat(str(seen["at"])), f"{asked}saw {seen['seen']}"
-    for event in known["events"]:
-        yield (
-            event["published_at"] or event["created_at"],
-            f"{event['type']} {'published' if event['published_at'] else 'waiting'}",
-        )
-    for backup in known["backups"]:
-        yield backup["created_at"], f"archived, {backup['size']} bytes"
-    for letter in known["dead_letters"]:
-        yield letter["created_at"], f"dead letter ({letter['status']}): {letter['reason']}"
+#: Eighths of a cell, so that a large file is seen to move.
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_BAR_CELLS = 24
+
+
+def bar(part: int, whole: int, *, done: bool = False) -> str:
+    """Return a progress bar of a fixed width; what is done is full, though it be of nothing."""
+    eighths = _BAR_CELLS * 8 if done else _BAR_CELLS * 8 * min(part, whole) // max(whole, 1)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(_BAR_CELLS, "░")
+
+
+def _how_far(upload: dict[str, Any]) -> tuple[str, str]:
+    if upload["status"] == "uploaded":
+        return "100 %", f"{upload['size']:,} bytes"
+    share = 100 * upload["uploaded_bytes"] // max(upload["size"], 1)
+    return f"{share} %", f"{upload['uploaded_bytes']:,} of {upload['size']:,} bytes"
 
 
 def show_letters(letters: list[Letter], as_json: bool) -> None:

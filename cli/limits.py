@@ -12,7 +12,6 @@ import click
 
 from cli.commands import Command, connected, json_option, main, who
 from cli.display import harmless, print_json, table
-from contracts import MAX_RECIPIENTS
 
 if TYPE_CHECKING:
     from models.mailboxes import Held, Pause
@@ -162,20 +161,13 @@ def _changing(command: Command, named_as: str) -> Command:
                 ["budget", "was", "is"],
                 [[name, _told(change.before[name]), _told(limit)] for name, limit in change.after.items()],
             )
-        for warning in _warnings(change):
+        for warning in change.warnings:
             click.echo(warning, err=True)
         if not change.told:
             click.echo("Redis is away: this takes effect within a minute after it is back.", err=True)
 
     run.__doc__ = command.__doc__
     return run
-
-
-def _warnings(change: LimitsChange) -> Iterator[str]:
-    for name, limit in change.after.items():
-        if name.endswith("recipients") and limit and limit < MAX_RECIPIENTS:
-            kind = "external recipients" if name.startswith("tenant_") else "recipients"
-            yield f"A single mail with more than {limit} {kind} will be given up (never_fits)."
 
 
 def _told(limit: int | None) -> str:

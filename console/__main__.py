@@ -11,8 +11,9 @@ import uvicorn
 import actors  # noqa: F401  declares the queues whose depth is shown
 import runtime
 import telemetry
-from console.access import Access, FailedTries, parse_tokens
+from console.access import Access, parse_tokens
 from console.app import make_app
+from console.failed_tries import FailedTries
 
 #: A proxy in front may keep requests for a moment after SIGTERM.
 _GRACE_SECONDS = 10

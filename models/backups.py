@@ -188,7 +188,7 @@ class StoredBackup(NamedTuple):
     expires_at: datetime
 
 
-_LISTED = """
+LISTED = """
     SELECT b.id::text, b.incoming_email_id::text, e.publisher_message_id, b.graph_message_id, e.mailbox, b.size,
            b.compressed_size, b.checksum, b.key_id, b.created_at, b.expires_at
     FROM email_backups b JOIN incoming_emails e ON e.id = b.incoming_email_id
@@ -200,7 +200,7 @@ def stored_backups(*, mailbox: str | None = None, limit: int = 100) -> list[Stor
     return [
         StoredBackup(*row)
         for row in rows(
-            _LISTED + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
+            LISTED + "WHERE %(mailbox)s::text IS NULL OR e.mailbox = %(mailbox)s ORDER BY b.id DESC LIMIT %(limit)s",
             {"mailbox": mailbox, "limit": limit},
         )
     ]
@@ -209,7 +209,7 @@ def stored_backups(*, mailbox: str | None = None, limit: int = 100) -> list[Stor
 def find_backup(id: str) -> StoredBackup | None:
     """Find a backup by its own id, the email's, the publisher's or Graph's."""
     found = rows(
-        _LISTED
+        LISTED
         + """
         WHERE b.id = (
             SELECT id FROM (

@@ -91,6 +91,13 @@ class Filter:
     ids: tuple[str, ...] = ()
 
 
+class Place(NamedTuple):
+    """A place in the order of dead letters: behind the one with this instant and id."""
+
+    created_at: datetime
+    id: str
+
+
 class Letter(NamedTuple):
     """One row of the table, for people."""
 
@@ -108,6 +115,25 @@ class Letter(NamedTuple):
     resolved_by: str | None
 
 
+class Group(NamedTuple):
+    """The open dead letters with the same reason, of mail in the same queue.
+
+    Attributes:
+        mailboxes: How many mailboxes are concerned,
+        mailbox: and one of them; None: there is none.
+        last_error: Of the newest.
+    """
+
+    reason: str
+    queue_name: str
+    dead_letters: int
+    mailboxes: int
+    mailbox: str | None
+    oldest: datetime
+    newest: datetime
+    last_error: str | None
+
+
 _SELECT = """
     SELECT d.id::text, d.status, d.incoming_email_id::text, e.publisher_message_id, d.mailbox, d.queue_name, d.reason,
            d.attempts, d.last_error, d.created_at, d.resolved_at, d.resolved_by
@@ -120,24 +146,36 @@ _MATCHING = """
       AND (%(since)s::timestamptz IS NULL OR d.created_at >= %(since)s)
       AND (%(until)s::timestamptz IS NULL OR d.created_at < %(until)s)
       AND (%(ids)s::uuid[] = '{}' OR d.id = ANY(%(ids)s::uuid[]) OR d.incoming_email_id = ANY(%(ids)s::uuid[]))
-    ORDER BY d.created_at, d.id LIMIT %(limit)s
 """
+_BEHIND = "AND (d.created_at, d.id) > (%(created_at)s, %(id)s::uuid)"
 
 
-def _parameters(filter: Filter, limit: int | None) -> dict[str, Any]:
+def _parameters(filter: Filter) -> dict[str, Any]:
     return {
         "reason": filter.reason,
         "mailbox": filter.mailbox.lower() if filter.mailbox else None,
         "since": filter.since,
         "until": filter.until,
         "ids": list(filter.ids),
-        "limit": limit,
     }
 
 
-def find_open(filter: Filter, limit: int | None) -> list[Letter]:
-    """Return the open dead letters that match, oldest first."""
-    return [Letter(*row) for row in rows(_SELECT + _MATCHING, _parameters(filter, limit))]
+def find_open(filter: Filter, limit: int | None, after: Place | None = None) -> list[Letter]:
+    """Return the open dead letters that match, oldest first, or those of them that come after a place."""
+    behind = _BEHIND if after else ""
+    statement = f"{_SELECT} {_MATCHING} {behind} ORDER BY d.created_at, d.id LIMIT %(limit)s"
+    place = after._asdict() if after else {}
+    return [Letter(*row) for row in rows(statement, {**_parameters(filter), **place, "limit": limit})]
+
+
+def groups(filter: Filter) -> list[Group]:
+    """Return the open dead letters that match by their cause, the largest group first."""
+    statement = f"""
+        SELECT d.reason, d.queue_name, count(*), count(DISTINCT d.mailbox), min(d.mailbox), min(d.created_at),
+               max(d.created_at), (array_agg(d.last_error ORDER BY d.created_at DESC))[1]
+        FROM dlq d {_MATCHING} GROUP BY d.reason, d.queue_name ORDER BY count(*) DESC, d.reason, d.queue_name
+    """
+    return [Group(*row) for row in rows(statement, _parameters(filter))]
 
 
 def find(id: str) -> Letter | None:
@@ -224,7 +262,8 @@ def _put_back(incoming_email_id: str | None, queue_name: str) -> None:
             UPDATE incoming_emails
             SET status = CASE WHEN doubt.stands THEN 'processing' ELSE 'received' END,
                 -- To be looked up is no attempt of its own.
-                attempt_count = doubt.stands::int, next_attempt_at = NULL, updated_at = now()
+                attempt_count = doubt.stands::int, next_attempt_at = NULL, updated_at = now(),
+                drafts_clean = false  -- whatever it has left until now: its attempts are counted anew
             FROM (SELECT EXISTS (SELECT 1 FROM sent_emails WHERE incoming_email_id = %(id)s
                                    AND status IN ('sending', 'in_doubt')) AS stands) AS doubt
             WHERE id = %(id)s AND status = 'failed'

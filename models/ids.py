@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 def new_id() -> str:
@@ -17,6 +20,12 @@ def new_id() -> str:
     fraction, random = nanoseconds * 4096 // 1_000_000, int.from_bytes(os.urandom(8)) >> 2
     value = milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0x2 << 62 | random
     return str(uuid.UUID(int=value))
+
+
+def first_id(at: datetime) -> str:
+    """Return an id below every id that was made at that instant or later, and above all earlier ones."""
+    milliseconds = max((at - _EPOCH) // timedelta(milliseconds=1), 0)
+    return str(uuid.UUID(int=milliseconds << 80))
 
 
 def as_uuid(text: str) -> str | None:

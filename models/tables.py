@@ -65,6 +65,8 @@ class IncomingEmail(_Row):
     lease_until = TimestampField(null=True)
     reserved_at = TimestampField(null=True)
     draft_id = peewee.TextField(null=True)
+    drafts_clean = peewee.BooleanField(null=True)
+    drafts_looked_at = TimestampField(null=True)
     last_error = peewee.TextField(null=True)
     created_at = TimestampField()
     updated_at = TimestampField()

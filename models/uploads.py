@@ -32,6 +32,8 @@ class Upload:
     uploaded: bool
     session_url: str | None = None
     session_expires_at: datetime | None = None
+    #: Tells whether the source still has the file that the session was begun with.
+    source_version: str | None = None
 
 
 def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upload]:
@@ -54,7 +56,7 @@ def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upl
     found = rows(
         """
         SELECT position, filename, size, uploaded_bytes, status = 'uploaded', upload_session_info->>'url',
-               (upload_session_info->>'expires_at')::timestamptz
+               (upload_session_info->>'expires_at')::timestamptz, upload_session_info->>'source_version'
         FROM file_uploads WHERE incoming_email_id = %(id)s ORDER BY position
         """,
         {"id": email.id},
@@ -70,7 +72,13 @@ def record_progress(email: ClaimedEmail, upload: Upload, *, lease: timedelta) ->
     """
     session = None
     if upload.session_url and not upload.uploaded:
-        session = orjson.dumps({"url": upload.session_url, "expires_at": upload.session_expires_at}).decode()
+        session = orjson.dumps(
+            {
+                "url": upload.session_url,
+                "expires_at": upload.session_expires_at,
+                "source_version": upload.source_version,
+            }
+        ).decode()
     email.write(
         """
         WITH email AS (UPDATE incoming_emails SET lease_until = now() + %(lease)s WHERE {held} RETURNING id)

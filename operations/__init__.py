@@ -1,4 +1,4 @@
-"""What an operator may do, whichever way it is asked for: by the command line now, by the console too.
+"""What an operator may do, whichever way it is asked for: by the command line or by the console.
 
 Every verb that changes something writes who did it into ``audit_log``, in the transaction of the change. None of them
 sends anything: they change what the tables say, and the fleet acts on that.
@@ -6,7 +6,7 @@ sends anything: they change what the tables say, and the fleet acts on that.
 
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
-from operations.archive import export_backup, list_backups
+from operations.archive import backup, export_backup, find_backups, list_backups
 from operations.budgets import (
     MAILBOX_LIMITS,
     TENANT_LIMITS,
@@ -18,8 +18,8 @@ from operations.budgets import (
     set_limits,
     unset_limits,
 )
-from operations.dead_letters import dead_letter, find_dead_letters, open_dead_letter, resolve
-from operations.emails import cancel, publish, status
+from operations.dead_letters import dead_letter, dead_letter_groups, find_dead_letters, open_dead_letter, resolve
+from operations.emails import cancel, find_emails, publish, status, timeline
 from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
 from operations.health import Finding, backlog, doctor, queue_depths, ready, recipient_firewall
@@ -40,11 +40,15 @@ __all__ = [
     "Resumed",
     "ServerAway",
     "backlog",
+    "backup",
     "cancel",
     "dead_letter",
+    "dead_letter_groups",
     "doctor",
     "export_backup",
+    "find_backups",
     "find_dead_letters",
+    "find_emails",
     "forecast",
     "held",
     "limits",
@@ -61,5 +65,6 @@ __all__ = [
     "resume",
     "set_limits",
     "status",
+    "timeline",
     "unset_limits",
 ]

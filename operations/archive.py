@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import runtime
-from models import audit, backups
+from models import audit, backups, finding
 from models.backups import StoredBackup
+from models.finding import BackupPage
 from operations.errors import NotFound
 from vault import bind_to
 
@@ -16,6 +17,23 @@ def list_backups(*, mailbox: str | None, limit: int) -> list[StoredBackup]:
     return backups.stored_backups(mailbox=mailbox.lower() if mailbox else None, limit=limit)
 
 
+def find_backups(*, mailbox: str | None, limit: int, before: str | None = None) -> BackupPage:
+    """Return a page of backups, of one mailbox or of all, newest first: at most ``limit``, those before a row."""
+    return finding.backups(mailbox=mailbox, limit=limit, before=before)
+
+
+def backup(id: str) -> StoredBackup:
+    """Return what is known of a backup, by its id, the email's, the publisher's or Graph's.
+
+    Raises:
+        NotFound: There is no such backup.
+    """
+    found = backups.find_backup(id)
+    if found is None:
+        raise NotFound(f"no backup has the id {id}")
+    return found
+
+
 def export_backup(id: str, *, who: str) -> tuple[StoredBackup, Iterator[bytes]]:
     """Return a backup (by its id, the email's, the publisher's or Graph's) and its exact MIME in chunks.
 
@@ -23,14 +41,12 @@ def export_backup(id: str, *, who: str) -> tuple[StoredBackup, Iterator[bytes]]:
         NotFound: There is no such backup.
         UnknownKey, Tampered: From the vault, at once or while the chunks are read.
     """
-    backup = backups.find_backup(id)
-    if backup is None:
-        raise NotFound(f"no backup has the id {id}")
-    audit.record(who, "backups.export", backup.id, incoming_email_id=backup.incoming_email_id)
+    exported = backup(id)
+    audit.record(who, "backups.export", exported.id, incoming_email_id=exported.incoming_email_id)
     mime = runtime.vault.open(
-        backups.sealed_blob(backup.id),
-        key_id=backup.key_id,
-        associated_data=bind_to(backup.incoming_email_id, backup.graph_message_id),
-        checksum=backup.checksum,
+        backups.sealed_blob(exported.id),
+        key_id=exported.key_id,
+        associated_data=bind_to(exported.incoming_email_id, exported.graph_message_id),
+        checksum=exported.checksum,
     )
-    return backup, mime
+    return exported, mime

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import models
 import runtime
 from actors.budgets import OPERATORS_PATIENCE, turn
+from contracts import MAX_RECIPIENTS
 from limiter import Unavailable
 from models import audit, mailboxes
 from models import limits as set_by_operators
@@ -69,6 +70,20 @@ class LimitsChange(NamedTuple):
     after: dict[str, int | None]
     told: bool
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the operator should know of what is set now, in sentences."""
+        return [_warning(name, limit) for name, limit in self.after.items() if _gives_up(name, limit)]
+
+
+def _gives_up(name: str, limit: int | None) -> bool:
+    return name.endswith("recipients") and bool(limit) and limit < MAX_RECIPIENTS
+
+
+def _warning(name: str, limit: int | None) -> str:
+    kind = "external recipients" if name.startswith("tenant_") else "recipients"
+    return f"A single mail with more than {limit} {kind} will be given up (never_fits)."
+
 
 def limits(mailbox: str | None) -> list[Limit]:
     """Return how much of each budget is used, and what limits it: the mailbox's, or the tenant's.
@@ -85,9 +100,9 @@ def limits(mailbox: str | None) -> list[Limit]:
     ]
 
 
-def limits_set() -> list[SetLimit]:
-    """Return every limit that an operator has set and not unset, those for every mailbox first."""
-    return set_by_operators.all_set()
+def limits_set(mailbox: str | None = None) -> list[SetLimit]:
+    """Return every limit that operators have set and not unset, those for every mailbox first; or this one's alone."""
+    return set_by_operators.all_set(mailbox)
 
 
 def held(mailbox: str | None) -> list[Held]:

@@ -14,7 +14,7 @@ from dramatiq import DecodeError, Message
 import models
 import runtime
 from models import audit, dead_letters
-from models.dead_letters import Filter, Letter
+from models.dead_letters import Filter, Group, Letter, Place
 from operations.errors import NotFound, NotOpen, NotReplayable
 from outbox import Outgoing, Unconfirmed
 from telemetry import Step, mail_log
@@ -46,9 +46,14 @@ def open_dead_letter(id: str) -> Letter:
     return letter
 
 
-def find_dead_letters(filter: Filter, limit: int | None) -> list[Letter]:
-    """Return the open dead letters that match, oldest first."""
-    return dead_letters.find_open(filter, limit)
+def find_dead_letters(filter: Filter, limit: int | None, after: Place | None = None) -> list[Letter]:
+    """Return the open dead letters that match, oldest first, or those of them that come after a place."""
+    return dead_letters.find_open(filter, limit, after)
+
+
+def dead_letter_groups(filter: Filter) -> list[Group]:
+    """Return the open dead letters that match by their cause, the largest group first."""
+    return dead_letters.groups(filter)
 
 
 def resolve(

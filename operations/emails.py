@@ -1,7 +1,9 @@
-"""Single emails: publish one, see all that is known of one, keep one from being sent."""
+"""Emails: find them, publish one, see all that is known of one, keep one from being sent."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pika
@@ -11,7 +13,8 @@ import models
 import runtime
 from actors.budgets import give_back
 from limiter import Reservation, Wanted
-from models import audit, cancelling, inspection
+from models import audit, cancelling, finding, inspection
+from models.finding import EmailFilter, EmailPage
 from operations.errors import NotFound
 from outbox import PUBLISH_WITHIN, Outgoing
 from telemetry import Step, mail_log
@@ -30,6 +33,11 @@ def publish(body: bytes) -> str:
     return accepted.publisher_message_id
 
 
+def find_emails(filter: EmailFilter, *, limit: int, before: str | None = None) -> EmailPage:
+    """Return a page of the emails that match, newest first: at most ``limit``, those before an email's id."""
+    return finding.emails(filter, limit=limit, before=before)
+
+
 def status(id: str) -> dict[str, Any]:
     """Return everything that is known of an email, by our id or the publisher's. Its content is left out.
 
@@ -37,6 +45,31 @@ def status(id: str) -> dict[str, Any]:
     """
     known = inspection.everything_about(_found(id))
     return {**known, "recipient_firewall": str(runtime.firewall)} if runtime.firewall.stands else known
+
+
+def timeline(known: dict[str, Any]) -> list[tuple[datetime, str]]:
+    """Return what happened to an email of which `status` tells, in words for people, oldest first."""
+    return sorted(_happenings(known), key=lambda happening: str(happening[0]))
+
+
+def _happenings(known: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    yield known["created_at"], "received"
+    for receipt in known["receipts"]:
+        yield receipt["received_at"], f"attempt {receipt['attempt']} taken up by a worker"
+    for upload in known["uploads"]:
+        yield upload["updated_at"], f"{upload['filename']}: {upload['uploaded_bytes']} of {upload['size']} bytes up"
+    for seen in (known["sending"] or {}).get("evidence", []):
+        asked = f"asked {seen['asked']}, " if "asked" in seen else ""
+        yield datetime.fromisoformat(str(seen["at"])), f"{asked}saw {seen['seen']}"
+    for event in known["events"]:
+        yield (
+            event["published_at"] or event["created_at"],
+            f"{event['type']} {'published' if event['published_at'] else 'waiting'}",
+        )
+    for backup in known["backups"]:
+        yield backup["created_at"], f"archived, {backup['size']} bytes"
+    for letter in known["dead_letters"]:
+        yield letter["created_at"], f"dead letter ({letter['status']}): {letter['reason']}"
 
 
 def cancel(id: str, *, who: str) -> bool:

@@ -1,7 +1,8 @@
 """Serves files of any size and all the ways in which a file's source fails, under ``/files/``.
 
-``bytes`` and ``seed`` say what the file is, ``type`` its media type; what goes wrong is said by ``fail`` (a status, for
-the first ``times`` requests or always), ``slow`` (bytes per second) and ``truncate`` (bytes until it breaks off).
+``bytes`` and ``seed`` say what the file is, ``type`` its media type, ``etag`` its version; what goes wrong is said by
+``fail`` (a status, for the first ``times`` requests or always), ``slow`` (bytes per second) and ``truncate`` (bytes
+until it breaks off).
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class FileServer:
         wanted = _range(request, size_bytes)
         if wanted is None:
             return web.Response(status=416, headers={"Content-Range": f"bytes */{size_bytes}"})
-        response = web.StreamResponse(status=206 if "Range" in request.headers else 200)
+        response = web.StreamResponse(status=206 if _asks_for_part(request) else 200)
+        if "etag" in request.query:
+            response.headers["ETag"] = _etag(request)
         response.content_type = request.query.get("type", "application/octet-stream")
         response.content_length = len(wanted)
         response.headers["Accept-Ranges"] = "bytes"
@@ -74,9 +77,21 @@ async def _write_slowly(response: web.StreamResponse, chunk: bytes, bytes_per_se
         await asyncio.sleep(step / bytes_per_second)
 
 
+def _etag(request: web.BaseRequest) -> str:
+    return f'"{request.query["etag"]}"'
+
+
+def _asks_for_part(request: web.BaseRequest) -> bool:
+    """Say whether a range is wanted, and of this very version if one is named (RFC 9110, 13.1.5)."""
+    condition = request.headers.get("If-Range")
+    return "Range" in request.headers and (
+        condition is None or ("etag" in request.query and condition == _etag(request))
+    )
+
+
 def _range(request: web.BaseRequest, size_bytes: int) -> range | None:
     """Return the bytes that are asked for, or None if there are none such."""
-    if "Range" not in request.headers:
+    if not _asks_for_part(request):
         return range(size_bytes)
     parsed = _RANGE.fullmatch(request.headers["Range"])
     if parsed is None or int(parsed[1]) >= size_bytes:

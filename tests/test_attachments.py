@@ -864,5 +864,5 @@ def test_the_errors_are_those_that_the_module_draws() -> None:
 
     assert {name for _, name in drawn} == errors
     for indent, name in drawn[1:]:
-        parent = AttachmentRefused if indent else AttachmentError
+        parent = {"│   ": AttachmentRefused, "    ": SourceUnavailable}.get(indent, AttachmentError)
         assert getattr(attachments, name).__base__ is parent

@@ -35,6 +35,7 @@ from operator_support import (
 from support import rows
 
 import runtime
+from models import uploads
 from sandbox.processes import free_port
 from sandbox.world import new_database
 from simulator.control import Simulator
@@ -156,6 +157,28 @@ def test_an_email_that_would_be_rejected_is_told_why(published: Any) -> None:
     says(mailfleet("publish", "-", stdin=b" " * 4_000_001), 1, "more than 4000000")
     says(mailfleet("publish", "-"), 1, "not valid JSON")
     assert published() is None
+
+
+def test_status_shows_how_far_each_attachment_is() -> None:
+    given = [{"name": f"{name}.bin", "size": 4000, "urlOrId": "https://files.example/a"} for name in "abcd"]
+    id = support.store(attachments=[*given, given[0] | {"name": "empty", "size": 0}])
+    email = support.claim(id, intent=False)
+    planned = uploads.plan(email, email.payload["attachments"])
+    for upload, uploaded_bytes in zip(planned, (0, 1000, 3990, 4000, 0), strict=True):
+        upload.uploaded, upload.uploaded_bytes = uploaded_bytes == upload.size, uploaded_bytes
+        uploads.record_progress(email, upload, lease=support.LEASE)
+
+    shown = mailfleet("status", id).output
+
+    bars = [line.split() for line in shown.splitlines() if "░" in line or "█" in line]
+    assert [line[:3] for line in bars] == [
+        ["a.bin", "░" * 24, "0"],
+        ["b.bin", "█" * 6 + "░" * 18, "25"],
+        ["c.bin", "█" * 23 + "▉", "99"],
+        ["d.bin", "█" * 24, "100"],
+        ["empty", "█" * 24, "100"],
+    ]
+    assert "1,000 of 4,000 bytes" in shown
 
 
 def test_status_tells_people_and_scripts_the_same() -> None:

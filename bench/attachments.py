@@ -1,0 +1,266 @@
+"""Large attachments: what a worker needs for one, how fast it goes, and that kills neither lose nor repeat a byte.
+
+A 5 MB and a 150 MB file are sent, and the most memory that the worker has had is read from the kernel for each. The
+same 150 MB are copied from the same source to the same simulated Graph by a loop that does nothing else, turn by turn.
+
+    python -m bench.attachments
+    python -m bench.attachments --kills 40 --uploads 60 --seed 1
+
+With ``--kills`` the workers are killed while files of 5 to 40 MB go up, and Graph's record is held against what was
+published: every mail once, each attachment once, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import requests
+from rich.console import Console
+
+from bench import report
+from bench.blows import Blow, Hand
+from bench.limits.findings import Findings
+from bench.load import UNBINDING
+from bench.mail import attachments
+from graph_client import UPLOAD_RANGE_BYTES, GraphClient, TokenSource
+from sandbox.servers import Servers
+from sandbox.world import World
+
+MEGABYTE = 1024 * 1024
+SMALL_BYTES, LARGE_BYTES = 5 * MEGABYTE, 150 * MEGABYTE
+MOST_GROWTH_MB = 24.0
+#: Bytes a second, of the bare copy's.
+LEAST_SHARE = 0.75
+_TYPES = ("bridge", "clock", "scheduler", "send_attached")
+_PATIENCE = timedelta(minutes=20)
+_KILL_SETTINGS: dict[str, str | int] = {
+    **UNBINDING,
+    "METRICS_PORT": 0,
+    "GRAPH_TIMEOUT_SECONDS": 5,
+    "LEASE_SECONDS": 20,
+    "MAX_ATTEMPTS": 50,
+    "RETRY_BACKOFF_MAX_SECONDS": 3,
+    "RETRY_BACKOFF_MIN_SECONDS": 1,
+    "IN_DOUBT_SETTLE_SECONDS": 2,
+    "IN_DOUBT_GRACE_SECONDS": 10,
+}
+_SMALLEST_MB, _LARGEST_MB = 5, 40
+#: So many mails that went wrong are named.
+_NAMED = 10
+_SETTLED = "SELECT count(*) FROM incoming_emails WHERE status IN ('processed', 'failed', 'expired', 'cancelled')"
+
+
+# Memory and speed
+
+
+def measure(world: World, times: int) -> Findings:
+    """Send a small and a large file so often, and copy the large one barely as often, in turns."""
+    findings = Findings()
+    world.simulator.set_limits(requests=0, upload_bytes=0)
+    worker = _Worker(world)
+    _send(world, SMALL_BYTES, "warm-up")
+    small = [worker.most_mb(SMALL_BYTES, f"small-{turn}") for turn in range(times)]
+    large, ours, bare = [], [], []
+    for turn in range(times):
+        large.append(worker.most_mb(LARGE_BYTES, f"large-{turn}"))
+        ours.append(_seconds(world, f"large-{turn}@contoso.example"))
+        _copy(world, f"copy-{turn}@contoso.example")
+        bare.append(_seconds(world, f"copy-{turn}@contoso.example"))
+    findings.tell("resident at most, 5 MB attached, MB", max(small))
+    findings.tell("resident at most, 150 MB attached, MB", max(large))
+    findings.at_most("growth, MB", max(large) - min(small), MOST_GROWTH_MB)
+    rates = [LARGE_BYTES / MEGABYTE / statistics.median(seconds) for seconds in (ours, bare)]
+    findings.tell("upload, MB a second", rates[0])
+    findings.tell("bare copy, MB a second", rates[1])
+    findings.at_least("of the bare copy's", rates[0] / rates[1], LEAST_SHARE)
+    return findings
+
+
+class _Worker:
+    """The processes of ``send_attached``, and what the kernel says of their memory."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def most_mb(self, size_bytes: int, name: str) -> float:
+        """Send a file and return the most that was resident meanwhile, of the process that had most."""
+        pids = self._world.fleet.pids("send_attached")
+        for pid in pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # begin the high-water mark anew (proc(5))
+        _send(self._world, size_bytes, name)
+        return max(_high_water_mb(pid) for pid in pids)
+
+
+def _high_water_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(kilobytes) / 1024
+
+
+def _send(world: World, size_bytes: int, name: str) -> None:
+    mail = _email(world, name, f"{name}@contoso.example", size_bytes)
+    world.publish(mail)
+    processed = "SELECT 1 FROM incoming_emails WHERE publisher_message_id = %(id)s AND status = 'processed'"
+    world.wait_until(f"{name} is sent", lambda: world.rows(processed, {"id": name}), _PATIENCE)
+
+
+def _email(world: World, name: str, mailbox: str, size_bytes: int) -> dict[str, Any]:
+    return {
+        "publisher_message_id": name,
+        "from": mailbox,
+        "to": ["reader@example.com"],
+        "subject": name,
+        "body": {"contentType": "text", "content": "The file is attached."},
+        "attachments": [
+            {"name": f"{name}.bin", "size": size_bytes, "urlOrId": world.simulator.file_url(size_bytes, seed=name)}
+        ],
+    }
+
+
+def _seconds(world: World, mailbox: str) -> float:
+    """Return the time from the opening of the upload session to the end of the last range, as Graph saw it."""
+    (opened,) = world.simulator.requests(mailbox, "create_upload_session")
+    ranges = world.simulator.requests(mailbox, "upload_range")
+    return float(ranges[-1]["answered_monotonic"] - opened["arrived_monotonic"])
+
+
+def _copy(world: World, mailbox: str) -> None:
+    """Stream the large file into an upload session, and do nothing else."""
+    graph = _graph(world)
+    draft = graph.create_draft(mailbox, {"subject": "copy", "body": {"contentType": "text", "content": ""}})
+    session = graph.create_upload_session(
+        mailbox, draft.id, name="copy", size_bytes=LARGE_BYTES, content_type="application/octet-stream"
+    )
+    with requests.Session() as http:
+        http.verify = world.simulator.ca_bundle
+        with http.get(world.simulator.file_url(LARGE_BYTES, seed="copy"), stream=True, timeout=30) as source:
+            for offset in range(0, LARGE_BYTES, UPLOAD_RANGE_BYTES):
+                content = source.raw.read(UPLOAD_RANGE_BYTES)
+                of = f"bytes {offset}-{offset + len(content) - 1}/{LARGE_BYTES}"
+                http.put(session.url, data=content, headers={"Content-Range": of}, timeout=30).raise_for_status()
+
+
+def _graph(world: World) -> GraphClient:
+    own = world.environment
+    os.environ["REQUESTS_CA_BUNDLE"] = world.simulator.ca_bundle  # whom msal and the client trust
+    tokens = TokenSource(
+        own["GRAPH_AUTHORITY"],
+        own["GRAPH_TENANT_ID"],
+        own["GRAPH_CLIENT_ID"],
+        secret=own["GRAPH_CLIENT_SECRET"],
+        timeout=timedelta(seconds=30),
+    )
+    return GraphClient(
+        own["GRAPH_BASE_URL"],
+        tokens,
+        timeout=timedelta(seconds=30),
+        tag_id="String {7c1f6c1e-52a5-4f0b-8f4e-0d6f5d1a9c55} Name bench",
+    )
+
+
+# Kills
+
+
+def survive(world: World, servers: Servers, options: argparse.Namespace, screen: Console) -> Findings:
+    """Kill the workers while files go up, wait until all is settled, and hold Graph's record against it."""
+    chance = random.Random(f"{options.seed} uploads")
+    mail = [_upload(world, number, chance, options) for number in range(options.uploads)]
+    world.simulator.set_limits(requests=0, upload_bytes=0)
+    hand = Hand(world, servers)
+    began = time.monotonic()
+    world.publish(*mail)
+    hand.deal([*_blows(world, options.kills, options.seconds, chance)], began)
+    screen.print(f"{time.monotonic() - began:.0f} s: the last blow has fallen; waiting until all is settled")
+    world.wait_until("all is settled", lambda: world.count(_SETTLED) >= len(mail), _PATIENCE)
+    findings = judge(world, mail)
+    findings.tell("kills that struck a living worker", hand.kills.total())
+    findings.tell("seconds", time.monotonic() - began)
+    findings.tell("attempts", world.count("SELECT sum(attempt_count) FROM incoming_emails"))
+    findings.tell("MB published", sum(each["attachments"][0]["size"] for each in mail) / MEGABYTE)
+    return findings
+
+
+def _upload(world: World, number: int, chance: random.Random, options: argparse.Namespace) -> dict[str, Any]:
+    size_bytes = round(chance.uniform(options.smallest_mb, options.largest_mb) * MEGABYTE)
+    return _email(world, f"upload-{number}", f"sender{number % 20}@contoso.example", size_bytes)
+
+
+def _blows(world: World, count: int, over_seconds: float, chance: random.Random) -> Iterator[Blow]:
+    replicas = [name for name in sorted(world.fleet.ports) if name.startswith("send_attached.")]
+    for at_seconds in sorted(chance.uniform(0, over_seconds) for _ in range(count)):
+        yield Blow(at_seconds, "kill", chance.choice(replicas))
+
+
+def judge(world: World, mail: Sequence[dict[str, Any]]) -> Findings:
+    """Hold what left Graph against what was published."""
+    ids = dict(world.rows("SELECT publisher_message_id, id::text FROM incoming_emails"))
+    left = world.simulator.delivery_counts_by_tag()
+    times = Counter({each["publisher_message_id"]: left.get(ids[each["publisher_message_id"]], 0) for each in mail})
+    wrong = [each for each in mail if times[each["publisher_message_id"]] == 1 and not _whole(world, ids, each)]
+    findings = Findings()
+    findings.tell("mails", len(mail))
+    findings.at_most("lost", sum(count == 0 for count in times.values()), 0)
+    findings.at_most("sent more than once", sum(count > 1 for count in times.values()), 0)
+    findings.at_most("attachments missing, twice or other", len(wrong), 0)
+    for each in wrong[:_NAMED]:
+        findings.tell("wrong", each["publisher_message_id"])
+    return findings
+
+
+def _whole(world: World, ids: dict[str, str], mail: dict[str, Any]) -> bool:
+    (delivery,) = world.simulator.deliveries(tag=ids[mail["publisher_message_id"]])
+    return sorted((each["name"], each["sha256"]) for each in delivery["attachments"]) == attachments(mail)
+
+
+# The command
+
+
+@contextmanager
+def _world(settings: dict[str, str | int], **fleet_options: Any) -> Iterator[tuple[World, Servers]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="mailfleet-bench-") as directory,
+        Servers(Path(directory), durable=False, environment={}) as servers,
+        World(servers.environment, Path(directory) / "world", settings, only=_TYPES, **fleet_options) as world,
+    ):
+        world.wait_until_ready(timedelta(seconds=90))
+        yield world, servers
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = report.parser("attachments", __doc__)
+    add = parser.add_argument
+    add("--times", type=int, default=3, help="how often each file is sent and copied (default: %(default)s)")
+    add("--kills", type=int, default=0, help="kill the workers so often instead")
+    add("--uploads", type=int, default=60, help="mails with a file each, for --kills (default: %(default)s)")
+    add("--smallest-mb", type=float, default=_SMALLEST_MB)
+    add("--largest-mb", type=float, default=_LARGEST_MB)
+    add("--seconds", type=float, default=120, help="over which the kills are spread (default: %(default)g)")
+    add("--seed", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _arguments(arguments)
+    if options.kills:
+        with _world(_KILL_SETTINGS, scale={"send_attached": 2}, supervise=True) as (world, servers):
+            findings = survive(world, servers, options, Console())
+        return report.tell(findings, f"{options.kills} kills, seed {options.seed}", options)
+    with _world(UNBINDING) as (world, _):
+        findings = measure(world, options.times)
+    return report.tell(findings, f"Sent {options.times} times", options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

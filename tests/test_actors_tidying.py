@@ -1,0 +1,190 @@
+"""``tidy_drafts``: what dead workers and ended emails have left in the mailboxes goes, and never the mail itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import support
+from support import LEASE, SENDER, Fleet, email_row, rows, sending, store, table
+from test_actors_drafts import LARGE, SMALL, draft_recorded, file, half_uploaded, killed_after, make_draft
+
+import models
+import runtime
+from actors.budgets import keep_counts
+from actors.tidying import tidy_drafts
+from models import dead_letters, leftovers
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+configure, limit = support.configure, support.limit
+
+
+def later() -> None:
+    """Let the retention of drafts have passed."""
+    rows("UPDATE incoming_emails SET updated_at = updated_at - interval '2 days'")
+    rows("UPDATE incoming_emails SET drafts_looked_at = drafts_looked_at - interval '2 days'")
+
+
+def drafts_left(fleet: Fleet) -> int:
+    return len(fleet.graph.messages(SENDER, "drafts"))
+
+
+def failed_with_a_draft(fleet: Fleet) -> str:
+    """A mail whose second file cannot be had, so that its draft stays."""
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "gone", SMALL, fail=404)])
+    assert fleet.send() == ["dead-lettered"]
+    assert drafts_left(fleet) == 1
+    return id
+
+
+def two_drafts(email: models.ClaimedEmail) -> None:
+    """The worker dies between the draft and its record, twice: the second did not see the first."""
+    make_draft(email)
+    draft_recorded(email)
+
+
+def test_a_draft_that_was_left_beside_the_one_that_was_sent_is_deleted(fleet: Fleet) -> None:
+    # Given
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    killed_after(fleet, id, two_drafts)
+    fleet.settle(id)
+    assert (sending(id), fleet.mails(id), drafts_left(fleet)) == ("sent", 1, 1)
+    # When
+    later()
+    tidy_drafts()
+    # Then the mail is where it was
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (0, True)
+    assert [mail["isDraft"] for mail in fleet.graph.messages(SENDER, "sentitems")] == [False]
+
+
+def test_a_mail_that_was_sent_at_its_first_attempt_costs_no_request(fleet: Fleet) -> None:
+    store(attachments=[file(fleet, "small", SMALL)])
+    fleet.send()
+    before = len(fleet.graph.requests())
+    later()
+    tidy_drafts()
+    assert len(fleet.graph.requests()) == before
+
+
+def test_the_draft_of_a_mail_that_failed_is_kept_for_its_replay_and_then_deleted(fleet: Fleet) -> None:
+    id = failed_with_a_draft(fleet)
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(id)["draft_id"] is None) == (1, False)
+    later()
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(id)["draft_id"]) == (0, None)
+
+
+def test_a_mail_whose_draft_was_deleted_is_sent_by_its_replay(fleet: Fleet) -> None:
+    # Given
+    id = failed_with_a_draft(fleet)
+    later()
+    tidy_drafts()
+    # When its file is there after all
+    rows("UPDATE incoming_emails SET payload = replace(payload::text, '&fail=404', '')::json")
+    (letter,) = table("dlq")
+    assert dead_letters.resolve(letter["id"], replayed=True, who="test")
+    fleet.settle(id)
+    # Then
+    assert (sending(id), fleet.mails(id)) == ("sent", 1)
+    # And what this attempt may have left is looked for again
+    assert email_row(id)["drafts_clean"] is False
+
+
+def test_a_mail_in_doubt_keeps_its_draft(fleet: Fleet) -> None:
+    id = failed_with_a_draft(fleet)
+    rows(
+        "INSERT INTO sent_emails (id, incoming_email_id, status, intent_at) VALUES (%(id)s, %(id)s, 'in_doubt', now())",
+        {"id": id},
+    )
+    later()
+    tidy_drafts()
+    assert drafts_left(fleet) == 1
+
+
+def test_a_draft_that_is_all_there_is_of_a_sent_mail_is_left_alone(fleet: Fleet) -> None:
+    # Given a mail that Graph has accepted and kept in Drafts, and that took two attempts
+    fleet.graph.keep_in_drafts(operation="send_draft")
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    killed_after(fleet, id, draft_recorded)
+    fleet.settle(id)
+    assert (sending(id), drafts_left(fleet)) == ("sent", 1)
+    # When
+    later()
+    tidy_drafts()
+    # Then
+    assert drafts_left(fleet) == 1
+
+
+def test_a_mail_that_is_replayed_as_its_draft_is_about_to_be_deleted_keeps_it(fleet: Fleet) -> None:
+    # Given
+    id = failed_with_a_draft(fleet)
+    later()
+    (leftover,) = leftovers.due(timedelta(days=1), 10)
+    # When it is replayed after it was found
+    (letter,) = table("dlq")
+    assert dead_letters.resolve(letter["id"], replayed=True, who="test")
+    # Then nothing is changed any more
+    assert leftovers.let_go(leftover) == []
+    assert not leftovers.is_unchanged(leftover)
+    leftovers.record_look(leftover, clean=True)
+    assert email_row(id)["drafts_clean"] is False
+
+
+def test_an_upload_session_of_a_mail_that_is_given_up_is_ended_and_its_address_forgotten(fleet: Fleet) -> None:
+    # Given
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    killed_after(fleet, id, half_uploaded)
+    rows("UPDATE incoming_emails SET status = 'cancelled', next_attempt_at = NULL")
+    # When
+    later()
+    tidy_drafts()
+    # Then
+    cancelled = [each["status"] for each in fleet.graph.requests(operation="cancel_upload_session")]
+    assert cancelled == ["204"]
+    assert {row["upload_session_info"] for row in table("file_uploads")} == {None}
+    assert drafts_left(fleet) == 0
+
+
+def test_the_address_of_a_session_that_has_ended_is_forgotten_whatever_its_mail_does(fleet: Fleet) -> None:
+    fleet.graph.set_behaviour(session_lifetime_seconds=0)
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    fleet.send()
+    assert email_row(id)["status"] == "received"
+    rows('UPDATE file_uploads SET upload_session_info = \'{"url": "secret", "expires_at": "2020-01-01T00:00:00Z"}\'')
+    tidy_drafts()
+    assert {row["upload_session_info"] for row in table("file_uploads")} == {None}
+
+
+REFUSALS: dict[str, Callable[[Fleet], None]] = {
+    "throttled": lambda fleet: fleet.graph.throttle(operation="find", retry_after="30"),
+    "unavailable": lambda fleet: fleet.graph.unavailable(operation="find"),
+    "paused": lambda fleet: runtime.limiter.pause(SENDER, LEASE) and None,
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_mailbox_that_refuses_for_now_is_looked_into_again(fleet: Fleet, refusal: str) -> None:
+    # Given
+    id = failed_with_a_draft(fleet)
+    later()
+    REFUSALS[refusal](fleet)
+    # When
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (1, False)
+    # Then
+    rows("UPDATE mailboxes SET paused_until = NULL")
+    runtime.redis.flushdb()
+    keep_counts()
+    later()
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (0, True)
+
+
+def test_a_throttled_look_pauses_the_mailbox_for_everyone(fleet: Fleet) -> None:
+    failed_with_a_draft(fleet)
+    later()
+    REFUSALS["throttled"](fleet)
+    tidy_drafts()
+    assert runtime.limiter.paused_until(SENDER) is not None

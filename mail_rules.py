@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, NamedTuple
 
 #: Stands for every publisher, also for one that does not say who it is.
@@ -46,6 +47,12 @@ class SenderRule(NamedTuple):
         return entries
 
 
+@cache
+def sender_rules(entries: tuple[str, ...]) -> list[SenderRule]:
+    """Return the rules that ``ALLOWED_SENDERS`` has."""
+    return [SenderRule.parse(entry) for entry in entries]
+
+
 def refusal_of_sender(mailbox: str, user: str | None, rules: Iterable[SenderRule]) -> str | None:
     """Say why a publisher may not send from a mailbox; None if it may.
 
@@ -75,7 +82,8 @@ class RecipientFirewall(NamedTuple):
     redirect_to: str | None = None
 
     @classmethod
-    def parse(cls, entries: Sequence[str]) -> RecipientFirewall:
+    @cache
+    def parse(cls, entries: tuple[str, ...]) -> RecipientFirewall:
         """Read patterns, or ``redirect:address`` alone; nothing lets everything pass."""
         if entries and entries[0].startswith(_REDIRECT):
             return cls((), entries[0].removeprefix(_REDIRECT).strip())

@@ -35,7 +35,7 @@ from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
-from mail_rules import RecipientFirewall, SenderRule
+from mail_rules import RecipientFirewall
 from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from vault import Keyring, Vault
@@ -69,6 +69,11 @@ def _load() -> settings.Settings:
         )
     except settings.SettingsInvalid as invalid:
         sys.exit(str(invalid))
+
+
+def firewall() -> RecipientFirewall:
+    """Return whom mail may reach."""
+    return RecipientFirewall.parse(configuration.recipient_firewall)
 
 
 def _token_source() -> TokenSource:
@@ -243,8 +248,6 @@ limiter = limits.Limiter(
     ),
     slot_lease=2 * configuration.graph_timeout + _SLOT_MARGIN,
 )
-sender_rules = [SenderRule.parse(entry) for entry in configuration.allowed_senders]
-firewall = RecipientFirewall.parse(configuration.recipient_firewall)
 tokens = _token_source()
 graph = GraphClient(
     configuration.graph_base_url,

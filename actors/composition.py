@@ -10,6 +10,7 @@ import orjson
 
 import runtime
 from graph_client.errors import InvalidRecipient
+from mail_rules import RecipientFirewall
 
 #: Recipient fields of a ``SendEmail`` and of Graph's message.
 _RECIPIENTS = {"to": "toRecipients", "cc": "ccRecipients", "bcc": "bccRecipients", "reply_to": "replyTo"}
@@ -24,8 +25,9 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
     Raises:
         InvalidRecipient: It reaches nobody.
     """
-    if runtime.firewall.stands:
-        payload = _behind_firewall(payload)
+    firewall = runtime.firewall()
+    if firewall.stands:
+        payload = _behind(firewall, payload)
     message = {
         "subject": payload.get("subject", ""),
         "body": payload["body"],
@@ -43,11 +45,11 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
     return runtime.graph.tagged(message, incoming_email_id)
 
 
-def _behind_firewall(payload: dict[str, Any]) -> dict[str, Any]:
-    reached = runtime.firewall.reached(payload)
+def _behind(firewall: RecipientFirewall, payload: dict[str, Any]) -> dict[str, Any]:
+    reached = firewall.reached(payload)
     if not any(reached.values()):
         raise InvalidRecipient("RECIPIENT_FIREWALL lets the mail reach none of its recipients")
-    return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": runtime.firewall.headers(payload)}
+    return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": firewall.headers(payload)}
 
 
 #: Joiners that scripts and emoji need; the other invisible characters only make a name look like another.

@@ -33,7 +33,7 @@ import runtime
 import telemetry
 from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
-from mail_rules import refusal_of_sender
+from mail_rules import refusal_of_sender, sender_rules
 from models import Arrival, Reception
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
 from telemetry import Step, mail_log
@@ -158,16 +158,18 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]
 def _recipients_reached(accepted: contracts.AcceptedEmail) -> tuple[int, int]:
     """Return how many external recipients the mail reaches, and how many in all: what limits count."""
     domains = accepted.email.recipient_domains
-    if runtime.firewall.stands:
+    firewall = runtime.firewall()
+    if firewall.stands:
         email = accepted.email
-        reached = runtime.firewall.reached({"to": email.to, "cc": email.cc, "bcc": email.bcc})
+        reached = firewall.reached({"to": email.to, "cc": email.cc, "bcc": email.bcc})
         domains = [address.rpartition("@")[2].lower() for addresses in reached.values() for address in addresses]
     patterns = [pattern.lower() for pattern in runtime.configuration.internal_domains]
     return sum(not any(fnmatchcase(domain, pattern) for pattern in patterns) for domain in domains), len(domains)
 
 
 def _check_sender(delivery: Delivery, accepted: contracts.AcceptedEmail) -> None:
-    if refusal := refusal_of_sender(accepted.email.mailbox, delivery.user_id, runtime.sender_rules):
+    rules = sender_rules(runtime.configuration.allowed_senders)
+    if refusal := refusal_of_sender(accepted.email.mailbox, delivery.user_id, rules):
         raise Unacceptable("sender_not_allowed", f"from: {refusal}", accepted.publisher_message_id)
 
 

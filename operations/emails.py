@@ -44,7 +44,8 @@ def status(id: str) -> dict[str, Any]:
     A recipient firewall that stands is told of: it decides where the mail goes.
     """
     known = inspection.everything_about(_found(id))
-    return {**known, "recipient_firewall": str(runtime.firewall)} if runtime.firewall.stands else known
+    firewall = runtime.firewall()
+    return {**known, "recipient_firewall": str(firewall)} if firewall.stands else known
 
 
 def timeline(known: dict[str, Any]) -> list[tuple[datetime, str]]:

@@ -192,7 +192,7 @@ def _check_credential() -> str:
 
 def recipient_firewall() -> str:
     """Say what ``RECIPIENT_FIREWALL`` does, without an address."""
-    return str(runtime.firewall)
+    return str(runtime.firewall())
 
 
 def _check_archive() -> str:

@@ -22,6 +22,10 @@ _MAX_HEADERS = 5
 _MAX_HEADER_CHARACTERS = 995
 
 
+class StoppedByFirewall(Exception):
+    """Raised when the firewall lets a mail reach none of its recipients."""
+
+
 class SenderRule(NamedTuple):
     """One entry of ``ALLOWED_SENDERS``: who may send from the mailboxes that match."""
 

@@ -9,8 +9,7 @@ from typing import Any
 import orjson
 
 import runtime
-from graph_client.errors import InvalidRecipient
-from mail_rules import RecipientFirewall
+from mail_rules import RecipientFirewall, StoppedByFirewall
 
 #: Recipient fields of a ``SendEmail`` and of Graph's message.
 _RECIPIENTS = {"to": "toRecipients", "cc": "ccRecipients", "bcc": "bccRecipients", "reply_to": "replyTo"}
@@ -23,7 +22,7 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
     It goes to whom the firewall lets it reach.
 
     Raises:
-        InvalidRecipient: It reaches nobody.
+        StoppedByFirewall: It reaches nobody.
     """
     firewall = runtime.firewall()
     if firewall.stands:
@@ -48,7 +47,7 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
 def _behind(firewall: RecipientFirewall, payload: dict[str, Any]) -> dict[str, Any]:
     reached = firewall.reached(payload)
     if not any(reached.values()):
-        raise InvalidRecipient("RECIPIENT_FIREWALL lets the mail reach none of its recipients")
+        raise StoppedByFirewall("RECIPIENT_FIREWALL lets the mail reach none of its recipients")
     return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": firewall.headers(payload)}
 
 

@@ -42,6 +42,7 @@ from graph_client.errors import (
     Throttled,
     TransientError,
 )
+from mail_rules import StoppedByFirewall
 from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes, turns
 from models.spending import record_slowed
 from models.turns import EVERY, Full
@@ -86,7 +87,15 @@ class TooLargeForMailbox(Exception):
 
 
 #: What ends an email: recorded as failed, and dead-lettered.
-GIVEN_UP = (PermanentError, AttachmentRefused, AttemptsUsedUp, InDoubtHeld, TooLargeForMailbox, limits.NeverFits)
+GIVEN_UP = (
+    PermanentError,
+    AttachmentRefused,
+    AttemptsUsedUp,
+    InDoubtHeld,
+    StoppedByFirewall,
+    TooLargeForMailbox,
+    limits.NeverFits,
+)
 
 
 def record_sent(

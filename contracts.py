@@ -7,7 +7,6 @@ documented is what is checked. Nothing here depends on how mail is stored or sen
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import uuid
 from collections.abc import Sequence
@@ -29,9 +28,11 @@ from pydantic import (
     model_validator,
 )
 
+from repeated_keys import repeated_key
+
 __version__ = "0.1.0"
 
-#: Larger deliveries are rejected unread. Content travels by reference (``urlOrId``), so only the body can be large.
+#: Larger deliveries are rejected unread. All but small files travel by reference (``urlOrId``).
 MAX_DELIVERY_BYTES = 4_000_000
 #: Graph takes 4 MB per request (learn.microsoft.com/graph/api/user-post-messages); the rest of the message needs room.
 MAX_BODY_BYTES = 3_000_000
@@ -42,6 +43,8 @@ MAX_HEADERS = 5
 MAX_ATTACHMENTS = 50
 #: Graph's limit for one upload session (learn.microsoft.com/graph/outlook-large-attachments).
 MAX_ATTACHMENT_BYTES = 150 * 1024 * 1024
+#: What the files in one email (``contentBytes``) may hold together: base64 leaves a third of a delivery for the rest.
+MAX_CONTENT_BYTES = 2_000_000
 MAX_METADATA = 50
 _MAX_METADATA_NAME, _MAX_METADATA_TEXT = 64, 1024
 #: Integers that PostgreSQL and every JSON reader with 64-bit integers keep.
@@ -65,7 +68,8 @@ _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _ADDRESS = rf"^{_ATOM}(?:\.{_ATOM})*@(?:{_LABEL}\.)+[A-Za-z](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?$"
 _BREAKING = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
 _LINE = rf"^[^{_BREAKING}]*$"
-_SOURCE = rf"^(?:[hH][tT][tT][pP][sS]://[^\s\\{_BREAKING}]+|[A-Za-z0-9._~-]+)$"
+_SOURCE = rf"^(?:(?:[hH][tT][tT][pP][sS]|s3|abfss?|az)://[^\s\\{_BREAKING}]+|[A-Za-z0-9._~-]+)$"
+_BASE64 = r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 _CONTENT_ID = rf"^[^\s<>{_BREAKING}]+$"
 _RESTRICTED_NAME = r"[A-Za-z0-9!#$&^_.+-]+"
 _CONTENT_TYPE = rf'^{_RESTRICTED_NAME}/{_RESTRICTED_NAME}(; ?{_RESTRICTED_NAME}=[A-Za-z0-9!#$&^_.+" -]+)*$'
@@ -74,15 +78,14 @@ _HEADER = r"^[xX]-[A-Za-z0-9-]+$"
 _SENTENCES = {
     _ADDRESS: "must be an address alone, as in ann@example.com",
     _LINE: "must not contain control characters or line breaks",
-    _SOURCE: "must be an https URL or the id of a stored attachment",
+    _SOURCE: "must be an https URL, the id of a stored attachment, or the URL of an object in a cloud's store",
+    _BASE64: "must be base64 of the standard alphabet, padded, without line breaks",
     _HEADER: "must be the name of an x- header",
 }
 _CONTROL = re.compile(f"[{_BREAKING}\ud800-\udfff]")
 #: What a body may not contain, which may have tabs and lines: in UTF-8, where these bytes are nothing else.
 _UNPRINTABLE_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127])
 _UNPRINTABLE = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
-#: Every key of a JSON text ends like this, and little else does.
-_END_OF_KEY = re.compile(rb'"[ \t\r\n]*:')
 _FIELD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -159,20 +162,63 @@ class Body(_Contract):
     )
 
 
+#: The default of a field that may be left out and has no null.
+_ABSENT: Any = None
+
+
+def _absent_unless_given(schema: dict[str, Any]) -> None:
+    """Leave out of the schema that a field's default is nothing: null is not a value of it."""
+    del schema["default"]
+
+
 class Attachment(_Contract):
-    """A file that is fetched when the mail is sent; it does not travel through RabbitMQ."""
+    """A file: fetched when the mail is sent, or, if it is small, given as it is. Exactly one of both."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["urlOrId"]}, {"required": ["contentBytes"]}]})
 
     name: Line = Field(min_length=1, max_length=255)
     size: int = Field(ge=0, le=MAX_ATTACHMENT_BYTES, description="Bytes; the file must have exactly this size.")
     content_type: str = Field("application/octet-stream", alias="contentType", max_length=127, pattern=_CONTENT_TYPE)
     url_or_id: str = Field(
+        _ABSENT,
         alias="urlOrId",
         max_length=2048,
         pattern=_SOURCE,
-        description="An `https://` address, or the id of an attachment stored with mailfleet.",
+        description="An `https://` address, the id of an attachment stored with mailfleet, or an object in a store of"
+        " the cloud (`s3://`, `abfs://`, `abfss://`, `az://`) where mailfleet is set up to read it.",
+        json_schema_extra=_absent_unless_given,
+    )
+    content_bytes: str = Field(
+        _ABSENT,
+        alias="contentBytes",
+        max_length=(MAX_CONTENT_BYTES + 2) // 3 * 4,
+        pattern=_BASE64,
+        repr=False,
+        description=f"The file itself in base64. All of an email together hold at most {MAX_CONTENT_BYTES} bytes.",
+        json_schema_extra=_absent_unless_given,
     )
     is_inline: bool = False
     content_id: Annotated[str, StringConstraints(max_length=255, pattern=_CONTENT_ID)] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_content(self) -> Attachment:
+        given = self.model_fields_set & {"url_or_id", "content_bytes"}
+        if len(given) != 1:
+            raise ValueError("exactly one of urlOrId and contentBytes must be given")
+        if self.content_bytes is not None and self.content_size != self.size:
+            raise ValueError("size must be that of the file in contentBytes")
+        return self
+
+    @property
+    def content_size(self) -> int:
+        """How many bytes travel within the email."""
+        encoded = self.content_bytes or ""
+        return len(encoded) // 4 * 3 - encoded.count("=", -2) if encoded else 0
+
+    @property
+    def stored_id(self) -> str | None:
+        """The id under which the attachment is stored with us, if that is where it is."""
+        return self.url_or_id if self.url_or_id is not None and ":" not in self.url_or_id else None
 
 
 class SendEmail(_Contract):
@@ -226,6 +272,8 @@ class SendEmail(_Contract):
             raise ValueError("expires_at must be later than send_at")
         if len({name.lower() for name in self.headers}) < len(self.headers):
             raise ValueError("headers must not name one header twice, in whatever case")
+        if sum(attachment.content_size for attachment in self.attachments) > MAX_CONTENT_BYTES:
+            raise ValueError(f"the files in contentBytes must not exceed {MAX_CONTENT_BYTES} bytes together")
         if not isinstance(self.metadata.get("tenant", ""), str):
             raise ValueError("metadata.tenant must be a string")
         return self
@@ -303,7 +351,7 @@ def accept(body: bytes) -> AcceptedEmail:
         email = SendEmail.model_validate(content)
     except ValidationError as error:
         raise Unacceptable("invalid", _problems(error), _readable_id(content)) from None
-    if (repeated := _repeated_key(body, content)) is not None:
+    if (repeated := repeated_key(body, _key_count(content))) is not None:
         place = repeated if repeated in _NAMES else "message"
         named = None if repeated == "publisher_message_id" else email.publisher_message_id
         raise Unacceptable("invalid", f"{place}: a key is given more than once", named)
@@ -330,45 +378,9 @@ def _has_many_values(value: Any) -> bool:
     return count > _MAX_VALUES
 
 
-class _Repeated(Exception):
-    """Raised where a JSON object has a key twice."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-
-def _repeated_key(body: bytes, content: dict[str, Any]) -> str | None:
-    """Return a key that an object of this valid ``SendEmail`` has twice, if there is one.
-
-    orjson keeps the last value where another reader, or the publisher's own log, may see the first: such a mail may go
-    to others than somebody thinks. Whatever its strings contain, the text ends a key at least as often as it has keys,
-    so it is read a second time only if that is more often than what was read has keys: hardly ever.
-    """
-    if len(_END_OF_KEY.findall(body)) == _key_count(content):
-        return None
-    try:
-        _PAIRS.decode(body.decode())
-    except _Repeated as repeated:
-        return repeated.key
-    except RecursionError:
-        return ""  # what is valid is shallow, so this is a value that another one hides
-    return None
-
-
 def _key_count(content: dict[str, Any]) -> int:
     inner = (content["body"], *content.get("attachments", ()), content.get("headers", ()), content.get("metadata", ()))
     return len(content) + sum(map(len, inner))
-
-
-def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
-    seen = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise _Repeated(key)
-        seen.add(key)
-
-
-_PAIRS = json.JSONDecoder(object_pairs_hook=_refuse_repeated)
 
 
 def _problems(error: ValidationError) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import dramatiq
@@ -30,15 +32,24 @@ import settings
 import settings_sources
 import telemetry
 import worker_metrics
-from attachments import AttachmentSource, HostPattern
+from attachments import (
+    AttachmentSource,
+    CloudPlace,
+    Damaged,
+    HostPattern,
+    Store,
+    StoredAttachment,
+    check_store_url,
+)
 from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
 from mail_rules import RecipientFirewall
+from models import stored_attachments
 from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
-from vault import Keyring, Vault
+from vault import Keyring, Vault, VaultError, bind_to_attachment
 from waking import WakeUps
 
 log = logging.getLogger(__name__)
@@ -62,6 +73,8 @@ def _load() -> settings.Settings:
         return settings.load(
             {
                 "ATTACHMENT_ALLOWED_HOSTS": lambda text: [*map(HostPattern.parse, settings.comma_separated(text))],
+                "ATTACHMENT_CLOUD_URLS": lambda text: [*map(CloudPlace.parse, settings.comma_separated(text))],
+                "ATTACHMENT_STORE_URL": check_store_url,
                 "BACKUP_KEYS": Keyring.parse,
                 "RABBITMQ_URL": outbox.check_url,
                 "REDIS_URL": Redis.from_url,
@@ -74,6 +87,39 @@ def _load() -> settings.Settings:
 def firewall() -> RecipientFirewall:
     """Return whom mail may reach."""
     return RecipientFirewall.parse(configuration.recipient_firewall)
+
+
+def attachment_source() -> AttachmentSource:
+    """Return what opens attachments wherever the settings let them come from."""
+    return AttachmentSource(
+        configuration.attachment_allowed_hosts,
+        max_bytes=configuration.attachment_max_mb * 1024 * 1024,
+        stored=_stored_attachment,
+        cloud_urls=configuration.attachment_cloud_urls,
+    )
+
+
+def _stored_attachment(id: str) -> StoredAttachment | None:
+    found = stored_attachments.find(id)
+    if found is None:
+        return None
+    return StoredAttachment(found.id, found.size, found.content_type, found.sha256, partial(_plain_pieces, found))
+
+
+@contextmanager
+def _plain_pieces(stored: stored_attachments.Stored, offset: int) -> Iterator[Iterator[bytes]]:
+    with store.open(stored.id) as file:
+        try:
+            yield vault.open_stream(
+                stored.header,
+                file,
+                key_id=stored.key_id,
+                associated_data=bind_to_attachment(stored.id),
+                size_bytes=stored.size,
+                offset=offset,
+            )
+        except VaultError as error:
+            raise Damaged(f"the stored attachment {stored.id} cannot be opened: {error}") from error
 
 
 def _token_source() -> TokenSource:
@@ -259,9 +305,8 @@ graph = GraphClient(
     on_unknown_code=_count_unknown_code,
 )
 vault = Vault(_keyring())
-source = AttachmentSource(
-    configuration.attachment_allowed_hosts, max_bytes=configuration.attachment_max_mb * 1024 * 1024
-)
+store = Store(configuration.attachment_store_url)
+source = attachment_source()
 
 fleet_broker = FleetBroker(
     url=rabbitmq,

@@ -19,12 +19,10 @@ from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-import settings_reference
 import settings_sources
 from mail_rules import RecipientFirewall, SenderRule
-from settings_reference import setting as _setting
-from settings_reference import variable_of
-from settings_sources import is_needed, secret_in_file
+from settings_sources import is_needed, secret_in_file, variable_of
+from settings_sources import setting as _setting
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -129,6 +127,7 @@ def _on_loopback(url: str) -> bool:
 
 
 Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
+Hours = Annotated[timedelta, _of(timedelta(hours=1))]
 Days = Annotated[timedelta, _of(timedelta(days=1))]
 #: At least one of something must be possible.
 Count = Annotated[int, Field(ge=1)]
@@ -317,6 +316,29 @@ class Settings(settings_sources.StoreSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
+    attachment_cloud_urls: Names = _setting(
+        "ATTACHMENT_CLOUD_URLS",
+        "Where in clouds' object stores attachments may come from: prefixes, as `s3://bucket/folder`, comma-separated.",
+        default="",
+    )
+    attachment_store_url: str = _setting(
+        "ATTACHMENT_STORE_URL",
+        "Where stored attachments are kept, sealed: a folder that console and `send_attached` share, or `s3://…`,"
+        " `abfs://…`.",
+        default="file:///var/lib/mailfleet/attachments",
+    )
+    attachment_types: Names = _setting(
+        "ATTACHMENT_TYPES", "Content types that are stored, as patterns, comma-separated.", default="*"
+    )
+    attachment_retention: Days = _setting(
+        "ATTACHMENT_RETENTION_DAYS", "How long a stored attachment is kept at most.", default=30, unit="days"
+    )
+    attachment_keep_used: Hours = _setting(
+        "ATTACHMENT_KEEP_USED_HOURS",
+        "How long a stored attachment is kept once every mail that uses it is done.",
+        default=1,
+        unit="hours",
+    )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
     message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Annotated[Names, AfterValidator(SenderRule.check)] = _setting(
@@ -463,12 +485,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def reference() -> str:
-    """Return ``docs/settings.md``: one row per setting with its default, unit and help."""
-    inherited = settings_sources.StoreSettings.model_fields
-    names = [*(name for name in Settings.model_fields if name not in inherited), *inherited]
-    return settings_reference.page(Settings.model_fields[name] for name in names)
-
-
 if __name__ == "__main__":
+    from settings_reference import reference
+
     print(reference(), end="")

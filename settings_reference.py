@@ -1,12 +1,34 @@
-"""The page of all settings, ``docs/settings.md``, from their declarations: it cannot say anything else than they do."""
+"""``docs/settings.md``, made from the settings themselves: ``python -m settings`` prints it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, get_args
-
-from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
+
+from settings import Settings
+from settings_sources import StoreSettings, is_secret
+
+
+def reference() -> str:
+    """Return the page: one row per setting with its default, unit and help."""
+    fields, of_stores = Settings.model_fields, StoreSettings.model_fields
+    names = [*(name for name in fields if name not in of_stores), *of_stores]
+    return "\n".join([_INTRODUCTION, *(_row(fields[name]) for name in names), ""])
+
+
+def _row(field: FieldInfo) -> str:
+    variable, help = str(field.validation_alias), str(field.description)
+    if is_secret(field):
+        help += f" Secret: may be given as `{variable}_FILE`."
+    extra = field.json_schema_extra
+    unit = extra["unit"] if isinstance(extra, dict) else ""
+    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default in (None, "") else f"`{field.default}`"
+
 
 _INTRODUCTION = """\
 # Settings
@@ -19,38 +41,3 @@ trusted. docs/security.md says how secrets are given, stored and rotated.
 
 | variable | default | unit | meaning |
 |---|---|---|---|"""
-
-
-def page(fields: Iterable[FieldInfo]) -> str:
-    """Return the page: one row per setting with its default, unit and help."""
-    return "\n".join([_INTRODUCTION, *map(_row, fields), ""])
-
-
-def variable_of(field: FieldInfo) -> str:
-    """Return the environment's variable that a setting is read from."""
-    return str(field.validation_alias)
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
-    return SecretStr in (field.annotation, *get_args(field.annotation))
-
-
-def setting(variable: str, help: str, *, default: Any = ..., unit: str = "") -> Any:
-    """Declare a setting by its variable, with what the page says of it."""
-    return Field(default, validation_alias=variable, description=help, json_schema_extra={"unit": unit})
-
-
-def _row(field: FieldInfo) -> str:
-    variable, help = variable_of(field), str(field.description)
-    if is_secret(field):
-        help += f" Secret: may be given as `{variable}_FILE`."
-    extra = field.json_schema_extra
-    unit = extra["unit"] if isinstance(extra, dict) else ""
-    return f"| `{variable}` | {_default(field)} | {unit} | {help} |"
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default in (None, "") else f"`{field.default}`"

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import SecretStr
+from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from secret_stores import CREDENTIALS, SecretStore, StoreFailed, open_store
-from settings_reference import is_secret, setting, variable_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +38,21 @@ NEEDED_BY: dict[str, set[str]] = {
     "BACKUP_KEYS": {*_INGEST, *_SENDS, "backup", "maintenance", *_CONSOLE},
     "CONSOLE_TOKENS": _CONSOLE,
 }
+
+
+def setting(variable: str, help: str, *, default: Any = ..., unit: str = "") -> Any:
+    """Declare a setting by its variable, with what the reference says of it."""
+    return Field(default, validation_alias=variable, description=help, json_schema_extra={"unit": unit})
+
+
+def variable_of(field: FieldInfo) -> str:
+    """Return the environment's variable that a setting is read from."""
+    return str(field.validation_alias)
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Say whether the setting is a secret: masked when shown, and readable from a file or a store."""
+    return SecretStr in (field.annotation, *get_args(field.annotation))
 
 
 def is_needed(variable: str) -> bool:

@@ -24,7 +24,12 @@ Misuse-Resistance*, 2015). A segment's nonce is prefix (7), number (4, big-endia
 preamble and the caller's associated data, too.
 
 All encryption is AES-256-GCM. The plain text inside is one gzip member without a time or name, so that the same mail
-compresses to the same bytes. Errors::
+compresses to the same bytes.
+
+A sealed *stream*, of a stored attachment, has the magic "MFVS" and is not compressed, so that it can be read from any
+segment on: attachments are mostly compressed already, and an upload goes on in their middle. Its header is kept apart
+from its segments: a key change rewrites the header alone, and whoever opens knows the size, so also the last segment's
+number. Errors::
 
     VaultError
     ├── InvalidKeyring
@@ -45,7 +50,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -59,6 +64,7 @@ HEADER_BYTES = 92
 KEY_BYTES = 32
 
 _MAGIC_AND_VERSION = b"MFVB\x01"
+_STREAM_MAGIC_AND_VERSION = b"MFVS\x01"
 _NONCE_PREFIX_BYTES = 7
 _PREAMBLE_BYTES = len(_MAGIC_AND_VERSION) + _NONCE_PREFIX_BYTES
 _SALT_BYTES = 32
@@ -195,9 +201,35 @@ class RewrappedBlob:
     key_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class SealedStream:
+    """A stream that is sealed while its segments are taken; the header is to be kept apart from them."""
+
+    header: bytes = field(repr=False)
+    key_id: str
+    segments: Iterator[bytes] = field(repr=False)
+
+
+class Seekable(Protocol):
+    """A file of segments: what `Vault.open_stream` needs of it."""
+
+    def seek(self, offset: int, /) -> object: ...
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 def bind_to(email_id: str, graph_message_id: str) -> bytes:
     """Return the associated data that ties a blob to one email and one Graph message."""
-    return b"".join(len(part).to_bytes(4, "big") + part for part in (email_id.encode(), graph_message_id.encode()))
+    return _bound(email_id, graph_message_id)
+
+
+def bind_to_attachment(attachment_id: str) -> bytes:
+    """Return the associated data that ties a stream to one stored attachment."""
+    return _bound(attachment_id)
+
+
+def _bound(*parts: str) -> bytes:
+    return b"".join(len(part).to_bytes(4, "big") + part for part in map(str.encode, parts))
 
 
 class Vault:
@@ -238,12 +270,36 @@ class Vault:
             Tampered: This is not what was sealed with this key for this mail; at once or on the way.
         """
         blob = memoryview(ciphertext)
-        data_key = self._unwrap(blob, key_id, associated_data)
+        data_key = self._unwrap(blob, key_id, associated_data, _MAGIC_AND_VERSION)
         cipher = _SegmentCipher(data_key, bytes(blob[:_PREAMBLE_BYTES]), associated_data)
         return _verified(_gunzip(_open_segments(blob[HEADER_BYTES:], cipher)), checksum)
 
+    def seal_stream(self, chunks: Iterable[bytes], *, associated_data: bytes) -> SealedStream:
+        """Encrypt what the chunks make up, under the ring's newest key, holding about two segments at a time."""
+        preamble = _STREAM_MAGIC_AND_VERSION + os.urandom(_NONCE_PREFIX_BYTES)
+        data_key = AESGCM.generate_key(bit_length=8 * KEY_BYTES)
+        key_id = self.keyring.newest_id
+        header = preamble + self._wrap(data_key, key_id, preamble, associated_data)
+        return SealedStream(header, key_id, _seal_segments(chunks, _SegmentCipher(data_key, preamble, associated_data)))
+
+    def open_stream(
+        self, header: Blob, file: Seekable, *, key_id: str, associated_data: bytes, size_bytes: int, offset: int = 0
+    ) -> Iterator[bytes]:
+        """Return the plain bytes from ``offset`` on, in chunks of at most a segment, of which one is held at a time.
+
+        ``size_bytes`` is of the whole stream, without encryption. What is yielded is authentic and in its place.
+
+        Raises:
+            UnknownKey: The ring has no such key; at once.
+            Tampered: This is not the whole of what was sealed with this key for this attachment; at once or on the way.
+        """
+        blob = memoryview(header)
+        data_key = self._unwrap(blob, key_id, associated_data, _STREAM_MAGIC_AND_VERSION)
+        cipher = _SegmentCipher(data_key, bytes(blob[:_PREAMBLE_BYTES]), associated_data)
+        return _open_from(file, cipher, size_bytes, offset)
+
     def rewrap(self, ciphertext: Blob, *, key_id: str, associated_data: bytes) -> RewrappedBlob:
-        """Return the blob under the ring's newest key, with the MIME neither decrypted nor checked.
+        """Return the blob, or a stream's header, under the ring's newest key; what it holds is not decrypted.
 
         Reads and replaces the first `HEADER_BYTES` alone: given only these, it returns only these.
 
@@ -252,7 +308,7 @@ class Vault:
             Tampered: The header is not one that was sealed with this key for this mail.
         """
         blob = memoryview(ciphertext)
-        data_key = self._unwrap(blob, key_id, associated_data)
+        data_key = self._unwrap(blob, key_id, associated_data, _MAGIC_AND_VERSION, _STREAM_MAGIC_AND_VERSION)
         preamble = bytes(blob[:_PREAMBLE_BYTES])
         newest_id = self.keyring.newest_id
         wrapped = self._wrap(data_key, newest_id, preamble, associated_data)
@@ -263,10 +319,10 @@ class Vault:
         wrapping_key = self.keyring.wrapping_key(key_id, salt)
         return salt + wrapping_key.encrypt(_WRAPPING_NONCE, data_key, preamble + associated_data)
 
-    def _unwrap(self, blob: memoryview, key_id: str, associated_data: bytes) -> bytes:
+    def _unwrap(self, blob: memoryview, key_id: str, associated_data: bytes, *magics: bytes) -> bytes:
         header = bytes(blob[:HEADER_BYTES])
         preamble, rest = header[:_PREAMBLE_BYTES], header[_PREAMBLE_BYTES:]
-        if not header.startswith(_MAGIC_AND_VERSION) or len(header) < HEADER_BYTES:
+        if not header.startswith(magics) or len(header) < HEADER_BYTES:
             raise Tampered("this is not a sealed blob of a known version")
         wrapping_key = self.keyring.wrapping_key(key_id, rest[:_SALT_BYTES])
         try:
@@ -350,6 +406,28 @@ def _open_segments(body: memoryview, cipher: _SegmentCipher) -> Iterator[bytes]:
         raise Tampered("the blob ends after its header")
     for number, start in enumerate(starts):
         yield cipher.decrypt(body[start : start + _SEALED_SEGMENT_BYTES], number, last=start == starts[-1])
+
+
+def _open_from(file: Seekable, cipher: _SegmentCipher, size_bytes: int, offset: int) -> Iterator[bytes]:
+    last = max(size_bytes - 1, 0) // SEGMENT_BYTES
+    first = min(offset // SEGMENT_BYTES, last)
+    file.seek(first * _SEALED_SEGMENT_BYTES)
+    for number in range(first, last + 1):
+        ends_here = number == last
+        wanted = min(SEGMENT_BYTES, size_bytes - number * SEGMENT_BYTES) + _TAG_BYTES
+        sealed = _read(file, wanted + ends_here)  # a byte behind the end would have been added
+        plain = cipher.decrypt(memoryview(sealed), number, last=ends_here)
+        if piece := plain[max(0, offset - number * SEGMENT_BYTES) :]:
+            yield piece
+
+
+def _read(file: Seekable, size: int) -> bytes:
+    """Read so much, or what is left: a file may give less at a time."""
+    pieces = []
+    while size and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def _verified(chunks: Iterable[bytes], checksum: str | None) -> Iterator[bytes]:

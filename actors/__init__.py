@@ -9,12 +9,14 @@ from actors.ingest import ingest_emails
 from actors.maintenance import mirror_dead_letters, purge_expired
 from actors.scheduling import acknowledge_receipt, schedule_emails
 from actors.sending import send_attached, send_plain
+from actors.stored_attachments import delete_stored_attachments
 from actors.tidying import tidy_drafts
 
 __all__ = [
     "acknowledge_receipt",
     "backup_email",
     "backup_emails",
+    "delete_stored_attachments",
     "ingest_emails",
     "mirror_dead_letters",
     "purge_expired",

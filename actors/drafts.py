@@ -28,7 +28,7 @@ from actors.evidence import looked_up
 from actors.graph_calls import graph_call
 from actors.uploaders import bring_up_all, look
 from actors.waiting import CLOCKS_DIFFER
-from attachments import AttachmentStream, SourceChanged, SourceUnavailable
+from attachments import AttachmentStream, SourceChanged, SourceUnavailable, source_of
 from crash_points import CrashPoint
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, UploadSession, attach_bytes
 from graph_client.errors import (
@@ -205,7 +205,7 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     with runtime.source.open(
-        attachment["urlOrId"], declared_size=upload.size, declared_type=attachment.get("contentType")
+        source_of(attachment), declared_size=upload.size, declared_type=attachment.get("contentType")
     ) as stream:
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
@@ -241,7 +241,7 @@ def _stream(email: ClaimedEmail, session: UploadSession, upload: Upload, attachm
         began_at = upload.uploaded_bytes
         try:
             with runtime.source.open(
-                attachment["urlOrId"],
+                source_of(attachment),
                 declared_size=upload.size,
                 declared_type=attachment.get("contentType"),
                 offset=began_at,

@@ -1,5 +1,8 @@
 """An attachment is read as a stream from where its ``urlOrId`` points, held to what was declared and what is allowed.
 
+Where that is: an ``https`` URL, the id of an attachment that is stored with us (`stored`), an object in a cloud's store
+where an operator has listed it (`cloud`); or the file came with the mail (`inline`).
+
 The publisher names the URL and we fetch it from inside the network, so every fetch may be a server-side request forgery
 (owasp.org/www-community/attacks/Server_Side_Request_Forgery). The rules, for each redirect as for the first request:
 
@@ -17,43 +20,56 @@ file. Errors tell whether another try may help; of a URL, which may carry a sign
     │   ├── InvalidSource
     │   ├── SourceForbidden
     │   ├── SourceGone
+    │   ├── NotStored
+    │   ├── Damaged
     │   ├── SizeMismatch
     │   ├── TypeMismatch
     │   └── TooLarge
     └── SourceUnavailable
-        └── SourceChanged
+        ├── SourceChanged
+        └── StoreUnavailable
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from attachments.cloud import CloudFetcher, CloudPlace
+from attachments.contents import Content, Fetcher
 from attachments.errors import (
     AttachmentError,
     AttachmentRefused,
+    Damaged,
     InvalidSource,
+    NotStored,
     SizeMismatch,
     SourceChanged,
     SourceForbidden,
     SourceGone,
     SourceUnavailable,
+    StoreUnavailable,
     TooLarge,
     TypeMismatch,
 )
+from attachments.filesystems import CLOUD_SCHEMES
 from attachments.guard import HTTPS_PORT, Guard, HostPattern, Resolve, is_public, resolve_by_system
 from attachments.https import (
     MAX_REDIRECTS,
     MAX_RETRY_AFTER,
-    Answer,
     Dial,
     HttpsFetcher,
     Timeouts,
     dial_by_system,
 )
+from attachments.inline import SCHEME as INLINE
+from attachments.inline import InlineFetcher, source_of
+from attachments.store import Store, check_store_url
+from attachments.stored import StoredAttachment, StoredFetcher
 from attachments.types import demand_type
 
 __all__ = [
+    "CLOUD_SCHEMES",
     "HTTPS_PORT",
     "MAX_REDIRECTS",
     "MAX_RETRY_AFTER",
@@ -61,21 +77,29 @@ __all__ = [
     "AttachmentRefused",
     "AttachmentSource",
     "AttachmentStream",
+    "CloudPlace",
+    "Damaged",
     "Dial",
     "HostPattern",
     "InvalidSource",
+    "NotStored",
     "Resolve",
     "SizeMismatch",
     "SourceChanged",
     "SourceForbidden",
     "SourceGone",
     "SourceUnavailable",
+    "Store",
+    "StoreUnavailable",
+    "StoredAttachment",
     "Timeouts",
     "TooLarge",
     "TypeMismatch",
+    "check_store_url",
     "dial_by_system",
     "is_public",
     "resolve_by_system",
+    "source_of",
 ]
 
 
@@ -90,15 +114,27 @@ class AttachmentSource:
         allowed_hosts: Sequence[str] = (),
         *,
         max_bytes: int | None,
+        stored: Callable[[str], StoredAttachment | None] | None = None,
+        cloud_urls: Sequence[str] = (),
         timeouts: Timeouts | None = None,
         resolve: Resolve = resolve_by_system,
         dial: Dial = dial_by_system,
     ) -> None:
-        """Without ``max_bytes`` any size is accepted. Raises ValueError when a pattern is not a host or host:port."""
+        """Without ``max_bytes`` any size is accepted, and without ``stored`` no id.
+
+        Raises:
+            ValueError: A pattern is not a host or host:port, or one of ``cloud_urls`` is not a place in a cloud.
+        """
         self._max_bytes = max_bytes
         timeouts = timeouts or Timeouts()
         guard = Guard(tuple(HostPattern.parse(text) for text in allowed_hosts), resolve)
-        self._by_scheme = {"https": HttpsFetcher(guard, dial, timeouts)}
+        cloud = CloudFetcher(cloud_urls, timeouts.total)
+        self._by_scheme: dict[str, Fetcher] = {
+            "https": HttpsFetcher(guard, dial, timeouts),
+            "": StoredFetcher(stored or (lambda _id: None)),
+            INLINE: InlineFetcher(),
+            **dict.fromkeys(CLOUD_SCHEMES, cloud),
+        }
 
     @contextmanager
     def open(
@@ -122,12 +158,9 @@ class AttachmentSource:
         """
         if self._max_bytes is not None and (declared_size or 0) > self._max_bytes:
             raise TooLarge(f"the attachment is declared with {declared_size} bytes, {self._max_bytes} are allowed")
-        scheme, separator, _ = url_or_id.partition("://")
-        if not separator:
-            raise InvalidSource("no attachment is stored under this id")
-        fetcher = self._by_scheme.get(scheme.lower())
+        fetcher = self._by_scheme.get(url_or_id[: max(0, url_or_id.find(":"))].lower())
         if fetcher is None:
-            raise InvalidSource("attachments are fetched from https URLs only")
+            raise InvalidSource("attachments are fetched from https URLs and the object stores of clouds only")
         with fetcher.fetch(url_or_id, offset, version) as answer:
             demand_type(answer.origin, answer.content_type, declared_type)
             stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
@@ -138,7 +171,7 @@ class AttachmentSource:
 class AttachmentStream:
     """The bytes of one attachment, to be read once, in order."""
 
-    def __init__(self, answer: Answer, *, declared_size: int | None, max_bytes: int | None) -> None:
+    def __init__(self, answer: Content, *, declared_size: int | None, max_bytes: int | None) -> None:
         self._answer = answer
         self._max_bytes = max_bytes
         self.size_bytes = answer.total_bytes if declared_size is None else declared_size

@@ -30,6 +30,14 @@ class SourceGone(AttachmentRefused):
     """The source is there and does not hand out the attachment: 403, 404, 410 or another final answer."""
 
 
+class NotStored(AttachmentRefused):
+    """No attachment is stored under the id: none ever was, or it has expired, or its mails were done."""
+
+
+class Damaged(AttachmentRefused):
+    """A stored attachment is not what was stored, or its key is gone."""
+
+
 class SizeMismatch(AttachmentRefused):
     """The source has another number of bytes than the publisher declared."""
 
@@ -48,6 +56,10 @@ class SourceUnavailable(AttachmentError):
 
 class SourceChanged(SourceUnavailable):
     """The source has another file by now than the one whose first bytes were read: begin at the first byte."""
+
+
+class StoreUnavailable(SourceUnavailable):
+    """The store of attachments cannot be reached or does not let us in."""
 
 
 class TypeMismatch(AttachmentRefused):

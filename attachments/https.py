@@ -211,7 +211,7 @@ class HttpsFetcher:
         self._tls = _trusted_by_requests()
 
     @contextmanager
-    def fetch(self, url: str, offset: int, version: str | None) -> Iterator[Answer]:
+    def fetch(self, url: str, offset: int, version: str | None = None) -> Iterator[Answer]:
         """Yield an answer with content that begins at the offset or before it.
 
         Raises:

@@ -35,7 +35,7 @@ def _address(mailbox: str) -> str:
     return mailbox
 
 
-class _Duration(click.ParamType):
+class Duration(click.ParamType):
     """``90s``, ``30m``, ``2h``, ``1d``."""
 
     name = "duration"
@@ -242,7 +242,7 @@ def _checked_reason(_context: click.Context, _option: click.Parameter, why: str)
 @main.command()
 @_what_options
 @click.option("--why", default="paused by hand", show_default=True, callback=_checked_reason)
-@click.option("--for", "wait", type=_Duration(), help="90s, 30m, 2h, 1d; default: until it is resumed.")
+@click.option("--for", "wait", type=Duration(), help="90s, 30m, 2h, 1d; default: until it is resumed.")
 @connected
 def pause(mailbox: str | None, route: str | None, everything: bool, why: str, wait: timedelta | None) -> None:
     """Send nothing more from MAILBOX, by a route or at all, until the end or until it is resumed."""

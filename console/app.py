@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 import contracts
 import operations
-from console import api_docs, backups_api, dead_letters_api, emails_api, limits_api
+from console import api_docs, attachments_api, backups_api, dead_letters_api, emails_api, limits_api
 from console.access import Access
 from console.fleet_metrics import FleetCollector
 from console.problems import answer_problems
@@ -35,6 +35,7 @@ def make_app(access: Access) -> FastAPI:
     app.include_router(limits_api.limits_router)
     app.include_router(limits_api.pauses_router)
     app.include_router(backups_api.router)
+    app.include_router(attachments_api.router)
     registry = CollectorRegistry()
     registry.register(FleetCollector())
     readiness = Readiness(operations.ready)

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+import attachments
 import limiter
 import models
 import operations
@@ -40,6 +41,9 @@ _STATUSES: dict[type[Exception], HTTPStatus] = {
     operations.NotCancellable: HTTPStatus.CONFLICT,
     operations.NotReplayable: HTTPStatus.CONFLICT,
     operations.NotALimit: HTTPStatus.UNPROCESSABLE_ENTITY,
+    operations.NotAttachable: HTTPStatus.UNPROCESSABLE_ENTITY,
+    attachments.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    attachments.StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     models.NotStorable: HTTPStatus.UNPROCESSABLE_ENTITY,
     operations.ServerAway: HTTPStatus.SERVICE_UNAVAILABLE,
     models.DatabaseAway: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -18,6 +18,7 @@ from models.database import insert_many, rows, transaction
 from models.events import append
 from models.ids import new_id
 from models.states import Route
+from models.stored_attachments import Use, note_uses
 
 #: Lower is served first.
 PRIORITIES = {"high": 0, "normal": 1, "bulk": 2}
@@ -81,6 +82,7 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Sto
             if ids[publisher_id] in new_ids:
                 events[publisher_id] = _received(ids[publisher_id], arrival, now)
         append(list(events.values()), publish_within)
+        note_uses(use for key in events for use in _uses(ids[key], first[key]))
         stored = {key: (ids[key], first[key].accepted.content_hash) for key in events}
         if known := [key for key in first if key not in events]:
             stored |= {row[0]: (row[1], bytes(row[2])) for row in rows(_KNOWN, {"ids": known})}
@@ -114,6 +116,10 @@ def _email_row(id: str, arrival: Arrival, now: datetime) -> tuple[Any, ...]:
         email.send_at if email.send_at and email.send_at > now else None,
         email.expires_at,
     )
+
+
+def _uses(id: str, arrival: Arrival) -> list[Use]:
+    return [Use(each.stored_id, id) for each in arrival.accepted.email.attachments if each.stored_id]
 
 
 def _received(id: str, arrival: Arrival, now: datetime) -> Event:

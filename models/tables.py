@@ -146,6 +146,37 @@ class EmailBackup(_Row):
         table_name = "email_backups"
 
 
+class StoredAttachment(_Row):
+    """An attachment that is stored with us; its sealed content is in the store, under the id."""
+
+    id = peewee.UUIDField(primary_key=True)
+    name = peewee.TextField()
+    content_type = peewee.TextField()
+    size = peewee.BigIntegerField(null=True)
+    sha256 = peewee.TextField(null=True)
+    key_id = peewee.TextField()
+    header = ByteaField()
+    created_by = peewee.TextField()
+    created_at = TimestampField()
+    expires_at = TimestampField()
+    stored_at = TimestampField(null=True)
+    deleting_at = TimestampField(null=True)
+
+    class Meta:
+        table_name = "stored_attachments"
+
+
+class StoredAttachmentUse(_Row):
+    """That an email has a stored attachment."""
+
+    stored_attachment = peewee.ForeignKeyField(StoredAttachment, column_name="stored_attachment_id")
+    incoming_email = peewee.ForeignKeyField(IncomingEmail, column_name="incoming_email_id")
+
+    class Meta:
+        table_name = "stored_attachment_uses"
+        primary_key = peewee.CompositeKey("stored_attachment", "incoming_email")
+
+
 class OutboxEvent(_Row):
     """An event that is true; ``published_at`` says whether the world has been told."""
 
@@ -240,6 +271,8 @@ TABLES = (
     FileUpload,
     SentEmail,
     EmailBackup,
+    StoredAttachment,
+    StoredAttachmentUse,
     OutboxEvent,
     DeadLetter,
     Mailbox,

@@ -7,6 +7,7 @@ sends anything: they change what the tables say, and the fleet acts on that.
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
 from operations.archive import backup, export_backup, find_backups, list_backups
+from operations.attaching import Attached, attach, rotate_attachment_keys
 from operations.budgets import (
     MAILBOX_LIMITS,
     TENANT_LIMITS,
@@ -20,7 +21,7 @@ from operations.budgets import (
 )
 from operations.dead_letters import dead_letter, dead_letter_groups, find_dead_letters, open_dead_letter, resolve
 from operations.emails import cancel, find_emails, publish, status, timeline
-from operations.errors import NotALimit, NotFound, NotOpen, NotReplayable, ServerAway
+from operations.errors import NotALimit, NotAttachable, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
 from operations.health import Finding, backlog, doctor, queue_depths, ready, recipient_firewall
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
@@ -29,16 +30,19 @@ __all__ = [
     "EVERY",
     "MAILBOX_LIMITS",
     "TENANT_LIMITS",
+    "Attached",
     "Finding",
     "Limit",
     "LimitsChange",
     "NotALimit",
+    "NotAttachable",
     "NotCancellable",
     "NotFound",
     "NotOpen",
     "NotReplayable",
     "Resumed",
     "ServerAway",
+    "attach",
     "backlog",
     "backup",
     "cancel",
@@ -63,6 +67,7 @@ __all__ = [
     "recipient_firewall",
     "resolve",
     "resume",
+    "rotate_attachment_keys",
     "set_limits",
     "status",
     "timeline",

@@ -19,5 +19,9 @@ class NotALimit(ValueError):
     """Raised when a limit is named that there is not, or one is to have a value that it cannot have."""
 
 
+class NotAttachable(ValueError):
+    """Raised when a file cannot be stored as it was asked for."""
+
+
 class ServerAway(Exception):
     """Raised when PostgreSQL or RabbitMQ does not answer; `ready` tells which."""

@@ -199,11 +199,11 @@ def _check_archive() -> str:
     newest = runtime.vault.keyring.newest_id
     unknown = [
         row[0]
-        for row in models.rows("SELECT DISTINCT key_id FROM email_backups")
+        for row in models.rows("SELECT key_id FROM email_backups UNION SELECT key_id FROM stored_attachments")
         if row[0] not in runtime.vault.keyring.ids
     ]
     if unknown:
-        raise _Unwell(f"backups are sealed under {', '.join(unknown)}, which BACKUP_KEYS does not have")
+        raise _Unwell(f"something is sealed under {', '.join(sorted(unknown))}, which BACKUP_KEYS does not have")
     return f"seals under {newest}"
 
 

@@ -87,7 +87,8 @@ class World:
             temporary = self._directory / "tmp"
             temporary.mkdir(exist_ok=True)
             # Workers leave the files of their metrics there.
-            own = {**fleet_settings(self.simulator, **self._settings), "TMPDIR": str(temporary)}
+            store = {"ATTACHMENT_STORE_URL": f"file://{self._directory.absolute() / 'attachments'}"}
+            own = {**fleet_settings(self.simulator, **{**store, **self._settings}), "TMPDIR": str(temporary)}
             self.environment = {**os.environ, **self._servers, **own}
             self.fleet = Fleet(PROCFILE, self.environment, self._directory / "logs", **self._fleet_options)
             stack.enter_context(self.fleet)

@@ -28,6 +28,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="graph-simulator", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one (default)")
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--hostname", default="localhost", help="a name by which other machines reach it")
     parser.add_argument("--dir", type=Path, required=True, help="for certificates, attachments and simulator.json")
     parser.add_argument("--client-id", default="mailfleet-demo")
     parser.add_argument("--client-secret", default="demo-secret")
@@ -44,7 +45,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         web.Server(server, access_log=None, keepalive_timeout=600.0, lingering_time=1.0), shutdown_timeout=GRACE
     )
     await runner.setup()
-    context = certificates.server_context(folder)
+    context = certificates.server_context(folder, arguments.hostname)
     await web.TCPSite(runner, arguments.host, arguments.port, ssl_context=context).start()
     ending = _ending(watch_stdin=arguments.until_stdin_closes)
     _announce(folder, runner.addresses[0][1], arguments)
@@ -64,7 +65,7 @@ def _ending(*, watch_stdin: bool) -> asyncio.Event:
 
 
 def _announce(folder: Path, port: int, arguments: argparse.Namespace) -> None:
-    base_url = f"https://localhost:{port}"
+    base_url = f"https://{arguments.hostname}:{port}"
     _replace(
         folder / "simulator.json",
         {

@@ -21,26 +21,32 @@ LIFETIME = timedelta(days=365)
 RENEW_BEFORE_END = timedelta(days=7)
 
 
-def server_context(folder: Path) -> ssl.SSLContext:
-    """Return a TLS context for localhost, making the certificates in ``folder`` if they are missing or ending."""
-    if not _are_usable(folder):
-        _make(folder)
+def server_context(folder: Path, hostname: str = "localhost") -> ssl.SSLContext:
+    """Return a TLS context for localhost and ``hostname``.
+
+    The certificates in ``folder`` are made if they are missing, ending or for another name.
+    """
+    if not _are_usable(folder, hostname):
+        _make(folder, hostname)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "server.key")
     return context
 
 
-def _are_usable(folder: Path) -> bool:
+def _are_usable(folder: Path, hostname: str) -> bool:
     if not all((folder / name).exists() for name in ("ca.pem", "server.pem", "server.key")):
         return False
     certificate = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
-    return certificate.not_valid_after_utc - RENEW_BEFORE_END > datetime.now(UTC)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return certificate.not_valid_after_utc - RENEW_BEFORE_END > datetime.now(
+        UTC
+    ) and hostname in names.get_values_for_type(x509.DNSName)
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, hostname: str) -> None:
     authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority = _authority_certificate(authority_key)
-    server = _server_certificate(server_key, authority, authority_key)
+    server = _server_certificate(server_key, authority, authority_key, hostname)
     (folder / "server.key").touch(mode=0o600)
     (folder / "server.key").write_bytes(server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (folder / "server.pem").write_bytes(server.public_bytes(Encoding.PEM))
@@ -58,11 +64,14 @@ def _authority_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 def _server_certificate(
-    key: ec.EllipticCurvePrivateKey, authority: x509.Certificate, authority_key: ec.EllipticCurvePrivateKey
+    key: ec.EllipticCurvePrivateKey,
+    authority: x509.Certificate,
+    authority_key: ec.EllipticCurvePrivateKey,
+    hostname: str,
 ) -> x509.Certificate:
     authority_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     names = [
-        x509.DNSName("localhost"),
+        *map(x509.DNSName, sorted({"localhost", hostname})),
         x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
         x509.IPAddress(ipaddress.ip_address("::1")),
     ]

@@ -37,7 +37,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         directory.chmod(0o711)  # PostgreSQL's user has to get through
         servers = _running.enter_context(Servers(directory, durable=False, environment={}))
         os.environ.update(servers.environment | {PRIVATE_MARKER: "1"})
-    settings = fleet_settings(_graph)
+    settings = fleet_settings(_graph, ATTACHMENT_STORE_URL=f"file://{_graph_directory}/attachments")
     del settings["REQUESTS_CA_BUNDLE"]  # the file is there only while the simulator is
     os.environ.update(settings)
 

@@ -23,7 +23,6 @@ import models
 import runtime
 from actors import scheduling as scheduler
 from actors.budgets import keep_counts
-from attachments import AttachmentSource
 from broker import MIRROR_QUEUE
 from contracts import accept
 from migrations.__main__ import migrate
@@ -234,7 +233,7 @@ def tables(shared_database: str) -> str:
     """Empty tables, to which `models` is connected, and the URL of their database."""
     models.disconnect()
     models.connect(shared_database, "tests")
-    for name in ("routes", "email_backups", "incoming_emails", "dlq", "mailboxes", "audit_log"):
+    for name in ("routes", "email_backups", "stored_attachments", "incoming_emails", "dlq", "mailboxes", "audit_log"):
         rows(f"DELETE FROM {name}")
     return shared_database
 
@@ -244,8 +243,7 @@ def fleet(tables: str, graph: Simulator, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Actors with empty tables, empty queues, a new Graph whose mails show at once, and no limits left over."""
     graph.set_behaviour(sent_items_delay_seconds=0)
     # A source trusts whom it trusted when it was made, and the simulator's certificates are made only now.
-    allowed = runtime.configuration.attachment_allowed_hosts
-    monkeypatch.setattr(runtime, "source", AttachmentSource(allowed, max_bytes=150 * 1024 * 1024))
+    monkeypatch.setattr(runtime, "source", runtime.attachment_source())
     runtime.tokens.drop(runtime.tokens.token())  # the new Graph knows no earlier one
     runtime.redis.flushdb()
     keep_counts()

@@ -28,6 +28,7 @@ SPEC = {
 }
 MINIMAL = {"from": "ann@example.com", "to": ["bob@example.org"], "body": {"contentType": "text", "content": ""}}
 FILE = {"name": "a.pdf", "size": 1, "urlOrId": "https://files.example/a.pdf"}
+WITH_MAIL = {"name": "a", "size": contracts.MAX_CONTENT_BYTES, "contentBytes": "AAAA" * 666_666 + "AAA="}
 
 
 def email(**changes: Any) -> bytes:
@@ -80,6 +81,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "largest attachment": {"attachments": [FILE | {"size": contracts.MAX_ATTACHMENT_BYTES}]},
     "a scheme in capitals": {"attachments": [FILE | {"urlOrId": "HTTPS://files.example/?a=%20'b'"}]},
     "a stored attachment": {"attachments": [FILE | {"urlOrId": "0199-ab_c.d~e"}]},
+    "an object in a bucket": {"attachments": [FILE | {"urlOrId": "s3://outgoing/reports/a.pdf"}]},
+    "an object in a container": {"attachments": [FILE | {"urlOrId": "abfs://c@account.dfs.core.windows.net/a.pdf"}]},
+    "a file with the mail": {"attachments": [{"name": "a", "size": 5, "contentBytes": "aGVsbG8="}]},
+    "an empty file with the mail": {"attachments": [{"name": "a", "size": 0, "contentBytes": ""}]},
+    "as much as may come with the mail": {"attachments": [WITH_MAIL]},
     "inline attachment": {"attachments": [FILE | {"is_inline": True, "content_id": "logo@mail"}]},
     "type with a parameter": {"attachments": [FILE | {"contentType": "text/plain; charset=utf-8"}]},
 }
@@ -158,6 +164,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "type with a header": ({"attachments": [FILE | {"contentType": "text/plain\r\nX: y"}]}, "contentType"),
     "content_id in brackets": ({"attachments": [FILE | {"content_id": "<a@b>"}]}, "content_id"),
     "content_id with a delete": ({"attachments": [FILE | {"content_id": "a\x7f"}]}, "content_id"),
+    "more than may come with the mail": ({"attachments": [WITH_MAIL, WITH_MAIL]}, "contentBytes"),
+    "a large file with the mail": (
+        {"attachments": [{"name": "a", "size": 2_000_004, "contentBytes": "AAAA" * 666_668}]},
+        "attachments.0.contentBytes",
+    ),
+    "a file with another size": (
+        {"attachments": [{"name": "a", "size": 4, "contentBytes": "aGVsbG8="}]},
+        "size must be that of the file in contentBytes",
+    ),
+    "a file both ways": ({"attachments": [FILE | {"contentBytes": "AA=="}]}, "exactly one of urlOrId and contentBytes"),
+    "a file neither way": ({"attachments": [{"name": "a", "size": 1}]}, "exactly one of urlOrId and contentBytes"),
+    "a null for a file": ({"attachments": [{"name": "a", "size": 0, "contentBytes": None}]}, "contentBytes"),
+    "base64 without padding": ({"attachments": [{"name": "a", "size": 1, "contentBytes": "AA"}]}, "must be base64"),
+    "base64 in lines": ({"attachments": [{"name": "a", "size": 6, "contentBytes": "AAAA\nAAAA"}]}, "must be base64"),
+    "base64 for URLs": ({"attachments": [{"name": "a", "size": 3, "contentBytes": "AA-_"}]}, "must be base64"),
     "url without a host": ({"attachments": [FILE | {"urlOrId": "https://"}]}, "urlOrId"),
     "url of another scheme": ({"attachments": [FILE | {"urlOrId": "http://files.example/a"}]}, "urlOrId"),
     "file on our disk": ({"attachments": [FILE | {"urlOrId": "file:///etc/passwd"}]}, "urlOrId"),

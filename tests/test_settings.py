@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import settings
+import settings_reference
 from settings import Settings, SettingsInvalid, load
-from settings_reference import is_secret
+from settings_sources import is_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hunter2-hunter2"
@@ -298,10 +299,10 @@ def test_sslmode_and_the_like_may_be_given(environment: pytest.MonkeyPatch) -> N
 
 def test_the_reference_is_the_one_that_the_settings_make() -> None:
     documented = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert documented == settings.reference(), "run: python -m settings > docs/settings.md"
+    assert documented == settings_reference.reference(), "run: python -m settings > docs/settings.md"
 
 
 def test_the_reference_names_every_variable_and_each_has_a_help() -> None:
-    reference = settings.reference()
+    reference = settings_reference.reference()
     assert [variable for variable in VARIABLES if f"| `{variable}` |" not in reference] == []
     assert all(field.description for field in Settings.model_fields.values())

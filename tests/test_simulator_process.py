@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,6 +66,23 @@ def test_a_second_start_in_a_folder_keeps_its_authority(tmp_path: Path) -> None:
     with Simulator.start(tmp_path) as again:
         assert (tmp_path / "ca.pem").read_bytes() == first
         assert GraphClient(again).send().status_code == 202
+
+
+def test_other_machines_reach_it_by_the_name_that_it_is_given(tmp_path: Path) -> None:
+    # Given a folder with certificates for this machine alone
+    with Simulator.start(tmp_path):
+        pass
+    # When it is started for another name
+    with Simulator.start(tmp_path, hostname="graph.example"):
+        announced = json.loads((tmp_path / "simulator.json").read_text())
+        # Then it announces that name and has a certificate for it
+        assert announced["base_url"] == f"https://graph.example:{announced['port']}"
+        context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+        with (
+            socket.create_connection(("127.0.0.1", announced["port"]), timeout=5) as connection,
+            context.wrap_socket(connection, server_hostname="graph.example") as checked,
+        ):
+            assert checked.version()
 
 
 def test_a_failed_start_says_why(simulator: Simulator, tmp_path: Path) -> None:

@@ -3,14 +3,29 @@
 import base64
 import gzip
 import hashlib
+import io
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vault import HEADER_BYTES, SEGMENT_BYTES, InvalidKeyring, Keyring, SealedBlob, Tampered, UnknownKey, Vault, bind_to
+from vault import (
+    HEADER_BYTES,
+    SEGMENT_BYTES,
+    InvalidKeyring,
+    Keyring,
+    SealedBlob,
+    SealedStream,
+    Tampered,
+    UnknownKey,
+    Vault,
+    bind_to,
+    bind_to_attachment,
+)
 
 OLD_KEY = base64.b64encode(bytes(range(32))).decode()
 NEW_KEY = base64.b64encode(bytes(range(32, 64))).decode()
@@ -334,3 +349,152 @@ def test_errors_do_not_show_key_material_or_content() -> None:
 
     assert b"figures".decode() not in str(altered.value)
     assert str(altered.value) == "segment 0 was altered or moved, or the blob was cut short"
+
+
+# Streams
+
+ATTACHMENT = bind_to_attachment("0199c1d2-7a55-7d3c-9c9e-0a9b1f0f7a10")
+LONG = incompressible(2 * SEGMENT_BYTES + 5000)
+
+
+def seal_stream(plain: bytes, vault: Vault = OLD) -> tuple[SealedStream, bytes]:
+    """Seal a stream that comes in odd pieces; return its header's keeper and its segments."""
+    pieces = [plain[start : start + 700_001] for start in range(0, len(plain), 700_001)]
+    sealed = vault.seal_stream(pieces, associated_data=ATTACHMENT)
+    return sealed, b"".join(sealed.segments)
+
+
+def unseal_stream(
+    sealed: SealedStream,
+    file: bytes,
+    size_bytes: int,
+    *,
+    offset: int = 0,
+    associated_data: bytes = ATTACHMENT,
+    vault: Vault = OLD,
+) -> bytes:
+    return b"".join(
+        vault.open_stream(
+            sealed.header,
+            io.BytesIO(file),
+            key_id=sealed.key_id,
+            associated_data=associated_data,
+            size_bytes=size_bytes,
+            offset=offset,
+        )
+    )
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, SEGMENT_BYTES - 1, SEGMENT_BYTES, SEGMENT_BYTES + 1, len(LONG)])
+def test_a_stream_opens_to_the_same_bytes_from_any_offset(size_bytes: int) -> None:
+    plain = LONG[:size_bytes]
+    sealed, file = seal_stream(plain)
+    for offset in {0, 1, SEGMENT_BYTES - 1, SEGMENT_BYTES, SEGMENT_BYTES + 1, size_bytes}:
+        if offset <= size_bytes:
+            assert unseal_stream(sealed, file, size_bytes, offset=offset) == plain[offset:]
+    assert plain[:64] not in file or not plain
+
+
+class Counted(io.BytesIO):
+    """A file that knows how much of it was read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        piece = super().read(size)
+        self.count += len(piece)
+        return piece
+
+
+def test_a_stream_that_is_opened_in_its_last_segment_is_not_read_before_it() -> None:
+    sealed, file = seal_stream(LONG)
+    counted = Counted(file)
+    opened = OLD.open_stream(
+        sealed.header,
+        counted,
+        key_id="2025",
+        associated_data=ATTACHMENT,
+        size_bytes=len(LONG),
+        offset=2 * SEGMENT_BYTES,
+    )
+    assert b"".join(opened) == LONG[2 * SEGMENT_BYTES :]
+    assert counted.count == 5000 + 16
+
+
+A, B, C = (slice(number * SEALED_SEGMENT_BYTES, (number + 1) * SEALED_SEGMENT_BYTES) for number in range(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "size_change"),
+    [
+        (lambda file: file[B] + file[A] + file[C], 0),
+        (lambda file: file[A] + file[C], 0),
+        (lambda file: file[A] + file[C], -SEGMENT_BYTES),
+        (lambda file: file[A] + file[B], -5000),
+        (lambda file: file[A] + file[B], 0),
+        (lambda file: file[A] + file[A] + file[C], 0),
+        (lambda file: file[:-1], 0),
+        (lambda file: file[:-1], -1),
+        (lambda file: file + b"x", 0),
+        (lambda file: file + file[C], 0),
+        (lambda file: file[:5] + bytes([file[5] ^ 1]) + file[6:], 0),
+        (lambda _file: b"", 0),
+        (lambda _file: b"", -len(LONG)),
+        (lambda file: file, SEGMENT_BYTES),
+    ],
+    ids=[
+        "swapped",
+        "dropped",
+        "dropped-and-told",
+        "cut-and-told",
+        "cut",
+        "repeated",
+        "short",
+        "short-and-told",
+        "long",
+        "longer",
+        "flipped",
+        "gone",
+        "none",
+        "more",
+    ],
+)
+def test_no_segment_of_a_stream_is_swapped_dropped_or_changed_unseen(change: Any, size_change: int) -> None:
+    sealed, file = seal_stream(LONG)
+    with pytest.raises(Tampered):
+        unseal_stream(sealed, change(file), len(LONG) + size_change)
+
+
+def test_a_stream_opens_for_its_own_attachment_and_as_a_stream_alone() -> None:
+    sealed, file = seal_stream(LONG)
+    with pytest.raises(Tampered):
+        unseal_stream(sealed, file, len(LONG), associated_data=bind_to_attachment("another"))
+    with pytest.raises(Tampered):
+        OLD.open(sealed.header + file, key_id="2025", associated_data=ATTACHMENT)
+    with pytest.raises(UnknownKey):
+        unseal_stream(sealed, file, len(LONG), vault=NEW)
+
+
+def test_a_stream_gets_a_newer_key_by_its_header_alone() -> None:
+    sealed, file = seal_stream(LONG)
+    newer = BOTH.rewrap(sealed.header, key_id="2025", associated_data=ATTACHMENT)
+    renewed = SealedStream(newer.ciphertext, newer.key_id, iter(()))
+    assert unseal_stream(renewed, file, len(LONG), vault=NEW) == LONG
+
+
+def test_a_stream_of_any_length_is_sealed_and_opened_in_the_memory_of_a_few_segments(tmp_path: Path) -> None:
+    piece, count = incompressible(1_000_000), 24
+    path = tmp_path / "sealed"
+    tracemalloc.start()
+    try:
+        sealed = OLD.seal_stream((piece for _ in range(count)), associated_data=ATTACHMENT)
+        with path.open("wb") as file:
+            file.writelines(sealed.segments)
+        with path.open("rb") as file:
+            opened = OLD.open_stream(
+                sealed.header, file, key_id="2025", associated_data=ATTACHMENT, size_bytes=count * len(piece)
+            )
+            assert sum(map(len, opened)) == count * len(piece)
+        assert tracemalloc.get_traced_memory()[1] < 6 * SEGMENT_BYTES
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,105 @@
+{{/* What several templates say alike. */}}
+
+{{- define "mailfleet.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A process type as a part of a name: Kubernetes' names have no underscore. */}}
+{{- define "mailfleet.processName" -}}
+{{- printf "%s-%s" (include "mailfleet.name" .root) (replace "_" "-" .type) -}}
+{{- end -}}
+
+{{- define "mailfleet.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "mailfleet.labels" -}}
+{{ include "mailfleet.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "mailfleet.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Restricted, as the strictest of Kubernetes' pod security standards wants it. */}}
+{{- define "mailfleet.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "mailfleet.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* The variables of a container. Takes root and process, the values of the type. */}}
+{{- define "mailfleet.environment" -}}
+env:
+{{- $fixed := dict "PORT" "8000" "METRICS_PORT" "9191" -}}
+{{- if .root.Values.graphCertificate.existingSecret -}}
+{{- $_ := set $fixed "GRAPH_CLIENT_CERTIFICATE" "/etc/mailfleet/graph/certificate.pem" -}}
+{{- end -}}
+{{- $settings := mergeOverwrite (dict) .root.Values.settings (.process.settings | default dict) $fixed -}}
+{{- range $name, $value := $settings }}
+  - name: {{ $name }}
+    value: {{ kindIs "float64" $value | ternary (printf "%v" (int64 $value)) (toString $value) | quote }}
+{{- end }}
+envFrom:
+{{- range .process.existingSecrets | default .root.Values.existingSecrets }}
+  - secretRef: {name: {{ . }}}
+{{- end }}
+{{- end -}}
+
+{{- define "mailfleet.mounts" -}}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+{{- if .Values.graphCertificate.existingSecret }}
+  - {name: graph-certificate, mountPath: /etc/mailfleet/graph, readOnly: true}
+{{- end }}
+{{- if .Values.attachments.existingClaim }}
+  - {name: attachments, mountPath: /var/lib/mailfleet}
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . | indent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "mailfleet.volumes" -}}
+volumes:
+  # For the files in which a worker's processes add up their metrics.
+  - name: tmp
+    emptyDir: {sizeLimit: 128Mi}
+{{- with .Values.graphCertificate.existingSecret }}
+  - name: graph-certificate
+    secret:
+      secretName: {{ . }}
+      defaultMode: 0440
+      items: [{key: {{ $.Values.graphCertificate.key }}, path: certificate.pem}]
+{{- end }}
+{{- with .Values.attachments.existingClaim }}
+  - name: attachments
+    persistentVolumeClaim: {claimName: {{ . }}}
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . | indent 2 }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,200 @@
+"""The attachments that are stored with mailfleet: what is known of each, who uses it, and when it may go.
+
+A row comes before its file and goes after it, so that no file is without a row, wherever a process dies. A row whose
+file was never finished expires like any other.
+
+An attachment may go once it has expired and no email that uses it is unsettled, or once all that use it have been done
+for a while. An email's use is noted in the transaction that stores the email. Whoever deletes takes the row for itself
+first and looks at the uses then: an email that comes meanwhile waits for the row, and finds that it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from models.database import rows, transaction
+from models.ids import as_uuid
+from models.states import FINAL, SETTLED
+
+#: What was not finished by then never will be: nothing takes so long to be stored.
+_UNFINISHED = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An attachment that can be read, sealed under ``key_id``. Size in bytes, SHA-256 in hex."""
+
+    id: str
+    name: str
+    content_type: str
+    size: int
+    sha256: str
+    key_id: str
+    header: bytes | memoryview
+    expires_at: datetime
+
+
+class Use(NamedTuple):
+    """That an email has an attachment that is said to be stored."""
+
+    stored_attachment_id: str
+    incoming_email_id: str
+
+
+def begin(id: str, *, name: str, content_type: str, key_id: str, header: bytes, created_by: str) -> None:
+    """Note that a file is about to be written."""
+    rows(
+        """
+        INSERT INTO stored_attachments (id, name, content_type, key_id, header, created_by, expires_at)
+        VALUES (%(id)s, %(name)s, %(content_type)s, %(key_id)s, %(header)s, %(created_by)s, now() + %(unfinished)s)
+        """,
+        {
+            "id": id,
+            "name": name,
+            "content_type": content_type,
+            "key_id": key_id,
+            "header": header,
+            "created_by": created_by,
+            "unfinished": _UNFINISHED,
+        },
+    )
+
+
+def finish(id: str, *, size: int, sha256: str, keep: timedelta) -> datetime | None:
+    """Note that the file is whole, and return until when it is kept; None: it took so long that it was deleted."""
+    found = rows(
+        """
+        UPDATE stored_attachments
+        SET size = %(size)s, sha256 = %(sha256)s, stored_at = now(), expires_at = now() + %(keep)s
+        WHERE id = %(id)s AND stored_at IS NULL AND deleting_at IS NULL RETURNING expires_at
+        """,
+        {"id": id, "size": size, "sha256": sha256, "keep": keep},
+    )
+    return found[0][0] if found else None
+
+
+def find(id: str) -> Stored | None:
+    """Find a whole attachment that is not being deleted; one that has expired stays while a mail may need it."""
+    found = rows(
+        """
+        SELECT id::text, name, content_type, size, sha256, key_id, header, expires_at FROM stored_attachments
+        WHERE id = %(id)s AND stored_at IS NOT NULL AND deleting_at IS NULL
+        """,
+        {"id": as_uuid(id)},
+    )
+    return Stored(**dict(zip(Stored.__slots__, found[0], strict=True))) if found else None
+
+
+def note_uses(uses: Iterable[Use]) -> None:
+    """Write into the open transaction which new emails use which attachments; of ids that are not stored, nothing."""
+    sound = [(id, use.incoming_email_id) for use in uses if (id := as_uuid(use.stored_attachment_id))]
+    if not sound:
+        return
+    # The lock of a foreign key alone would let a deletion pass; in one order, so that no two wait for each other.
+    rows(
+        """
+        WITH stored AS MATERIALIZED (
+            SELECT id FROM stored_attachments
+            WHERE id = ANY(%(ids)s::uuid[]) AND stored_at IS NOT NULL AND deleting_at IS NULL AND expires_at > now()
+            ORDER BY id FOR SHARE
+        )
+        INSERT INTO stored_attachment_uses (stored_attachment_id, incoming_email_id)
+        SELECT stored.id, used.incoming_email_id
+        FROM unnest(%(ids)s::uuid[], %(emails)s::uuid[]) AS used (id, incoming_email_id) JOIN stored USING (id)
+        ON CONFLICT DO NOTHING
+        """,
+        {"ids": [id for id, _ in sound], "emails": [email for _, email in sound]},
+    )
+
+
+_MAY_GO = """
+    s.deleting_at IS NULL
+    AND (
+        s.expires_at <= now() AND NOT EXISTS (
+            SELECT FROM stored_attachment_uses u JOIN incoming_emails e ON e.id = u.incoming_email_id
+            WHERE u.stored_attachment_id = s.id AND e.status <> ALL(%(settled)s)
+        )
+        OR EXISTS (SELECT FROM stored_attachment_uses u WHERE u.stored_attachment_id = s.id) AND NOT EXISTS (
+            SELECT FROM stored_attachment_uses u JOIN incoming_emails e ON e.id = u.incoming_email_id
+            WHERE u.stored_attachment_id = s.id
+              AND (e.status <> ALL(%(done)s) OR e.updated_at > now() - %(keep_used)s)
+        )
+    )
+"""
+
+
+def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
+    """Take at most ``batch`` attachments that may go out of use for good, and return their ids.
+
+    Those that were taken by somebody who died before `forget` are returned again.
+
+    Args:
+        keep_used: How long one stays after the last of its mails is done: another may be on its way.
+    """
+    wanted = {
+        "batch": batch,
+        "keep_used": keep_used,
+        "settled": [str(status) for status in SETTLED],
+        "done": [str(status) for status in FINAL],
+    }
+    with transaction():
+        candidates = rows(
+            f"SELECT s.id::text FROM stored_attachments s WHERE {_MAY_GO} LIMIT %(batch)s FOR UPDATE SKIP LOCKED",
+            wanted,
+        )
+        # Once more, now that nobody can begin to use them: what was seen above is from before they were locked.
+        rows(
+            f"UPDATE stored_attachments s SET deleting_at = now() WHERE s.id = ANY(%(ids)s::uuid[]) AND {_MAY_GO}",
+            {**wanted, "ids": [id for (id,) in candidates]},
+        )
+    taken = rows(
+        "SELECT id::text FROM stored_attachments WHERE deleting_at IS NOT NULL ORDER BY id LIMIT %(batch)s", wanted
+    )
+    return [id for (id,) in taken]
+
+
+def give_up(id: str) -> None:
+    """Take an attachment that could not be stored out of use."""
+    rows("UPDATE stored_attachments SET deleting_at = now() WHERE id = %(id)s AND stored_at IS NULL", {"id": id})
+
+
+def forget(ids: list[str]) -> None:
+    """Delete the rows of attachments that were taken and whose files are gone."""
+    rows(
+        "DELETE FROM stored_attachments WHERE id = ANY(%(ids)s::uuid[]) AND deleting_at IS NOT NULL",
+        {"ids": ids},
+    )
+
+
+class Header(NamedTuple):
+    """What a change of keys replaces."""
+
+    id: str
+    key_id: str
+    header: bytes
+
+
+def sealed_otherwise(newest_key_id: str, batch: int) -> list[Header]:
+    """Return headers of attachments that are not sealed under the newest key."""
+    found = rows(
+        """
+        SELECT id::text, key_id, header FROM stored_attachments
+        WHERE key_id <> %(newest)s AND deleting_at IS NULL ORDER BY id LIMIT %(batch)s
+        """,
+        {"newest": newest_key_id, "batch": batch},
+    )
+    return [Header(id, key_id, bytes(header)) for id, key_id, header in found]
+
+
+def replace_header(before: Header, *, key_id: str, header: bytes) -> None:
+    """Replace a header, unless somebody else has done so."""
+    rows(
+        """
+        UPDATE stored_attachments SET key_id = %(key_id)s, header = %(header)s
+        WHERE id = %(id)s AND key_id = %(before)s
+        """,
+        {"id": before.id, "before": before.key_id, "key_id": key_id, "header": header},
+    )

@@ -1,0 +1,263 @@
+"""The Helm chart: what it makes of its values, and that Kubernetes would take it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+import actors  # noqa: F401  declares the queues
+import runtime
+from sandbox.fleet import read_procfile
+from settings import Settings, is_secret
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "docker" / "helm" / "mailfleet"
+OLDEST, NEWEST = "1.27", "1.37"
+#: Kinds whose schemas are not Kubernetes' own.
+FOREIGN = {"ScaledObject", "TriggerAuthentication", "PodMonitor"}
+PROCESS_TYPES = set(read_procfile(ROOT / "Procfile")) - {"release"}
+
+EVERYTHING: dict[str, Any] = {
+    "image": {"digest": f"sha256:{'0' * 64}", "pullSecrets": ["registry"]},
+    "settings": {"MAX_ATTEMPTS": 1_234_567, "INTERNAL_DOMAINS": "contoso.com", "BACKUP_KEYS_FILE": "/keys/archive"},
+    "graphCertificate": {"existingSecret": "graph"},
+    "attachments": {"existingClaim": "attachments"},
+    "autoscaling": {"by": "queue"},
+    "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "consoleToken": {"existingSecret": "viewer"}},
+    "networkPolicy": {
+        "consoleFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}],
+        "serverPeers": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+    },
+    "serviceAccount": {"annotations": {"azure.workload.identity/client-id": "x"}},
+    "podAnnotations": {"a": "b"},
+    "podLabels": {"c": "d"},
+    "nodeSelector": {"kubernetes.io/arch": "amd64"},
+    "tolerations": [{"key": "mail", "operator": "Exists"}],
+    "extraVolumes": [{"name": "keys", "secret": {"secretName": "keys"}}],
+    "extraVolumeMounts": [{"name": "keys", "mountPath": "/keys", "readOnly": True}],
+    "processes": {"send_plain": {"settings": {"SEND_PLAIN_THREADS": 16}, "existingSecrets": ["sending"]}},
+}
+NOTHING: dict[str, Any] = {
+    "autoscaling": {"by": "cpu"},
+    "migrations": {"enabled": False},
+    "networkPolicy": {"enabled": False},
+    "disruptionBudgets": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="module")
+def chart() -> Iterator[helm_python.Chart]:
+    with helm_python.Chart.load(CHART) as loaded:
+        yield loaded
+
+
+def rendered(chart: helm_python.Chart, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    texts = chart.render(values or {}, name="mail", namespace="post")
+    documents = [yaml.safe_load_all(text) for path, text in texts.items() if path.endswith(".yaml")]
+    return [document for each in documents for document in each if document]
+
+
+def of_kind(documents: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
+
+
+def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the pods' specifications, the migrations' too, by process type."""
+    made = [*of_kind(documents, "Deployment").values(), *of_kind(documents, "Job").values()]
+    templates = [document["spec"]["template"] for document in made]
+    return {each["metadata"]["labels"]["app.kubernetes.io/component"]: each["spec"] for each in templates}
+
+
+def environment(pod: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "version"),
+    [({}, NEWEST), (EVERYTHING, NEWEST), (EVERYTHING, OLDEST), (NOTHING, NEWEST)],
+    ids=["defaults", "everything", "everything-oldest", "nothing"],
+)
+def test_kubernetes_would_take_what_the_chart_makes(
+    chart: helm_python.Chart, values: dict[str, Any], version: str
+) -> None:
+    documents = rendered(chart, values)
+    for document in documents:
+        if document["kind"] not in FOREIGN:
+            kubernetes_validate.validate(document, version, strict=True)
+    names = [(document["kind"], document["metadata"]["name"]) for document in documents]
+    assert len(names) == len(set(names))
+    assert all(document["metadata"]["namespace"] == "post" for document in documents)
+
+
+def test_the_oldest_kubernetes_is_the_one_that_the_chart_asks_for(chart: helm_python.Chart) -> None:
+    assert chart.metadata["kubeVersion"] == f">={OLDEST}.0-0"
+
+
+def test_helm_finds_no_fault_in_the_chart() -> None:
+    report = helm_python.lint(CHART, EVERYTHING, strict=True)
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+
+
+def test_the_chart_has_a_deployment_for_each_process_type_of_the_procfile(chart: helm_python.Chart) -> None:
+    documents = rendered(chart)
+    assert set(pods(documents)) == PROCESS_TYPES | {"release"}
+    for name, pod in pods(documents).items():
+        assert pod["containers"][0]["args"] == [name]
+        assert "command" not in pod["containers"][0]
+
+
+def test_every_pod_is_restricted_and_gets_time_to_end(chart: helm_python.Chart) -> None:
+    for name, pod in pods(rendered(chart, EVERYTHING)).items():
+        [container] = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert pod["automountServiceAccountToken"] is False
+        assert container["resources"]["limits"]["memory"]
+        if name != "release":
+            assert pod["terminationGracePeriodSeconds"] >= 20
+            assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+            assert pod["topologySpreadConstraints"]
+
+
+def test_migrations_run_before_installation_and_upgrade_and_need_nothing_of_the_release(
+    chart: helm_python.Chart,
+) -> None:
+    documents = rendered(chart, EVERYTHING)
+    [job] = of_kind(documents, "Job").values()
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    pod = job["spec"]["template"]["spec"]
+    assert "serviceAccountName" not in pod
+    assert "ConfigMap" not in {document["kind"] for document in documents}
+
+
+def test_the_chart_makes_no_secret_and_a_value_that_is_one_is_refused(chart: helm_python.Chart) -> None:
+    assert not of_kind(rendered(chart, EVERYTHING), "Secret")
+    for name in (str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)):
+        with pytest.raises(helm_python.HelmError, match=name):
+            rendered(chart, {"settings": {name: "hunter2"}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"replicaCount": 3},
+        {"processes": {"send-plain": {"replicas": 1, "resources": {}}}},
+        {"autoscaling": {"by": "moon"}},
+        {"terminationGracePeriodSeconds": 5},
+        {"existingSecrets": []},
+        {"settings": {"max_attempts": 3}},
+    ],
+)
+def test_values_that_mean_nothing_are_refused(chart: helm_python.Chart, values: dict[str, Any]) -> None:
+    with pytest.raises(helm_python.HelmError):
+        rendered(chart, values)
+
+
+def test_settings_and_secrets_reach_the_processes_that_they_are_for(chart: helm_python.Chart) -> None:
+    by_type = pods(rendered(chart, EVERYTHING))
+    for name, pod in by_type.items():
+        assert environment(pod)["MAX_ATTEMPTS"] == "1234567"
+        assert environment(pod)["METRICS_PORT"] == "9191"
+        assert environment(pod)["GRAPH_CLIENT_CERTIFICATE"] == "/etc/mailfleet/graph/certificate.pem"
+        assert ("SEND_PLAIN_THREADS" in environment(pod)) == (name == "send_plain")
+        secrets = [entry["secretRef"]["name"] for entry in pod["containers"][0]["envFrom"]]
+        assert secrets == (["sending"] if name == "send_plain" else ["mailfleet"])
+
+
+def test_every_mount_has_its_volume(chart: helm_python.Chart) -> None:
+    for pod in pods(rendered(chart, EVERYTHING)).values():
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        assert mounted == {"tmp", "graph-certificate", "attachments", "keys"}
+
+
+def test_scaling_follows_queues_that_exist_and_leaves_the_number_of_replicas_alone(chart: helm_python.Chart) -> None:
+    documents = rendered(chart, {"autoscaling": {"by": "queue"}})
+    deployments = of_kind(documents, "Deployment")
+    scaled = of_kind(documents, "ScaledObject")
+    assert set(scaled) == {f"mail-mailfleet-{name}" for name in ("bridge", "send-plain", "send-attached", "backup")}
+    for name, document in scaled.items():
+        specification = document["spec"]
+        assert specification["scaleTargetRef"] == {"name": name}
+        assert "replicas" not in deployments[name]["spec"]
+        assert specification["minReplicaCount"] <= specification["fallback"]["replicas"]
+        [trigger] = specification["triggers"]
+        assert trigger["metadata"]["queueName"] in {*runtime.fleet_broker.queues, runtime.SEND_QUEUE}
+        assert trigger["authenticationRef"]["name"] in of_kind(documents, "TriggerAuthentication")
+    assert not of_kind(documents, "HorizontalPodAutoscaler")
+
+
+def test_without_keda_the_same_types_are_scaled_by_cpu(chart: helm_python.Chart) -> None:
+    queue, cpu = (rendered(chart, {"autoscaling": {"by": by}}) for by in ("queue", "cpu"))
+    assert set(of_kind(cpu, "HorizontalPodAutoscaler")) == set(of_kind(queue, "ScaledObject"))
+    assert not {document["kind"] for document in cpu} & FOREIGN
+    for name, autoscaler in of_kind(cpu, "HorizontalPodAutoscaler").items():
+        assert autoscaler["spec"]["scaleTargetRef"]["name"] == name in of_kind(cpu, "Deployment")
+
+
+def test_a_disruption_takes_one_replica_at_a_time_and_a_single_one_does_not_hold_up_a_node(
+    chart: helm_python.Chart,
+) -> None:
+    documents = rendered(chart)
+    several = {name for name, each in of_kind(documents, "Deployment").items() if each["spec"]["replicas"] > 1}
+    assert set(of_kind(documents, "PodDisruptionBudget")) == several
+    alone = rendered(chart, {"processes": {name: {"replicas": 1} for name in PROCESS_TYPES}})
+    assert not of_kind(alone, "PodDisruptionBudget")
+
+
+def test_pods_are_closed_but_for_metrics_and_the_console(chart: helm_python.Chart) -> None:
+    policies = of_kind(rendered(chart), "NetworkPolicy")
+    every, console = policies["mail-mailfleet"]["spec"], policies["mail-mailfleet-console"]["spec"]
+    assert every["policyTypes"] == ["Ingress", "Egress"]
+    assert "app.kubernetes.io/component" not in every["podSelector"]["matchLabels"]
+    assert [rule["ports"] for rule in every["ingress"]] == [[{"protocol": "TCP", "port": 9191}]]
+    assert [rule["ports"] for rule in console["ingress"]] == [[{"protocol": "TCP", "port": 8000}]]
+    assert all(rule["from"] == [{"podSelector": {}}] for rule in [*every["ingress"], *console["ingress"]])
+
+
+def test_the_fleets_own_metrics_are_collected_with_a_viewers_token_only(chart: helm_python.Chart) -> None:
+    [monitor] = of_kind(rendered(chart, EVERYTHING), "PodMonitor").values()
+    own, fleet = monitor["spec"]["podMetricsEndpoints"]
+    assert own["port"] == "metrics"
+    assert fleet["authorization"]["credentials"] == {"name": "viewer", "key": "token"}
+    [plain] = of_kind(rendered(chart, {"podMonitor": {"enabled": True}}), "PodMonitor").values()
+    assert [endpoint["port"] for endpoint in plain["spec"]["podMetricsEndpoints"]] == ["metrics"]
+
+
+def test_the_notes_name_what_the_chart_has_made(chart: helm_python.Chart) -> None:
+    [notes] = [text for path, text in chart.render({}, name="mail", namespace="post").items() if "NOTES" in path]
+    documents = rendered(chart)
+    assert set(re.findall(r"deploy/(\S+)", notes)) <= set(of_kind(documents, "Deployment"))
+    assert set(re.findall(r"svc/(\S+)", notes)) <= set(of_kind(documents, "Service"))
+
+
+def test_the_deployment_guide_names_only_values_that_the_chart_has(chart: helm_python.Chart) -> None:
+    table = (ROOT / "docs" / "deploy.md").read_text().partition("## Kubernetes with Helm")[2].partition("## Scaling")[0]
+    named = set(re.findall(r"`([a-zA-Z]+(?:\.[A-Za-z_]+)*)[`=]", table))
+    paths = {name for name in named if name.partition(".")[0] in chart.values}
+    assert len(paths) > 10
+    for path in paths:
+        step: Any = chart.schema
+        for name in path.replace("TYPE", "bridge").split("."):
+            step = definition(chart, step)
+            assert name in step["properties"] or re.match(step.get("propertyNames", {}).get("pattern", "$"), name), path
+            step = step["properties"].get(name, {})
+
+
+def definition(chart: helm_python.Chart, schema: dict[str, Any]) -> dict[str, Any]:
+    """Follow a reference and say what properties there are, if they are listed."""
+    assert chart.schema
+    found = chart.schema["definitions"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    return {"properties": {}, **found}

@@ -124,8 +124,9 @@ def _plain_pieces(stored: stored_attachments.Stored, offset: int) -> Iterator[It
 
 def _token_source() -> TokenSource:
     secret = configuration.graph_client_secret
+    # A type that never talks to Graph has no credential, and a source that asks for nothing.
     if not settings_sources.is_needed("GRAPH_CLIENT_SECRET"):
-        secret = SecretStr("not loaded by this process type")
+        secret = SecretStr("")
     return TokenSource(
         configuration.graph_authority,
         configuration.graph_tenant_id,

@@ -113,6 +113,8 @@ class TokenSource:
     ) -> None:
         """Exactly one of ``secret`` and ``certificate_pem_path`` (key and certificate in one file) is needed.
 
+        An empty secret stands for none: every token is then refused here, and nobody is asked.
+
         ``clock`` counts seconds, by which the token's age is judged. A credential that is refused may have been
         replaced: the file is read again, and ``reread_secret`` asked for the secret (None: not known to be another).
         ``on_credential`` is told when a credential comes into use, with the end of its certificate.
@@ -247,6 +249,8 @@ class TokenSource:
         )
 
     def _credential(self) -> str | dict[str, str] | None:
+        if self._secret == "":
+            raise errors.AuthenticationFailed("this process has no credential")
         if self._certificate_path is None:
             self._used = self._secret
             return self._secret

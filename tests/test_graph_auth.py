@@ -378,6 +378,12 @@ def test_exactly_one_credential_is_needed(credentials: dict[str, Any]) -> None:
         TokenSource(AUTHORITY, "contoso", "app-id", **credentials)
 
 
+def test_without_a_credential_nobody_is_asked(entra: Mocker) -> None:
+    with pytest.raises(errors.AuthenticationFailed):
+        TokenSource(AUTHORITY, "contoso", "app-id", secret="").token()
+    assert entra.call_count == 0
+
+
 def test_an_authority_in_the_clear_is_refused() -> None:
     with pytest.raises(errors.InsecureUrl):
         TokenSource("http://login.example", "contoso", "app-id", secret=SECRET)

@@ -115,7 +115,7 @@ def test_a_certificate_sends_mail_and_is_replaced_while_the_process_runs(graph: 
     # Then it is taken from the file as soon as it is there
     path.write_bytes(new)
     client.send_mail(SENDER, message)
-    assert len(graph.messages(SENDER)) == 2
+    assert len(graph.deliveries(SENDER)) == 2
 
 
 @pytest.mark.parametrize(("days", "fine"), [(30, True), (13, False), (-1, False)])

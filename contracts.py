@@ -438,6 +438,12 @@ class Event(NamedTuple):
     reply_to: str | None = None
     traceparent: str | None = None
 
+    @property
+    def publisher_message_id(self) -> str | None:
+        """The publisher's id of the email, read from the body: not for what every email comes by."""
+        told = orjson.loads(self.body).get("publisher_message_id")
+        return None if told is None else str(told)
+
 
 #: The bits of a UUID of version 7 or 8 that are its time, and those that say its version and variant (RFC 9562).
 _TIME, _VERSION_8 = (1 << 48) - 1 << 80, 8 << 76 | 2 << 62

@@ -42,13 +42,16 @@ from attachments import (
     check_store_url,
 )
 from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
-from contracts import Event
+from contracts import Event, __version__
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
 from mail_rules import RecipientFirewall
-from models import stored_attachments
+from models import payload_keys, stored_attachments
+from models.ids import as_uuid
 from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
+from payloads import Payloads, WrappedKey
+from tracing import Tracer, check_endpoint, header_pairs, trace_id
 from vault import Keyring, Vault, VaultError, bind_to_attachment
 from waking import WakeUps
 
@@ -76,6 +79,8 @@ def _load() -> settings.Settings:
                 "ATTACHMENT_CLOUD_URLS": lambda text: [*map(CloudPlace.parse, settings.comma_separated(text))],
                 "ATTACHMENT_STORE_URL": check_store_url,
                 "BACKUP_KEYS": Keyring.parse,
+                "OTEL_EXPORTER_OTLP_ENDPOINT": check_endpoint,
+                "OTEL_EXPORTER_OTLP_HEADERS": header_pairs,
                 "RABBITMQ_URL": outbox.check_url,
                 "REDIS_URL": Redis.from_url,
             }
@@ -159,11 +164,29 @@ def credential_expires_at() -> datetime | None:
     return datetime(day.year, day.month, day.day, tzinfo=UTC) if day else None
 
 
+def _find_data_key(id: str) -> WrappedKey | None:
+    found = payload_keys.find(id)
+    return WrappedKey(*found) if found else None
+
+
 def _count_call(call: Call) -> None:
     telemetry.GRAPH_REQUESTS.labels(call.operation, str(call.status or "none")).inc()
     telemetry.GRAPH_SECONDS.labels(call.operation).observe(call.duration.total_seconds())
     if call.status == 429 or (call.status == 503 and call.retry_after):
         telemetry.THROTTLED.labels(call.operation).inc()
+
+
+def _tell_of_call(call: Call) -> None:
+    _count_call(call)
+    failure = None if call.status and call.status < 400 else str(call.status or "no answer")
+    tracer.record_call(
+        f"graph {call.operation}",
+        call.duration,
+        failure=failure,
+        **{"http.response.status_code": call.status},
+        graph_request_id=call.request_id,
+        client_request_id=call.client_request_id,
+    )
 
 
 def _count_unknown_code(status: int, _code: str) -> None:
@@ -256,14 +279,42 @@ class FlushAtShutdown(dramatiq.Middleware):
     """Publishes what a worker still has in hand before it ends."""
 
     def before_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
-        close()
+        _flush()
+
+    def after_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
+        tracer.close()
 
 
 def close() -> None:
-    """Publish what is still in hand and end the connections. For the end of a process."""
+    """Publish what is still in hand, end the connections, deliver the traces. For the end of a process."""
+    _flush()
+    tracer.close()
+
+
+def _flush() -> None:
     for each in _batchers:
         each.close()
     publisher.close()
+
+
+def _ids_in(message: Any) -> dict[str, str | None]:
+    """Return the ids of the mail that a message says it is for: of a foreign one, only what can be nothing else."""
+    id, traceparent = message.kwargs.get("incoming_email_id"), message.options.get("traceparent")
+    return {
+        "incoming_email_id": as_uuid(id) if isinstance(id, str) else None,
+        "trace_id": trace_id(traceparent) if isinstance(traceparent, str) else None,
+    }
+
+
+def _tracer() -> Tracer:
+    headers = configuration.otlp_headers
+    return Tracer(
+        configuration.otlp_endpoint,
+        headers=header_pairs(headers.get_secret_value()) if headers else {},
+        ratio=configuration.traces_sampled,
+        version=__version__,
+        on_lost=telemetry.note_lost_spans,
+    )
 
 
 _TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
@@ -271,6 +322,7 @@ _TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika
 configuration = _load()
 crash_point = CrashPoints(configuration.crash_directory)
 telemetry.configure_logging(configuration.log_level)
+tracer = _tracer()
 models.connect(configuration.database_url.get_secret_value(), "mailfleet", settings_sources.Rereading("DATABASE_URL"))
 
 rabbitmq = outbox.connection_parameters(
@@ -302,10 +354,11 @@ graph = GraphClient(
     timeout=configuration.graph_timeout,
     tag_id=TAG,
     user_agent="mailfleet",
-    on_call=_count_call,
+    on_call=_tell_of_call,
     on_unknown_code=_count_unknown_code,
 )
 vault = Vault(_keyring())
+payloads = Payloads(vault.keyring, keep=lambda key: payload_keys.keep(*key), find=_find_data_key)
 store = Store(configuration.attachment_store_url)
 source = attachment_source()
 
@@ -314,6 +367,7 @@ fleet_broker = FleetBroker(
     queue_type=configuration.rabbitmq_queue_type,
     crash_point=crash_point,
     middleware=[
+        telemetry.MailOfMessage(_ids_in),
         TimeLimit(time_limit=TIME_LIMIT_MILLISECONDS),
         CurrentMessage(),
         DeadLettering((models.DatabaseAway, outbox.Unconfirmed, limits.Unavailable, RedisError), wake_mirror),

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 import psycopg2
@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 import settings_sources
+from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS
 from mail_rules import RecipientFirewall, SenderRule
 from settings_sources import is_needed, secret_in_file, variable_of
 from settings_sources import setting as _setting
@@ -85,10 +86,8 @@ def _server(*schemes: str) -> AfterValidator:
 
 
 #: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
-_OWN_KEYWORDS = {"host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"} | {
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
+_OWN_KEYWORDS = {*["host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"]} | {
+    f"keepalives_{each}" for each in ("idle", "interval", "count")
 }
 
 
@@ -133,31 +132,6 @@ Days = Annotated[timedelta, _of(timedelta(days=1))]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 
-
-class Bounds(NamedTuple):
-    """The values that a limit on use may have besides 0, which switches it off."""
-
-    least: int
-    most: int
-
-    def check(self, limit: int) -> int:
-        """Return the limit.
-
-        Raises:
-            ValueError: It is out of bounds; says what it must be.
-        """
-        if limit != 0 and not self.least <= limit <= self.most:
-            raise ValueError(f"must be 0 (no limit) or from {self.least} to {self.most}")
-        return limit
-
-
-# Whether it is set here or by an operator while the fleet runs.
-CONCURRENCY_BOUNDS = Bounds(1, 1_000)
-#: One call charges up to two requests; a limit below what one call charges would have all mail given up.
-REQUESTS_BOUNDS = Bounds(2, 1_000_000_000)
-#: One request has up to 4 MB (a small attachment in base64, a range of a large one).
-UPLOAD_MB_BOUNDS = Bounds(5, 1_000_000)
-COUNT_BOUNDS = Bounds(1, 1_000_000_000)
 
 Concurrency = Annotated[int, AfterValidator(CONCURRENCY_BOUNDS.check)]
 Requests = Annotated[int, AfterValidator(REQUESTS_BOUNDS.check)]
@@ -305,9 +279,27 @@ class Settings(settings_sources.StoreSettings):
         default=10,
         unit="seconds",
     )
-    backup_retention: Days = _setting("BACKUP_RETENTION_DAYS", "How long a backup is kept.", default=365, unit="days")
+    backup_retention: Days = _setting(
+        "BACKUP_RETENTION_DAYS", "How long a backup is kept, as of when it was stored.", default=365, unit="days"
+    )
+    payload_retention: Days = _setting(
+        "PAYLOAD_RETENTION_DAYS",
+        "How long the content of a settled mail is kept; its ids stay.",
+        default=30,
+        unit="days",
+    )
+    record_retention: Days = _setting(
+        "RECORD_RETENTION_DAYS",
+        "How long published events, receipts, resolved dead letters and idle rows of mailboxes are kept.",
+        default=90,
+        unit="days",
+    )
+    audit_retention: Days = _setting(
+        "AUDIT_RETENTION_DAYS", "How long the audit log is kept.", default=730, unit="days"
+    )
+    seal_payloads: bool = _setting("SEAL_PAYLOADS", "Whether new payloads are encrypted in the database.", default=True)
     backup_keys: SecretStr = _setting(
-        "BACKUP_KEYS", "Keys of the archive: `id:base64` pairs, comma-separated, newest first, 32 bytes each."
+        "BACKUP_KEYS", "Keys of all that is sealed: `id:base64` pairs, comma-separated, newest first, 32 bytes each."
     )
 
     attachment_allowed_hosts: Names = _setting(
@@ -353,6 +345,15 @@ class Settings(settings_sources.StoreSettings):
         default="",
     )
 
+    otlp_endpoint: str | None = _setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT", "Receiver of traces, OTLP over HTTP, as in `http://otel:4318`.", default=None
+    )
+    otlp_headers: SecretStr | None = _setting(
+        "OTEL_EXPORTER_OTLP_HEADERS", "Its headers: `name=value` pairs, comma-separated, percent-encoded.", default=None
+    )
+    traces_sampled: Annotated[float, Field(ge=0, le=1)] = _setting(
+        "TRACES_SAMPLED", "Part of the mails without a `traceparent` of their publisher that is traced.", default=0.01
+    )
     console_tokens: SecretStr | None = _setting(
         "CONSOLE_TOKENS",
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."

@@ -12,12 +12,16 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
+from types import TracebackType
 from typing import Any
 
 import dramatiq
@@ -62,27 +66,69 @@ _STANDARD_ERROR = os.fdopen(2, "wb", buffering=0, closefd=False)
 _STANDARD_ERROR_TEXT = io.TextIOWrapper(_STANDARD_ERROR, write_through=True)
 
 
+#: The ids of the mail that is worked on, by which every line tells what it is about; None: nobody's.
+_ids: ContextVar[dict[str, str] | None] = ContextVar("ids", default=None)
+
+
 def mail_log(
     step: Step, *, incoming_email_id: str | None, publisher_message_id: str | None = None, **fields: Any
 ) -> None:
-    """Write one line of the mail log and count it."""
+    """Write one line of the mail log and count it. Fields that are None are left out."""
     EMAILS.labels(step.value).inc()
-    if publisher_message_id is not None:
-        fields["publisher_message_id"] = publisher_message_id
-    _mail.info(step.value, incoming_email_id=incoming_email_id, **fields)
+    fields |= {"incoming_email_id": incoming_email_id, "publisher_message_id": publisher_message_id}
+    _mail.info(step.value, **_known(fields))
 
 
 @contextmanager
-def mail_context(**ids: Any) -> Iterator[None]:
+def mail_context(**ids: str | None) -> Iterator[None]:
     """Put these ids on every line that is logged within the block."""
-    with structlog.contextvars.bound_contextvars(**{name: value for name, value in ids.items() if value is not None}):
+    token = _ids.set({**(_ids.get() or {}), **_known(ids)})
+    try:
         yield
+    finally:
+        _ids.reset(token)
+
+
+def note_ids(**ids: str | None) -> None:
+    """Put these ids on every line until the block of `mail_context`, or the message that is worked on, has ended."""
+    held = _ids.get()
+    if held is not None:
+        held.update(_known(ids))
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _with_ids(_logger: Any, _method: str, line: Any) -> Any:
+    """Add the ids of the mail that is worked on; what a line says itself counts."""
+    return {**ids, **line} if (ids := _ids.get()) else line
+
+
+class MailOfMessage(dramatiq.Middleware):
+    """Has every line, Dramatiq's too, tell the mail that the message in hand is for.
+
+    Args:
+        ids_in: Returns the ids that can be told from a message before its mail is claimed.
+    """
+
+    def __init__(self, ids_in: Callable[[Any], dict[str, str | None]]) -> None:
+        self._ids_in = ids_in
+
+    def before_process_message(self, _broker: Any, message: Any) -> None:
+        _ids.set(_known(self._ids_in(message)))
+
+    def after_process_message(self, _broker: Any, _message: Any, **_outcome: Any) -> None:
+        _ids.set(None)
+
+    def after_skip_message(self, _broker: Any, _message: Any) -> None:
+        _ids.set(None)
 
 
 def configure_logging(level: str) -> None:
     """Send every line, ours and the libraries', to standard error as JSON."""
     shared = [
-        structlog.contextvars.merge_contextvars,
+        _with_ids,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -92,12 +138,13 @@ def configure_logging(level: str) -> None:
         logger_factory=structlog.BytesLoggerFactory(_STANDARD_ERROR),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(_STANDARD_ERROR_TEXT)
+    handler = _Handler(_STANDARD_ERROR_TEXT)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _redacted,
                 _exceptions,
                 structlog.processors.JSONRenderer(lambda *args, **kwargs: orjson.dumps(*args, **kwargs).decode()),
             ],
@@ -107,12 +154,42 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("urllib3", "msal", "periodiq", "dramatiq", "peewee"):
+    for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
-    # It tells each failed connect in six lines; whoever connects tells it in one.
-    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    # pika tells each failed connect in six lines; whoever connects tells it in one. As do those who trace.
+    for told_by_us in ("pika", "opentelemetry"):
+        logging.getLogger(told_by_us).setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
     threading.excepthook = _log_end_of_thread
+    sys.excepthook = _log_end_of_process
+    sys.unraisablehook = _log_unraisable
+
+
+#: Below a warning these tell what passes through them: paths with addresses, headers, bodies.
+_CHATTY = (
+    *("urllib3", "requests", "msal", "redis", "peewee", "dramatiq", "periodiq", "asyncio", "concurrent", "yoyo"),
+    *("fsspec", "s3fs", "botocore", "aiobotocore", "boto3", "azure", "adlfs", "aiohttp", "hpack", "httpx", "httpcore"),
+)
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes lines; of one that cannot be written it tells where it came from, and not, as logging does, its values."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        told = {"event": "a line could not be written", "level": "error", "logger": record.name, "line": record.lineno}
+        self.stream.write(orjson.dumps(told).decode() + self.terminator)
+
+
+def _log_unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    if ignored.exc_value is not None:
+        logging.getLogger(__name__).error("an error could not be raised", exc_info=ignored.exc_value)
+
+
+def _log_end_of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        logging.getLogger(__name__).critical("the process has ended", exc_info=(kind, error, trace))
 
 
 def _log_end_of_thread(end: threading.ExceptHookArgs) -> None:
@@ -133,17 +210,58 @@ def _without_text(exc_info: Any) -> str:
 _exceptions = structlog.processors.ExceptionRenderer(_without_text)
 
 
+#: What of a foreign line tells too much: the path of a URL, which holds an address or is a secret itself, and who
+#: logs in with what; addresses; tokens, in a header or by their form.
+_TELLING = (
+    (re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?([^\s/?#'\"<>]*)[^\s'\"<>]*", re.IGNORECASE), r"\1\2/…"),
+    (re.compile(r"(?<=[ '\"=(:,])/[^\s'\"]*(?:@|%40|[Tt]oken|\?)[^\s'\"]*"), "/…"),
+    (re.compile(r"[^\s@'\"<>(),;:=/]+(?:@|%40)[^\s@'\"<>(),;:/]+", re.IGNORECASE), "…@…"),
+    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]+", re.IGNORECASE), r"\1 …"),
+    (re.compile(r"\beyJ[\w-]{8,}(?:\.[\w-]*)*"), "…"),
+    (
+        re.compile(
+            r"\b(\w*(?:password|passwd|secret|token|signature|sig|key))(['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,;]+", re.I
+        ),
+        r"\1\2…",
+    ),
+)
+#: No line of ours is longer; a foreign one that is may hold a body.
+_LONGEST_CHARACTERS = 1000
+
+
+def _redacted(_logger: Any, _method: str, line: Any) -> Any:
+    """Take out of a line of `logging` what looks like an address, a URL's path, a token or a password."""
+    text = str(line["event"])[:_LONGEST_CHARACTERS]
+    for telling, kept in _TELLING:
+        text = telling.sub(kept, text)
+    return {**line, "event": text}
+
+
 def _without_message_arguments(record: logging.LogRecord) -> bool:
-    """Keep Dramatiq from writing an actor's arguments, which may be whole emails, into its lines."""
+    """Keep actors' arguments, which may be whole emails, and errors' texts, which may quote one, out of the lines."""
+    record.msg = _named(record.msg)
     if isinstance(record.args, tuple):
         record.args = tuple(_named(argument) for argument in record.args)
+    elif isinstance(record.args, Mapping):  # logging has taken it out of the tuple
+        record.args = _Fields({name: _named(value) for name, value in record.args.items()})
     # At DEBUG each actor tells its call, in a logger of its own name.
     return record.msg != "Received args=%r kwargs=%r."
+
+
+class _Fields(dict[str, Any]):
+    """Values that a line asks for by their names, and does not get as a whole."""
+
+    def __repr__(self) -> str:
+        return "(dict)"
 
 
 def _named(argument: Any) -> Any:
     if isinstance(argument, Message) or hasattr(argument, "_message"):
         return f"{argument.actor_name}[{argument.message_id}]"
+    if isinstance(argument, BaseException):
+        return type(argument).__name__
+    if isinstance(argument, bytes | bytearray | memoryview | dict | list):
+        return f"({type(argument).__name__})"
     return argument
 
 
@@ -180,12 +298,20 @@ MESSAGE_SECONDS = Histogram(
     ["actor"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
+PURGED = Counter("mailfleet_purged", "Rows deleted, or payloads emptied, at the end of their retention.", ["kind"])
 UPLOADED_BYTES = Counter(
     "mailfleet_uploaded_bytes", "Bytes of attachments that Graph has taken, in one request or as a range.", ["way"]
 )
 ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
+SPANS_LOST = Counter("mailfleet_spans_lost", "Spans of traces that could not be delivered.")
 ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
 ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
+
+
+def note_lost_spans(count: int) -> None:
+    """Count spans that the receiver of traces did not take, and tell of it."""
+    SPANS_LOST.inc(count)
+    logging.getLogger(__name__).warning("%d spans could not be delivered to the receiver of traces", count)
 
 
 def serve_own_metrics(port: int) -> None:

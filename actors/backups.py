@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -47,7 +47,8 @@ from graph_client.errors import (
 )
 from models import ClaimedBackup, Copy, DatabaseAway, Sealed
 from models.backups import store
-from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log
+from telemetry import ARCHIVED_BYTES, DEAD_LETTERS, Step, mail_context, mail_log, note_ids
+from tracing import Span, active, ending, trace_id
 from vault import bind_to
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,9 @@ GIVEN_UP = (PermanentError, NotInMailbox, AttemptsUsedUp)
 def backup_email(incoming_email_id: str, attempt: int) -> None:
     """Store the mail's MIME, sealed, or record why not and when to try again. Safe to repeat."""
     for backup in _claimed([(incoming_email_id, attempt)]):
+        note_ids(**_ids(backup))
         try:
-            with _told_of(backup):
+            with _told_of(backup), ending([_begin(backup)]):
                 runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
                 _archive([_copy_known(backup) or _copy_found(backup)])
         except Exception as error:
@@ -93,16 +95,18 @@ def backup_emails(backups: list[list[Any]]) -> None:
     if not claimed:
         return
     left, copies = deque(claimed), list[Copy]()
-    try:
-        _copy_all(left, copies)
-    except Exception as error:
-        _record(left.popleft(), error, together=True)
-        for backup in left:
-            backup.snooze(timedelta(), "put back: another of its mailbox met trouble")
-    finally:
-        if copies:
-            _archive(copies)
-        runtime.wake_soon("schedule_emails")
+    spans = {backup.incoming_email_id: _begin(backup) for backup in claimed}
+    with ending(spans.values()):
+        try:
+            _copy_all(left, copies, spans)
+        except Exception as error:
+            _record(left.popleft(), error, together=True)
+            for backup in left:
+                backup.snooze(timedelta(), "put back: another of its mailbox met trouble")
+        finally:
+            if copies:
+                _archive(copies)
+            runtime.wake_soon("schedule_emails")
 
 
 def _claimed(dispatched: Sequence[tuple[str, int]]) -> list[ClaimedBackup]:
@@ -110,13 +114,29 @@ def _claimed(dispatched: Sequence[tuple[str, int]]) -> list[ClaimedBackup]:
     return ClaimedBackup.claim(dispatched, lease=runtime.configuration.lease)
 
 
+def _begin(backup: ClaimedBackup) -> Span:
+    """Begin the backup's span, under what the mail's row names: several are dispatched by one message."""
+    noted = {**_ids(backup), "trace_id": None}  # a span is in its trace
+    return runtime.tracer.begin("backup", backup.traceparent, kind="consumer", attempt=backup.attempt, **noted)
+
+
+def _ids(backup: ClaimedBackup) -> dict[str, str | None]:
+    return {
+        "incoming_email_id": backup.incoming_email_id,
+        "publisher_message_id": backup.publisher_message_id,
+        "graph_message_id": backup.graph_message_id,
+        "correlation_id": backup.correlation_id,
+        "trace_id": trace_id(backup.traceparent),
+    }
+
+
 @contextmanager
 def _told_of(backup: ClaimedBackup) -> Iterator[None]:
-    with mail_context(incoming_email_id=backup.incoming_email_id, publisher_message_id=backup.publisher_message_id):
+    with mail_context(**_ids(backup)):
         yield
 
 
-def _copy_all(left: deque[ClaimedBackup], copies: list[Copy]) -> None:
+def _copy_all(left: deque[ClaimedBackup], copies: list[Copy], spans: Mapping[str, Span]) -> None:
     """Move each backup from those that are left to the copies; of one that cannot be made, record why.
 
     Raises:
@@ -129,7 +149,7 @@ def _copy_all(left: deque[ClaimedBackup], copies: list[Copy]) -> None:
         while left:
             backup = left[0]
             try:
-                with _told_of(backup):
+                with _told_of(backup), active([spans[backup.incoming_email_id]]):
                     runtime.crash_point(CrashPoint.BACKUP_CLAIMED)
                     message_id = _sent_one(found[backup.incoming_email_id])
                     copies.append(Copy(backup, message_id, _sealed(backup, message_id, renewing)))

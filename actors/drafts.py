@@ -44,7 +44,7 @@ from limiter import Refused
 from models import ClaimedEmail, uploads
 from models.uploads import Upload
 from settings import LEASE_MARGIN
-from telemetry import UPLOADED_BYTES, Step, mail_log
+from telemetry import UPLOADED_BYTES, Step, mail_log, note_ids
 
 #: Between two pieces the lease is looked at; from a slow source a piece is what has come.
 _PIECE_BYTES = 64 * 1024
@@ -115,6 +115,7 @@ def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
             draft_id = runtime.graph.create_draft(email.mailbox, message).id
     runtime.crash_point(CrashPoint.DRAFT_CREATED)
     email.record_draft(draft_id)
+    note_ids(graph_message_id=draft_id)
     runtime.crash_point(CrashPoint.DRAFT_RECORDED)
     mail_log(Step.DRAFTED, incoming_email_id=email.id)
     return draft_id

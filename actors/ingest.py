@@ -35,8 +35,10 @@ from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
 from mail_rules import refusal_of_sender, sender_rules
 from models import Arrival, Reception
+from models.ingest import Stored
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
 from telemetry import Step, mail_log
+from tracing import Span, ending, trace_id
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,12 @@ class Delivery(NamedTuple):
     def answering(self) -> tuple[str | None, str | None, str | None]:
         """What an answer carries back: correlation id, queue to reply to, traceparent."""
         return self.correlation_id, self.reply_to, self.traceparent
+
+
+class _Arrived(NamedTuple):
+    delivery: Delivery
+    arrival: Arrival
+    span: Span
 
 
 class _Rejection(NamedTuple):
@@ -114,7 +122,8 @@ def ingest(deliveries: Sequence[Delivery]) -> None:
     """
     arrivals, rejections = _sort(deliveries)
     try:
-        _announce(*_store(arrivals, rejections))
+        with ending(arrived.span for arrived in arrivals):
+            _announce(*_store(arrivals, rejections))
     except models.NotStorable as refusal:
         # One of them is of a kind that nobody foresaw: found by itself, it stops no other.
         if len(deliveries) > 1:
@@ -124,22 +133,36 @@ def ingest(deliveries: Sequence[Delivery]) -> None:
             _announce([], [_Rejection(deliveries[0], "not_storable", str(refusal), None)])
 
 
-def _store(
-    arrivals: list[tuple[Delivery, Arrival]], rejections: list[_Rejection]
-) -> tuple[list[Event], list[_Rejection]]:
+def _store(arrivals: list[_Arrived], rejections: list[_Rejection]) -> tuple[list[Event], list[_Rejection]]:
     """Store what arrived; return the events that became true, and the rejections with the conflicts added."""
-    stored = models.store([arrival for _, arrival in arrivals], publish_within=PUBLISH_WITHIN) if arrivals else []
-    for (delivery, arrival), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
+    stored = _store_sealed([arrived.arrival for arrived in arrivals]) if arrivals else []
+    for (delivery, arrival, span), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
         publisher_message_id = arrival.accepted.publisher_message_id
         telemetry.DELIVERIES.labels(reception.value).inc()
+        span.note(incoming_email_id=incoming_email_id, outcome=reception.value)
         if reception is Reception.STORED:
-            mail_log(Step.RECEIVED, incoming_email_id=incoming_email_id, publisher_message_id=publisher_message_id)
+            mail_log(
+                Step.RECEIVED,
+                incoming_email_id=incoming_email_id,
+                publisher_message_id=publisher_message_id,
+                correlation_id=arrival.correlation_id,
+                trace_id=trace_id(arrival.traceparent),
+            )
         elif reception is Reception.CONFLICT:
             rejections.append(_conflict(delivery, publisher_message_id, incoming_email_id))
     return [event for _, _, event in stored if event], rejections
 
 
-def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]], list[_Rejection]]:
+def _store_sealed(arrivals: Sequence[Arrival]) -> list[Stored]:
+    sealer = runtime.payloads.sealer() if runtime.configuration.seal_payloads else None
+    try:
+        return models.store(arrivals, publish_within=PUBLISH_WITHIN, sealer=sealer)
+    except models.DataKeyLost:
+        runtime.payloads.forget()
+        raise
+
+
+def _sort(deliveries: Sequence[Delivery]) -> tuple[list[_Arrived], list[_Rejection]]:
     arrivals, rejections = [], []
     for delivery in deliveries:
         try:
@@ -151,8 +174,21 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[tuple[Delivery, Arrival]
             told = delivery._replace(reply_to=None) if runtime.is_own_queue(delivery.reply_to) else delivery
             rejections.append(_Rejection(told, error.reason, error.detail, error.publisher_message_id))
         else:
-            arrivals.append((delivery, Arrival(accepted, *delivery.answering, *_recipients_reached(accepted))))
+            arrivals.append(_arrived(delivery, accepted))
     return arrivals, rejections
+
+
+def _arrived(delivery: Delivery, accepted: contracts.AcceptedEmail) -> _Arrived:
+    """Begin the mail's trace, or go on with its publisher's: what follows from here is found under this span."""
+    span = runtime.tracer.root(
+        "receive",
+        delivery.traceparent,
+        publisher_message_id=accepted.publisher_message_id,
+        correlation_id=delivery.correlation_id,
+    )
+    answering = delivery.correlation_id, delivery.reply_to, span.traceparent
+    arrival = Arrival(accepted, *answering, *_recipients_reached(accepted))
+    return _Arrived(delivery, arrival, span)
 
 
 def _recipients_reached(accepted: contracts.AcceptedEmail) -> tuple[int, int]:
@@ -204,6 +240,8 @@ def _note_rejection(rejection: _Rejection) -> None:
         Step.REJECTED,
         incoming_email_id=rejection.incoming_email_id,
         publisher_message_id=rejection.publisher_message_id,
+        correlation_id=rejection.delivery.correlation_id,
+        trace_id=trace_id(rejection.delivery.traceparent),
         reason=rejection.reason,
     )
 

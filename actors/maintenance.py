@@ -4,7 +4,7 @@ Both do a bounded batch at a time. Where they may die, and what happens next:
 
 * ``mirror.consumed``, before the commit: RabbitMQ delivers the copies again at the next turn.
 * ``mirror.stored``, before the ACK: the copies are delivered again and find their rows. ``mirror.acknowledged``: done.
-* ``purge.deleted``: the next turn deletes the rest.
+* A purge: see `actors.retention`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from periodiq import cron
 
 import models
 import runtime
+from actors.retention import purge_kind
 from broker import MIRROR_QUEUE
 from crash_points import CrashPoint
-from models import backups, dead_letters
+from models import dead_letters, inspection
 from models.dead_letters import Copy
 from models.ids import as_uuid, new_id
+from models.retention import Kind
 from outbox import Unconfirmed, connect
 from telemetry import MIRRORED, Step, mail_log
+from tracing import trace_id
 
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-_PURGE_BATCH = 1000
 #: RabbitMQ moves a dead letter a moment after it was refused.
 _QUIET = timedelta(seconds=1)
 #: Of what nobody can read, more is of no use to anybody.
@@ -78,9 +80,13 @@ def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
     for copy in missing:
         MIRRORED.labels(copy.queue_name).inc()
+        known = inspection.known_as(copy.incoming_email_id)
         mail_log(
             Step.DEAD_LETTER_MIRRORED,
             incoming_email_id=copy.incoming_email_id,
+            publisher_message_id=known.publisher_message_id,
+            correlation_id=known.correlation_id,
+            trace_id=trace_id(known.traceparent),
             reason=copy.reason,
             queue=copy.queue_name,
         )
@@ -169,9 +175,6 @@ def _message(body: bytes) -> dict[str, Any]:
 
 @dramatiq.actor(queue_name="maintenance", periodic=cron("*/10 * * * *"))
 def purge_expired() -> None:
-    """Delete backups whose retention has ended."""
-    while purged := backups.purge_expired(_PURGE_BATCH):
-        runtime.crash_point(CrashPoint.PURGE_DELETED)
-        log.info("deleted %d expired backups", purged)
-        if purged < _PURGE_BATCH:
-            return
+    """Delete what is past its retention: backups, payloads, and the records that grow with every mail."""
+    for kind in Kind:
+        purge_kind(kind, who="maintenance")

@@ -8,6 +8,7 @@ mailbox refuses              the mailbox is paused, longer each time; an attempt
 configuration refused        everything is paused shortly; snoozed: no mail is to blame
 Graph out of reach           snoozed: no mail is to blame, however long it lasts
 transient                    tried again with full jitter, or when Graph says, to everyone; an attempt spent
+payload's key is missing      snoozed: no mail is to blame, and the key may come back
 permanent, attempts used up  dead-lettered, ``SendEmailFailed``
 ===========================  ==============================================================
 
@@ -47,7 +48,9 @@ from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes, turns
 from models.spending import record_slowed
 from models.turns import EVERY, Full
 from outbox import PUBLISH_WITHIN
+from payloads import PayloadPurged
 from telemetry import DEAD_LETTERS, LIMITER_REFUSALS, LOWERED, Step, mail_log
+from vault import Tampered, UnknownKey
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ _REFUSAL_PAUSE = timedelta(seconds=30)
 _LONGEST_REFUSAL_PAUSE = timedelta(hours=1)
 #: Without a token nothing works, for any mailbox.
 _CONFIGURATION_PAUSE = timedelta(seconds=15)
+#: Until somebody has put a key back into BACKUP_KEYS nothing changes, and each look is a claim.
+_KEY_PAUSE = timedelta(minutes=5)
 #: A mail that could not be looked up for so long is left to the operator.
 LONGEST_DOUBT = timedelta(days=3)
 #: A draft may stay invisible for a moment after it was made (github.com/demisto/content/pull/41448); if it still is
@@ -95,6 +100,8 @@ GIVEN_UP = (
     StoppedByFirewall,
     TooLargeForMailbox,
     limits.NeverFits,
+    Tampered,
+    PayloadPurged,
 )
 
 
@@ -163,6 +170,9 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
         case ConfigurationError():
             pause_everything()
             _snooze(email, unreachable(), str(error), "configuration")
+        case UnknownKey():
+            log.error("a payload cannot be opened: %s", error)
+            _snooze(email, _KEY_PAUSE, str(error), "key missing")
         case ConnectionFailed():
             _snooze(email, unreachable(), str(error), "unreachable")
         case TransientError():

@@ -41,6 +41,7 @@ from models.scheduling import Dispatch, DueBackup, Pick
 from models.turns import Busy, Candidate
 from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed, Unpublishable
 from telemetry import DISPATCHED, Step, mail_log
+from tracing import Span, ending, trace_id
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,14 @@ def _sweep(*, hand_out: bool) -> _Sweep:
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
     for each in lapsed:
-        mail_log(Step.LEASE_LOST, incoming_email_id=each.id, status=each.status)
+        mail_log(
+            Step.LEASE_LOST,
+            incoming_email_id=each.id,
+            publisher_message_id=each.publisher_message_id,
+            correlation_id=each.correlation_id,
+            trace_id=trace_id(each.traceparent),
+            status=each.status,
+        )
     _announce_expired(expired)
     more = max(len(lapsed), len(expired), woken) >= scheduling.BATCH
     if not hand_out:
@@ -205,12 +213,14 @@ def _claim(
 
 
 def _dispatch(claims: dict[Route, list[Dispatch]], backups: Sequence[DueBackup]) -> None:
-    messages = [_message(route, dispatch) for route, dispatches in claims.items() for dispatch in dispatches]
+    begun = [_begin(route, dispatch) for route, dispatches in claims.items() for dispatch in dispatches]
+    messages = [message for message, _ in begun]
     messages += _backup_messages(backups)
     if not messages:
         return
     try:
-        runtime.enqueue(messages).result()
+        with ending(span for _, span in begun):
+            runtime.enqueue(messages).result()
     except Unconfirmed:
         # Even if some of it was published: a worker claims nothing that is no longer dispatched.
         scheduling.take_back([dispatch for dispatches in claims.values() for dispatch in dispatches], backups)
@@ -223,13 +233,30 @@ def _dispatch(claims: dict[Route, list[Dispatch]], backups: Sequence[DueBackup])
                 Step.DISPATCHED,
                 incoming_email_id=dispatch.incoming_email_id,
                 publisher_message_id=dispatch.publisher_message_id,
+                correlation_id=dispatch.correlation_id,
+                trace_id=trace_id(dispatch.traceparent),
                 route=route,
                 attempt=dispatch.attempt,
             )
 
 
-def _message(route: Route, dispatch: Dispatch) -> dramatiq.Message[Any]:
-    options = {"traceparent": dispatch.traceparent} if dispatch.traceparent else {}
+def _begin(route: Route, dispatch: Dispatch) -> tuple[dramatiq.Message[Any], Span]:
+    """Return the dispatch's message with its span, under which the worker goes on."""
+    span = runtime.tracer.begin(
+        "dispatch",
+        dispatch.traceparent,
+        kind="producer",
+        incoming_email_id=dispatch.incoming_email_id,
+        publisher_message_id=dispatch.publisher_message_id,
+        correlation_id=dispatch.correlation_id,
+        route=route.value,
+        attempt=dispatch.attempt,
+    )
+    return _message(route, dispatch, span.traceparent), span
+
+
+def _message(route: Route, dispatch: Dispatch, traceparent: str | None) -> dramatiq.Message[Any]:
+    options = {"traceparent": traceparent} if traceparent else {}
     actor = runtime.fleet_broker.get_actor(ACTORS[route])
     return actor.message_with_options(
         kwargs={
@@ -269,7 +296,13 @@ def _announce_expired(events: list[Event]) -> None:
         runtime.crash_point(CrashPoint.EXPIRY_RECORDED)
     runtime.events.add(events)
     for event in events:
-        mail_log(Step.EXPIRED, incoming_email_id=event.incoming_email_id)
+        mail_log(
+            Step.EXPIRED,
+            incoming_email_id=event.incoming_email_id,
+            publisher_message_id=event.publisher_message_id,
+            correlation_id=event.correlation_id,
+            trace_id=trace_id(event.traceparent),
+        )
 
 
 def publish_leftover_events() -> None:

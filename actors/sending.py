@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import dramatiq
+from dramatiq.middleware import CurrentMessage
 
 import runtime
 from actors import outcomes
@@ -34,12 +35,13 @@ from actors.drafts import AlreadySent, prepare_draft
 from actors.evidence import LOOK_UP, accepted, looked_up, refused
 from actors.graph_calls import graph_call, refund
 from actors.outcomes import GIVEN_UP, AttemptsUsedUp, InDoubtHeld
-from actors.scheduling import receipts
+from actors.scheduling import ACTORS, receipts
 from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
 from graph_client.errors import PermanentError
 from models import ClaimedEmail, Route
-from telemetry import Step, mail_context, mail_log
+from telemetry import Step, mail_log, note_ids
+from tracing import Span, trace_id
 
 
 @dramatiq.actor(queue_name="send_plain", throws=GIVEN_UP)
@@ -102,7 +104,9 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
     """Look an email in doubt up; send any other. Do neither if it was paused since it was dispatched."""
     if email.paused:
         outcomes.hold(email)
-    elif email.in_doubt_for is not None:
+        return
+    email.payload = runtime.payloads.open(email.id, email.payload)
+    if email.in_doubt_for is not None:
         settle(email, email.in_doubt_for)
     elif email.attempt > runtime.configuration.max_attempts:
         raise AttemptsUsedUp("every attempt ended with the worker")
@@ -173,19 +177,40 @@ def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool
     if email is None:
         yield None
         return
-    with mail_context(
+    note_ids(
         incoming_email_id=email.id,
         publisher_message_id=email.publisher_message_id,
+        graph_message_id=email.draft_id or email.doubted_draft_id,
         correlation_id=email.correlation_id,
-    ):
-        mail_log(Step.CLAIMED, incoming_email_id=email.id, attempt=attempt)
-        receipts.add([(email.id, attempt)])
+        trace_id=trace_id(email.traceparent),
+    )
+    mail_log(Step.CLAIMED, incoming_email_id=email.id, attempt=attempt)
+    receipts.add([(email.id, attempt)])
+    with _traced(email, route) as span:
         try:
             runtime.crash_point(CrashPoint.SEND_CLAIMED)
             yield email
         except Exception as error:
+            span.fail(error)
             outcomes.record(email, error)
         finally:
             if email.withdrawn:
                 refund(email)
             runtime.wake_soon("schedule_emails")
+
+
+@contextmanager
+def _traced(email: ClaimedEmail, route: Route) -> Iterator[Span]:
+    """Trace the block as what follows from the dispatch: the row knows only what that followed from."""
+    message = CurrentMessage.get_current_message()
+    dispatched = message.options.get("traceparent") if message else None
+    with runtime.tracer.span(
+        ACTORS[route],
+        dispatched or email.traceparent,
+        kind="consumer",
+        incoming_email_id=email.id,
+        publisher_message_id=email.publisher_message_id,
+        correlation_id=email.correlation_id,
+        attempt=email.attempt,
+    ) as span:
+        yield span

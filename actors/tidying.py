@@ -28,9 +28,10 @@ from actors.waiting import CLOCKS_DIFFER
 from graph_client import Message, UploadSession, looking_first
 from graph_client.errors import GraphError, ItemNotFound, PermanentError
 from limiter import NeverFits, Refused
-from models import leftovers
+from models import inspection, leftovers
 from models.leftovers import Leftover, OpenSession
 from telemetry import Step, mail_log
+from tracing import trace_id
 
 log = logging.getLogger(__name__)
 
@@ -100,4 +101,12 @@ def _delete(leftover: Leftover, draft: Message) -> None:
         looking_first(look),
     ):
         runtime.graph.delete_message(leftover.mailbox, draft.id)
-    mail_log(Step.DRAFT_DELETED, incoming_email_id=leftover.incoming_email_id)
+    known = inspection.known_as(leftover.incoming_email_id)
+    mail_log(
+        Step.DRAFT_DELETED,
+        incoming_email_id=leftover.incoming_email_id,
+        publisher_message_id=known.publisher_message_id,
+        correlation_id=known.correlation_id,
+        trace_id=trace_id(known.traceparent),
+        graph_message_id=draft.id,
+    )

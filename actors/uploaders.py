@@ -73,14 +73,16 @@ class _Crew:
             threading.Thread(target=copy_context().run, args=(self._work_beside,), name="uploader", daemon=True)
             for _ in range(uploaders - 1)
         ]
-        for thread in others:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in others:
+                thread.start()
+                started.append(thread)
             self._work()
-            self._wait(others, keep)
+            self._wait(started, keep)
         finally:
             self._over.set()  # an error that is not ours, such as the actor's time limit, ends the others too
-            for thread in others:
+            for thread in started:
                 thread.join()
             _over.reset(token)
         if self._error is not None:

@@ -1,5 +1,6 @@
 """``mailfleet``: the operator's command line. It parses, calls `operations` and shows; nothing is decided here."""
 
+import cli.archive
 import cli.attaching
 import cli.emails
 import cli.forecasting

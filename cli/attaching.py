@@ -35,8 +35,7 @@ def attach(
     import operations
     from attachments import StoreUnavailable, TooLarge
 
-    name = name or Path(file.name).name
-    size = _size(file)
+    name, size = name or _own_name(file), _size(file)
     try:
         with progress(-(-(size or 0) // _CHUNK_BYTES)) as advance:
             stored = operations.attach(
@@ -53,6 +52,12 @@ def attach(
         print_json(stored._asdict())
     else:
         click.echo(stored.id)
+
+
+def _own_name(file: BinaryIO) -> str:
+    if file.name == "<stdin>":
+        raise click.UsageError("standard input has no name: give --name")
+    return Path(file.name).name
 
 
 def _size(file: BinaryIO) -> int | None:

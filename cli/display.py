@@ -79,6 +79,9 @@ def show_status(known: dict[str, Any]) -> None:
         "last error": known["last_error"],
         "recipient firewall": known.get("recipient_firewall"),
         "Graph message": sending and sending["graph_message_id"],
+        "on hold since": known["hold"] and known["hold"]["placed_at"],
+        "content deleted": known["payload_purged_at"],
+        "backup deleted": sending and sending["backup_purged_at"],
     }
     table(["", ""], [[name, value] for name, value in facts.items() if value is not None])
     if known["uploads"]:
@@ -126,11 +129,11 @@ def show_letters(letters: list[Letter], as_json: bool) -> None:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show progress on a terminal, on standard error; elsewhere nothing."""
+def progress(total: int) -> Iterator[Callable[..., None]]:
+    """Show progress on a terminal, on standard error; elsewhere nothing. What is yielded takes how many were done."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+        yield lambda done=1: progress.advance(task, done)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs what the Dockerfile says in a bare Debian, where no container engine is: builds both images, then uses them.
 
-    .venv/bin/python -m sandbox.servers -- python3 docker/check.py [--extras s3] [--keep DIRECTORY]
+    .venv/bin/python -m sandbox.servers -- python3 docker/check.py [--extras s3] [--keep DIRECTORY [--again]]
 
 As root, with debootstrap or mmdebstrap installed. Each stage is a directory; RUN is a chroot. The images then run as an
 engine would run them: as their user, alone in a process namespace, with a read-only root and an empty /tmp. Every
@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -106,15 +107,27 @@ def build(dockerfile: Dockerfile, directory: Path, extras: str) -> dict[str, Ima
     images: dict[str, Image] = {}
     for stage in dockerfile.stages:
         print(f"stage {stage.name}", flush=True)
-        if (directory / stage.name).exists():
-            shutil.rmtree(directory / stage.name)
+        root = directory / stage.name
+        if root.exists():
+            shutil.rmtree(root)
         if stage.parent in images:
-            image = images[stage.parent].based_on_this(directory / stage.name)
+            images[stage.name] = images[stage.parent].based_on_this(root)
         else:
-            image = Image(bare_debian(stage.suite, directory)).based_on_this(directory / stage.name)
-            _copy_network_files(image.root)
-        images[stage.name] = image
-        _follow(stage, image, images, extras)
+            images[stage.name] = Image(bare_debian(stage.suite, directory)).based_on_this(root)
+            _copy_network_files(root)
+        _follow(stage, images[stage.name], images, extras)
+    return images
+
+
+def built(dockerfile: Dockerfile, directory: Path) -> dict[str, Image]:
+    """Return the images that an earlier run has built there."""
+    images: dict[str, Image] = {}
+    for stage in dockerfile.stages:
+        parent = images.get(stage.parent)
+        images[stage.name] = Image(directory / stage.name, dict(parent.environment) if parent else None)
+        images[stage.name].work_directory = parent.work_directory if parent else "/"
+        kept = [instruction for instruction in stage.instructions if instruction.name not in {"RUN", "COPY"}]
+        _follow(Stage(stage.parent, stage.name, kept), images[stage.name], images, "")
     return images
 
 
@@ -190,7 +203,7 @@ class Container:
         image = self._image
         with log.open("ab") as output:
             return subprocess.Popen(
-                ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _CONTAINED, "sh",
+                ["unshare", "--mount", "--pid", "--fork", "sh", "-euc", _CONTAINED, "sh",
                  str(image.root), image.user, image.work_directory, *command],
                 env=self._environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
@@ -199,8 +212,14 @@ class Container:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.process.kill()
+        self._signal(signal.SIGKILL)
         self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Signal process 1 of the namespace, with which all others in it end."""
+        if self.process.poll() is None:
+            for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+                os.kill(int(child), number)
 
     def healthy(self) -> bool:
         """Run the image's health check beside the process."""
@@ -209,16 +228,15 @@ class Container:
 
     def wait_until_healthy(self) -> None:
         until = time.monotonic() + START_LIMIT_SECONDS
-        while not self.healthy():
+        while not self.healthy() or self.process.poll() is not None:
             if self.process.poll() is not None or time.monotonic() > until:
                 sys.exit(f"{self.name} does not answer:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.2)
 
     def end(self) -> float:
         """Send SIGTERM to process 1 and return how many seconds it took to end."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         began = time.monotonic()
-        os.kill(int(children[0]), signal.SIGTERM)
+        self._signal(signal.SIGTERM)
         try:
             self.process.wait(STOP_LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -239,6 +257,8 @@ def use(images: dict[str, Image], directory: Path) -> None:
     """
     product = images["mailfleet"]
     with ExitStack() as stack:
+        for left in directory.glob("*.log"):
+            left.unlink()
         volume = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory))) / "simulator"
         volume.mkdir()
         os.chown(volume, *map(int, images["simulator"].user.split(":")))
@@ -260,6 +280,12 @@ def use(images: dict[str, Image], directory: Path) -> None:
             print(f"{container.name}: ended {container.end():.1f} s after SIGTERM", flush=True)
 
 
+def _free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
 def _process_types() -> Iterator[str]:
     for line in (ROOT / "Procfile").read_text().splitlines():
         name = line.partition(":")[0]
@@ -277,7 +303,7 @@ def _settings(product: Image, volume: Path) -> dict[str, str]:
     authority.chmod(0o644)
     return {
         **{name: value for name, value in servers.items() if value},
-        "PORT": "9799",
+        "PORT": _free_port(),
         "GRAPH_BASE_URL": "https://localhost:8443/v1.0",
         "GRAPH_AUTHORITY": "https://localhost:8443",
         "GRAPH_TENANT_ID": "contoso.example",
@@ -312,7 +338,7 @@ def _send(product: Image, settings: dict[str, str], directory: Path) -> None:
         log.unlink(missing_ok=True)
         with Container(command_line, ["status", mail["publisher_message_id"], "--json"], settings, log) as status:
             status.process.wait()
-        if '"archived"' in log.read_text():
+        if status.process.returncode == 0 and json.loads(log.read_text())["backups"]:
             print("a mail was sent and archived", flush=True)
             return
         time.sleep(0.5)
@@ -324,6 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--extras", default="", help="the build argument EXTRAS")
     parser.add_argument("--keep", type=Path, help="where to leave the images and logs; the bare Debian in it is used")
+    parser.add_argument("--again", action="store_true", help="use the images that --keep has left, without a build")
     options = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("docker/check.py needs root, for chroot and mount")
@@ -331,7 +358,8 @@ def main() -> None:
         directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mailfleet-images-")))
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o755)
-        images = build(Dockerfile.read(ROOT / "docker" / "Dockerfile"), directory, options.extras)
+        dockerfile = Dockerfile.read(ROOT / "docker" / "Dockerfile")
+        images = built(dockerfile, directory) if options.again else build(dockerfile, directory, options.extras)
         use(images, directory)
     print("the images do what they should")
 

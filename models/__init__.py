@@ -15,6 +15,7 @@ from models.claims import ClaimedEmail, LeaseLost
 from models.database import DatabaseAway, NotStorable, connect, database, disconnect, now, rows, transaction
 from models.events import claim_unpublished, mark_published
 from models.ingest import Arrival, Reception, store
+from models.payload_keys import DataKeyLost
 from models.states import Route, Sending, Status
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ClaimedBackup",
     "ClaimedEmail",
     "Copy",
+    "DataKeyLost",
     "DatabaseAway",
     "LeaseLost",
     "NotStorable",

@@ -36,6 +36,8 @@ class ClaimedBackup:
     graph_message_id: str | None
     received_at: datetime
     attempt: int
+    correlation_id: str | None = None
+    traceparent: str | None = None
 
     @classmethod
     def claim(cls, dispatched: Sequence[tuple[str, int]], *, lease: timedelta) -> list[ClaimedBackup]:
@@ -52,7 +54,7 @@ class ClaimedBackup:
             WHERE s.incoming_email_id = dispatched.id AND s.backup_due_at IS NOT NULL
               AND s.backup_attempt_count = dispatched.attempt - 1 AND s.backup_lease_until IS NOT NULL
             RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
-                      s.backup_attempt_count
+                      s.backup_attempt_count, e.correlation_id, e.traceparent
             """,
             {"ids": [id for id, _ in dispatched], "attempts": [attempt for _, attempt in dispatched], "lease": lease},
             prepared=True,
@@ -226,22 +228,70 @@ def find_backup(id: str) -> StoredBackup | None:
     return StoredBackup(*found[0]) if found else None
 
 
-def sealed_blob(backup_id: str) -> bytes:
-    """Return the sealed bytes of a backup."""
-    return bytes(rows("SELECT compressed_blob FROM email_backups WHERE id = %(id)s", {"id": backup_id})[0][0])
+class SealedBytes(NamedTuple):
+    """The sealed bytes of a backup, and the key that they are sealed under."""
+
+    blob: bytes
+    key_id: str
 
 
-def purge_expired(batch: int) -> int:
-    """Delete at most ``batch`` backups whose retention has ended, and return how many."""
-    return len(
-        rows(
-            """
-            WITH expired AS MATERIALIZED (
-                SELECT id FROM email_backups WHERE expires_at <= now() ORDER BY expires_at LIMIT %(batch)s
-                FOR UPDATE SKIP LOCKED
-            )
-            DELETE FROM email_backups b USING expired WHERE b.id = expired.id RETURNING 1
-            """,
-            {"batch": batch},
-        )
+def sealed_blob(backup_id: str, *, first_bytes: int | None = None) -> SealedBytes | None:
+    """Return the sealed bytes of a backup, or the first of them; None if it has been deleted.
+
+    The key is read with them: a key change may come at any moment.
+    """
+    found = rows(
+        """
+        SELECT substring(compressed_blob FROM 1 FOR %(first_bytes)s), key_id
+        FROM email_backups WHERE id = %(id)s
+        """
+        if first_bytes
+        else "SELECT compressed_blob, key_id FROM email_backups WHERE id = %(id)s",
+        {"id": backup_id, "first_bytes": first_bytes},
     )
+    return SealedBytes(bytes(found[0][0]), found[0][1]) if found else None
+
+
+def stored_after(backup_id: str | None, *, limit: int) -> list[StoredBackup]:
+    """Return the backups behind that one, or the first, in order of their ids."""
+    found = rows(
+        LISTED + "WHERE %(after)s::uuid IS NULL OR b.id > %(after)s::uuid ORDER BY b.id LIMIT %(limit)s",
+        {"after": backup_id, "limit": limit},
+    )
+    return [StoredBackup(*row) for row in found]
+
+
+def count() -> int:
+    """Return how many backups there are, by an index."""
+    return int(rows("SELECT count(*) FROM email_backups")[0][0])
+
+
+class Archived(NamedTuple):
+    """A sending, and whether its email should have a backup and has none."""
+
+    id: str
+    incoming_email_id: str
+    publisher_message_id: str
+    missing: bool
+
+
+def archived_after(sent_id: str | None, *, retention: timedelta, limit: int) -> list[Archived]:
+    """Return the sendings behind that one, or the first, in order of their ids.
+
+    A backup should be there if it was stored and no purge has noted that it deleted it. What was deleted before purges
+    noted that was as old as its retention, so of mail that was sent longer ago than ``retention`` only that on hold is
+    missed.
+    """
+    found = rows(
+        """
+        SELECT s.id::text, s.incoming_email_id::text, e.publisher_message_id,
+               s.status = 'sent' AND s.backup_due_at IS NULL AND s.backup_error IS NULL AND s.backup_purged_at IS NULL
+               AND (coalesce(s.sent_at, s.intent_at) > now() - %(retention)s
+                    OR EXISTS (SELECT 1 FROM holds h WHERE h.incoming_email_id = s.incoming_email_id))
+               AND NOT EXISTS (SELECT 1 FROM email_backups b WHERE b.incoming_email_id = s.incoming_email_id)
+        FROM sent_emails s JOIN incoming_emails e ON e.id = s.incoming_email_id
+        WHERE %(after)s::uuid IS NULL OR s.id > %(after)s::uuid ORDER BY s.id LIMIT %(limit)s
+        """,
+        {"after": sent_id, "limit": limit, "retention": retention},
+    )
+    return [Archived(*row) for row in found]

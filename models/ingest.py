@@ -6,10 +6,11 @@ process, and the event ``SendEmailReceived`` becomes true in the same transactio
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -17,6 +18,7 @@ from contracts import AcceptedEmail, Event, EventType, event_body, event_id
 from models.database import insert_many, rows, transaction
 from models.events import append
 from models.ids import new_id
+from models.payload_keys import DataKeyLost
 from models.states import Route
 from models.stored_attachments import Use, note_uses
 
@@ -53,21 +55,36 @@ class Stored(NamedTuple):
     event: Event | None
 
 
+class Sealer(Protocol):
+    """Seals the payloads of a batch with one data key, which has been kept before."""
+
+    @property
+    def key_id(self) -> str: ...
+
+    def seal(self, incoming_email_id: str, payload: dict[str, Any], /) -> str: ...
+
+
 _INSERT_EMAILS = """
     INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, route, mailbox, tenant, priority,
                                  recipient_count, external_recipient_count, correlation_id, reply_to, traceparent,
                                  next_attempt_at, expires_at)
     VALUES %s ON CONFLICT (publisher_message_id) DO NOTHING RETURNING id::text
 """
+#: Looked at once for the statement, not for each row.
+_KEPT = ", EXISTS (SELECT 1 FROM payload_keys WHERE id = '{id}')"
 _KNOWN = """
     SELECT publisher_message_id, id::text, content_hash FROM incoming_emails WHERE publisher_message_id = ANY(%(ids)s)
 """
 
 
-def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Stored]:
+def store(arrivals: Sequence[Arrival], *, publish_within: timedelta, sealer: Sealer | None = None) -> list[Stored]:
     """Store a batch and say of each email, in order, whether it is new, known or in conflict with a known one.
 
     Safe to repeat. The events of new emails are the caller's to publish for ``publish_within``; then the sweep's.
+    Without ``sealer`` the payloads are kept in clear.
+
+    Raises:
+        DataKeyLost: The sealer's data key is not kept any more, so nothing was stored.
     """
     first = _first_of_each_id(arrivals)
     # Inserted in one order by everyone: two batches with the same ids wait for each other instead of deadlocking.
@@ -76,8 +93,7 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Sto
     now = datetime.now(UTC)
     events = {}
     with transaction():
-        inserted = insert_many(_INSERT_EMAILS, [_email_row(ids[key], arrival, now) for key, arrival in ordered])
-        new_ids = {row[0] for row in inserted}
+        new_ids = _insert([_email_row(ids[key], arrival, now, sealer) for key, arrival in ordered], sealer)
         for publisher_id, arrival in ordered:
             if ids[publisher_id] in new_ids:
                 events[publisher_id] = _received(ids[publisher_id], arrival, now)
@@ -89,6 +105,16 @@ def store(arrivals: Sequence[Arrival], *, publish_within: timedelta) -> list[Sto
     return [_reception(arrival, first, stored, events) for arrival in arrivals]
 
 
+def _insert(emails: list[tuple[Any, ...]], sealer: Sealer | None) -> set[str]:
+    """Insert those that are new, and return their ids."""
+    if sealer is None:
+        return {id for (id,) in insert_many(_INSERT_EMAILS, emails)}
+    inserted = insert_many(_INSERT_EMAILS + _KEPT.format(id=uuid.UUID(sealer.key_id)), emails)
+    if not all(kept for _, kept in inserted):
+        raise DataKeyLost("PostgreSQL has lost the data key of new payloads")
+    return {id for id, _ in inserted}
+
+
 def _first_of_each_id(arrivals: Sequence[Arrival]) -> dict[str, Arrival]:
     first: dict[str, Arrival] = {}
     for arrival in arrivals:
@@ -96,13 +122,13 @@ def _first_of_each_id(arrivals: Sequence[Arrival]) -> dict[str, Arrival]:
     return first
 
 
-def _email_row(id: str, arrival: Arrival, now: datetime) -> tuple[Any, ...]:
+def _email_row(id: str, arrival: Arrival, now: datetime, sealer: Sealer | None) -> tuple[Any, ...]:
     accepted, email = arrival.accepted, arrival.accepted.email
-    payload = orjson.dumps({"publisher_message_id": accepted.publisher_message_id, **orjson.loads(accepted.canonical)})
+    payload = {"publisher_message_id": accepted.publisher_message_id, **orjson.loads(accepted.canonical)}
     return (
         id,
         accepted.publisher_message_id,
-        payload.decode(),
+        sealer.seal(id, payload) if sealer else orjson.dumps(payload).decode(),
         accepted.content_hash,
         Route.ATTACHED if email.attachments else Route.PLAIN,
         email.mailbox,

@@ -8,8 +8,34 @@ from typing import Any, NamedTuple
 from models.database import reading, rows
 from models.ids import as_uuid
 from models.states import Sending
-from models.tables import DeadLetter, EmailBackup, FileUpload, IncomingEmail, OutboxEvent, SentEmail, WorkerReceipt
+from models.tables import (
+    DeadLetter,
+    EmailBackup,
+    FileUpload,
+    Hold,
+    IncomingEmail,
+    OutboxEvent,
+    SentEmail,
+    WorkerReceipt,
+)
 from models.turns import READY, TO_SEND
+
+
+class KnownAs(NamedTuple):
+    """The ids by which others know an email."""
+
+    publisher_message_id: str | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
+
+
+def known_as(incoming_email_id: str | None) -> KnownAs:
+    """Return by which ids others know an email; nothing if there is none."""
+    found = rows(
+        "SELECT publisher_message_id, correlation_id, traceparent FROM incoming_emails WHERE id = %(id)s",
+        {"id": incoming_email_id},
+    )
+    return KnownAs(*found[0]) if found else KnownAs()
 
 
 def find_email(id: str) -> str | None:
@@ -33,6 +59,8 @@ def everything_about(incoming_email_id: str) -> dict[str, Any]:
                 "publisher_message_id status route mailbox tenant recipient_count correlation_id attempt_count"
                 " next_attempt_at expires_at lease_until last_error created_at updated_at",
             ),
+            "payload_purged_at": email.payload_purged_at,
+            "hold": _hold(incoming_email_id),
             "sending": _sending(sent) if sent else None,
             "uploads": _each(FileUpload, incoming_email_id, "filename size uploaded_bytes status updated_at"),
             "receipts": _each(WorkerReceipt, incoming_email_id, "attempt received_at acknowledged_at"),
@@ -48,8 +76,13 @@ def everything_about(incoming_email_id: str) -> dict[str, Any]:
         }
 
 
+def _hold(incoming_email_id: str) -> dict[str, Any] | None:
+    held = Hold.get_or_none(Hold.incoming_email == incoming_email_id)
+    return _fields(held, "reason placed_by placed_at") if held else None
+
+
 def _sending(sent: SentEmail) -> dict[str, Any]:
-    names = "status graph_message_id intent_at sent_at backup_due_at backup_attempt_count backup_error"
+    names = "status graph_message_id intent_at sent_at backup_due_at backup_attempt_count backup_error backup_purged_at"
     return {**_fields(sent, names), "evidence": sent.response_metadata.get("evidence", [])}
 
 

@@ -41,6 +41,7 @@ class Dispatch(NamedTuple):
     publisher_message_id: str
     mailbox: str
     attempt: int
+    correlation_id: str | None
     traceparent: str | None
 
 
@@ -65,6 +66,9 @@ class Lapsed(NamedTuple):
     recipients: int
     external_recipients: int
     unused: int | None
+    publisher_message_id: str
+    correlation_id: str | None
+    traceparent: str | None
 
 
 class DueBackup(NamedTuple):
@@ -113,7 +117,8 @@ _EXPIRE_LEASES = f"""
     FROM lapsed WHERE e.id = lapsed.id
     RETURNING e.id::text, e.mailbox, lapsed.status, e.recipient_count,
               coalesce(e.external_recipient_count, e.recipient_count),
-              CASE WHEN lapsed.status = 'dispatched' THEN round(extract(epoch FROM e.reserved_at) * 1000)::bigint END
+              CASE WHEN lapsed.status = 'dispatched' THEN round(extract(epoch FROM e.reserved_at) * 1000)::bigint END,
+              e.publisher_message_id, e.correlation_id, e.traceparent
 """
 
 
@@ -176,7 +181,8 @@ _CLAIM = f"""
         lease_until = now() + %(lease)s, lease_token = NULL, reserved_at = to_timestamp(picked.at_ms / 1000.0),
         updated_at = now()
     FROM picked WHERE e.id = picked.id
-    RETURNING picked.position, e.id::text, e.publisher_message_id, e.mailbox, e.attempt_count, e.traceparent
+    RETURNING picked.position, e.id::text, e.publisher_message_id, e.mailbox, e.attempt_count,
+              e.correlation_id, e.traceparent
 """
 
 

@@ -39,7 +39,8 @@ class Spending(NamedTuple):
     upload_bytes: int
 
 
-#: How large a body is in Graph's words, in SQL: those of ours, which are longer but for the recipients.
+#: How large a body is in Graph's words, in SQL: those of ours, which are longer but for the recipients, and sealed a
+#: third longer still.
 _BODY_BYTES = "octet_length(e.payload::text) + 50 * e.recipient_count + 1000"
 # Ids grow with time, so the rows of a day are a range of the key; each intent draws a new one. What may still be under
 # way counts as now; what was reserved, since then. A row that was changed was at most then worked on: sent or archived.

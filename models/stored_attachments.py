@@ -112,6 +112,9 @@ def note_uses(uses: Iterable[Use]) -> None:
 
 _MAY_GO = """
     s.deleting_at IS NULL
+    AND NOT EXISTS (
+        SELECT FROM stored_attachment_uses u JOIN holds USING (incoming_email_id) WHERE u.stored_attachment_id = s.id
+    )
     AND (
         s.expires_at <= now() AND NOT EXISTS (
             SELECT FROM stored_attachment_uses u JOIN incoming_emails e ON e.id = u.incoming_email_id
@@ -166,35 +169,4 @@ def forget(ids: list[str]) -> None:
     rows(
         "DELETE FROM stored_attachments WHERE id = ANY(%(ids)s::uuid[]) AND deleting_at IS NOT NULL",
         {"ids": ids},
-    )
-
-
-class Header(NamedTuple):
-    """What a change of keys replaces."""
-
-    id: str
-    key_id: str
-    header: bytes
-
-
-def sealed_otherwise(newest_key_id: str, batch: int) -> list[Header]:
-    """Return headers of attachments that are not sealed under the newest key."""
-    found = rows(
-        """
-        SELECT id::text, key_id, header FROM stored_attachments
-        WHERE key_id <> %(newest)s AND deleting_at IS NULL ORDER BY id LIMIT %(batch)s
-        """,
-        {"newest": newest_key_id, "batch": batch},
-    )
-    return [Header(id, key_id, bytes(header)) for id, key_id, header in found]
-
-
-def replace_header(before: Header, *, key_id: str, header: bytes) -> None:
-    """Replace a header, unless somebody else has done so."""
-    rows(
-        """
-        UPDATE stored_attachments SET key_id = %(key_id)s, header = %(header)s
-        WHERE id = %(id)s AND key_id = %(before)s
-        """,
-        {"id": before.id, "before": before.key_id, "key_id": key_id, "header": header},
     )

@@ -70,9 +70,34 @@ class IncomingEmail(_Row):
     last_error = peewee.TextField(null=True)
     created_at = TimestampField()
     updated_at = TimestampField()
+    payload_purged_at = TimestampField(null=True)
 
     class Meta:
         table_name = "incoming_emails"
+
+
+class PayloadKey(_Row):
+    """A data key that payloads are sealed with, wrapped under a key of the ring."""
+
+    id = peewee.UUIDField(primary_key=True)
+    key_id = peewee.TextField()
+    wrapped = ByteaField()
+    created_at = TimestampField()
+
+    class Meta:
+        table_name = "payload_keys"
+
+
+class Hold(_Row):
+    """An email that no purge touches, until an operator releases it."""
+
+    incoming_email = peewee.ForeignKeyField(IncomingEmail, column_name="incoming_email_id", primary_key=True)
+    reason = peewee.TextField(null=True)
+    placed_by = peewee.TextField()
+    placed_at = TimestampField()
+
+    class Meta:
+        table_name = "holds"
 
 
 class WorkerReceipt(_Row):
@@ -120,6 +145,7 @@ class SentEmail(_Row):
     backup_lease_until = TimestampField(null=True)
     backup_attempt_count = peewee.IntegerField()
     backup_error = peewee.TextField(null=True)
+    backup_purged_at = TimestampField(null=True)
     created_at = TimestampField()
     updated_at = TimestampField()
 
@@ -267,6 +293,8 @@ class AuditEntry(_Row):
 
 TABLES = (
     IncomingEmail,
+    PayloadKey,
+    Hold,
     WorkerReceipt,
     FileUpload,
     SentEmail,

@@ -44,7 +44,8 @@ class Waiting(NamedTuple):
     paused_for: timedelta
 
 
-#: On average. A body is counted as large as the payload it came in: Graph is sent the same fields by other names.
+#: On average. A body is counted as large as the payload it came in: Graph is sent the same fields by other names. One
+#: that is sealed is a third larger.
 _COSTS = """
     avg(recipient_count) AS recipients,
     avg(coalesce(external_recipient_count, recipient_count)) AS external_recipients,

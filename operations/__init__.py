@@ -6,8 +6,8 @@ sends anything: they change what the tables say, and the fleet acts on that.
 
 import actors  # noqa: F401  declares the actors that are woken and the queues that are looked at
 from models.cancelling import NotCancellable
-from operations.archive import backup, export_backup, find_backups, list_backups
-from operations.attaching import Attached, attach, rotate_attachment_keys
+from operations.archive import backup, count_expired, export_backup, find_backups, list_backups, purge_backups
+from operations.attaching import Attached, attach
 from operations.budgets import (
     MAILBOX_LIMITS,
     TENANT_LIMITS,
@@ -24,14 +24,20 @@ from operations.emails import cancel, find_emails, publish, status, timeline
 from operations.errors import NotALimit, NotAttachable, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
 from operations.health import Finding, backlog, doctor, queue_depths, ready, recipient_firewall
+from operations.holding import Hold, hold, list_holds, release
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
+from operations.rotation import Rotation, older_keys, rotate_keys
+from operations.verification import Discrepancy, Fault, Verification, count_to_verify, verify
 
 __all__ = [
     "EVERY",
     "MAILBOX_LIMITS",
     "TENANT_LIMITS",
     "Attached",
+    "Discrepancy",
+    "Fault",
     "Finding",
+    "Hold",
     "Limit",
     "LimitsChange",
     "NotALimit",
@@ -41,11 +47,15 @@ __all__ = [
     "NotOpen",
     "NotReplayable",
     "Resumed",
+    "Rotation",
     "ServerAway",
+    "Verification",
     "attach",
     "backlog",
     "backup",
     "cancel",
+    "count_expired",
+    "count_to_verify",
     "dead_letter",
     "dead_letter_groups",
     "doctor",
@@ -55,21 +65,27 @@ __all__ = [
     "find_emails",
     "forecast",
     "held",
+    "hold",
     "limits",
     "limits_set",
     "list_backups",
+    "list_holds",
+    "older_keys",
     "open_dead_letter",
     "pause",
     "pauses",
     "publish",
+    "purge_backups",
     "queue_depths",
     "ready",
     "recipient_firewall",
+    "release",
     "resolve",
     "resume",
-    "rotate_attachment_keys",
+    "rotate_keys",
     "set_limits",
     "status",
     "timeline",
     "unset_limits",
+    "verify",
 ]

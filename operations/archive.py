@@ -1,13 +1,15 @@
-"""The archive: list backups, take one out."""
+"""The archive: list backups, take one out, delete those whose retention has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import runtime
-from models import audit, backups, finding
+from actors.retention import MOST_BATCHES, purge_kind, retention_of
+from models import audit, backups, finding, retention
 from models.backups import StoredBackup
 from models.finding import BackupPage
+from models.retention import Kind
 from operations.errors import NotFound
 from vault import bind_to
 
@@ -42,11 +44,25 @@ def export_backup(id: str, *, who: str) -> tuple[StoredBackup, Iterator[bytes]]:
         UnknownKey, Tampered: From the vault, at once or while the chunks are read.
     """
     exported = backup(id)
+    sealed = backups.sealed_blob(exported.id)
+    if sealed is None:
+        raise NotFound(f"the backup {exported.id} was deleted at the end of its retention")
     audit.record(who, "backups.export", exported.id, incoming_email_id=exported.incoming_email_id)
     mime = runtime.vault.open(
-        backups.sealed_blob(exported.id),
-        key_id=exported.key_id,
+        sealed.blob,
+        key_id=sealed.key_id,
         associated_data=bind_to(exported.incoming_email_id, exported.graph_message_id),
         checksum=exported.checksum,
     )
     return exported, mime
+
+
+def purge_backups(*, who: str) -> int:
+    """Delete the backups whose retention has ended, as `maintenance` does, and return how many; none on hold."""
+    return purge_kind(Kind.BACKUPS, who=who)
+
+
+def count_expired() -> int:
+    """Return how many backups `purge_backups` would delete, as far as it would get."""
+    most = MOST_BATCHES * retention.BATCH
+    return retention.count_due(Kind.BACKUPS, retention=retention_of(Kind.BACKUPS), most=most)

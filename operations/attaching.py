@@ -25,9 +25,6 @@ from operations.errors import NotAttachable
 from telemetry import ATTACHMENTS_STORED
 from vault import bind_to_attachment
 
-#: One turn of `rotate_attachment_keys`.
-_KEYS_BATCH = 500
-
 
 class Attached(NamedTuple):
     """A stored attachment; a ``SendEmail`` names its ``id`` as ``urlOrId``, and its size."""
@@ -139,22 +136,3 @@ def _undo(id: str) -> None:
     """Leave it to `maintenance`: the store has deleted the file already, unless it is away."""
     with suppress(models.DatabaseAway):  # then the row expires
         stored_attachments.give_up(id)
-
-
-def rotate_attachment_keys() -> int:
-    """Seal the keys of all stored attachments under the newest key of the ring, and return how many that were.
-
-    Safe to repeat and to break off; the files are not read.
-
-    Raises:
-        UnknownKey, Tampered: From the vault. What came before is done.
-    """
-    done, newest = 0, runtime.vault.keyring.newest_id
-    while batch := stored_attachments.sealed_otherwise(newest, _KEYS_BATCH):
-        for before in batch:
-            after = runtime.vault.rewrap(
-                before.header, key_id=before.key_id, associated_data=bind_to_attachment(before.id)
-            )
-            stored_attachments.replace_header(before, key_id=after.key_id, header=after.ciphertext)
-            done += 1
-    return done

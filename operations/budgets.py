@@ -9,6 +9,7 @@ from typing import NamedTuple
 import models
 import runtime
 from actors.budgets import OPERATORS_PATIENCE, turn
+from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS, Bounds
 from contracts import MAX_RECIPIENTS
 from limiter import Unavailable
 from models import audit, mailboxes
@@ -17,7 +18,6 @@ from models.limits import SetLimit
 from models.mailboxes import Held
 from models.turns import EVERY
 from operations.errors import NotALimit
-from settings import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS, Bounds
 
 #: What may be set for a mailbox, or for each of them.
 MAILBOX_LIMITS: Mapping[str, Bounds] = {

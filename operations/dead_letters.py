@@ -13,11 +13,12 @@ from dramatiq import DecodeError, Message
 
 import models
 import runtime
-from models import audit, dead_letters
+from models import audit, dead_letters, inspection
 from models.dead_letters import Filter, Group, Letter, Place
 from operations.errors import NotFound, NotOpen, NotReplayable
 from outbox import Outgoing, Unconfirmed
 from telemetry import Step, mail_log
+from tracing import trace_id
 
 #: Much longer than publishing takes.
 _REPLAY_LEASE = timedelta(minutes=2)
@@ -102,7 +103,15 @@ def _resolve(letter: Letter, *, replay: bool, who: str) -> str:
             return "resolved before"
         audit.record(who, f"dlq.{outcome}", letter.id, incoming_email_id=letter.incoming_email_id)
     if replay:
-        mail_log(Step.REPLAYED, incoming_email_id=letter.incoming_email_id, dead_letter_id=letter.id)
+        known = inspection.known_as(letter.incoming_email_id)
+        mail_log(
+            Step.REPLAYED,
+            incoming_email_id=letter.incoming_email_id,
+            publisher_message_id=known.publisher_message_id,
+            correlation_id=known.correlation_id,
+            trace_id=trace_id(known.traceparent),
+            dead_letter_id=letter.id,
+        )
     return outcome
 
 

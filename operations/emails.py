@@ -18,6 +18,7 @@ from models.finding import EmailFilter, EmailPage
 from operations.errors import NotFound
 from outbox import PUBLISH_WITHIN, Outgoing
 from telemetry import Step, mail_log
+from tracing import trace_id
 
 
 def publish(body: bytes) -> str:
@@ -94,7 +95,14 @@ def cancel(id: str, *, who: str) -> bool:
         send = Wanted(cancelled.recipient_count, cancelled.external_recipient_count)
         give_back(cancelled.mailbox, Reservation(cancelled.reserved_at_ms), send)
         runtime.wake("schedule_emails")
-    mail_log(Step.CANCELLED, incoming_email_id=incoming_email_id)
+    event = cancelled.event
+    mail_log(
+        Step.CANCELLED,
+        incoming_email_id=incoming_email_id,
+        publisher_message_id=event.publisher_message_id,
+        correlation_id=event.correlation_id,
+        trace_id=trace_id(event.traceparent),
+    )
     return True
 
 

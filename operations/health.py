@@ -21,6 +21,7 @@ from limiter import Unavailable
 from models import inspection
 from models.inspection import Backlog
 from operations.errors import ServerAway
+from operations.rotation import older_keys
 from outbox import connect
 
 
@@ -197,13 +198,11 @@ def recipient_firewall() -> str:
 
 def _check_archive() -> str:
     newest = runtime.vault.keyring.newest_id
-    unknown = [
-        row[0]
-        for row in models.rows("SELECT key_id FROM email_backups UNION SELECT key_id FROM stored_attachments")
-        if row[0] not in runtime.vault.keyring.ids
-    ]
-    if unknown:
-        raise _Unwell(f"something is sealed under {', '.join(sorted(unknown))}, which BACKUP_KEYS does not have")
+    older = older_keys()
+    if unknown := sorted(set(older) - set(runtime.vault.keyring.ids)):
+        raise _Unwell(f"something is sealed under {', '.join(unknown)}, which BACKUP_KEYS does not have")
+    if older:
+        return f"seals under {newest}; {sum(older.values())} under older keys, see mailfleet backups rotate-keys"
     return f"seals under {newest}"
 
 

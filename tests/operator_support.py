@@ -77,10 +77,12 @@ def tamper(id: str) -> None:
     """Change the last byte of an email's sealed backup."""
     backup = backups.find_backup(id)
     assert backup is not None
-    blob = bytearray(backups.sealed_blob(backup.id))
-    blob[-1] ^= 1
+    ((blob,),) = rows("SELECT compressed_blob FROM email_backups WHERE id = %(id)s", {"id": backup.id})
+    changed = bytearray(blob)
+    changed[-1] ^= 1
     rows(
-        "UPDATE email_backups SET compressed_blob = %(blob)s WHERE id = %(id)s", {"blob": bytes(blob), "id": backup.id}
+        "UPDATE email_backups SET compressed_blob = %(blob)s WHERE id = %(id)s",
+        {"blob": bytes(changed), "id": backup.id},
     )
 
 

@@ -233,8 +233,19 @@ def tables(shared_database: str) -> str:
     """Empty tables, to which `models` is connected, and the URL of their database."""
     models.disconnect()
     models.connect(shared_database, "tests")
-    for name in ("routes", "email_backups", "stored_attachments", "incoming_emails", "dlq", "mailboxes", "audit_log"):
+    for name in (
+        "routes",
+        "holds",
+        "email_backups",
+        "stored_attachments",
+        "incoming_emails",
+        "payload_keys",
+        "dlq",
+        "mailboxes",
+        "audit_log",
+    ):
         rows(f"DELETE FROM {name}")
+    runtime.payloads.forget()  # the data key of an earlier test is not kept any more
     return shared_database
 
 

@@ -32,9 +32,10 @@ def sent(fleet: Fleet, **changes: object) -> str:
 
 
 def opened(row: dict[str, object]) -> bytes:
-    blob = backups.sealed_blob(str(row["id"]))
+    sealed = backups.sealed_blob(str(row["id"]))
+    assert sealed is not None
     bound = bind_to(str(row["incoming_email_id"]), str(row["graph_message_id"]))
-    return b"".join(runtime.vault.open(blob, key_id=str(row["key_id"]), associated_data=bound))
+    return b"".join(runtime.vault.open(sealed.blob, key_id=sealed.key_id, associated_data=bound))
 
 
 @pytest.mark.parametrize("attachments", [False, True])
@@ -50,7 +51,7 @@ def test_a_sent_mail_is_archived_compressed_and_sealed(fleet: Fleet, attachments
     assert b"Subject: Find me in the archive" in mime
     assert (row["incoming_email_id"], row["compression"], row["size"]) == (id, "gzip", len(mime))
     assert row["checksum"] == hashlib.sha256(mime).hexdigest()
-    assert b"Find me" not in backups.sealed_blob(row["id"])
+    assert b"Find me" not in bytes.fromhex(row["compressed_blob"][2:])
     assert table("sent_emails")[0]["graph_message_id"] == row["graph_message_id"]
     assert fleet.backup() == []
 

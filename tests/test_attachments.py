@@ -25,6 +25,7 @@ from attachments import (
     AttachmentSource,
     HostPattern,
     InvalidSource,
+    NotStored,
     SizeMismatch,
     SourceForbidden,
     SourceGone,
@@ -304,7 +305,7 @@ def test_an_attachment_is_streamed_and_never_held_whole(source: Source, internet
 
 
 def test_an_id_that_is_not_stored_is_refused_without_a_request(source: Source, internet: Internet) -> None:
-    with pytest.raises(InvalidSource, match="no attachment is stored under this id"):
+    with pytest.raises(NotStored, match="no attachment is stored under the id"):
         fetch(internet, "5b8f6d0e-0000-4000-8000-000000000000")
 
     assert internet.resolved == []

@@ -15,7 +15,19 @@ from bench.soak import Figure, Kind, growth
 from bench.sockets import connections
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("archive", "attachments", "backlog", "chaos", "ingest", "latency", "limits", "pipeline", "soak", "startup")
+COMMANDS = (
+    "archive",
+    "attachments",
+    "backlog",
+    "chaos",
+    "ingest",
+    "latency",
+    "limits",
+    "payloads",
+    "pipeline",
+    "soak",
+    "startup",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -51,6 +51,7 @@ ACTIONS: list[tuple[str, str, Any]] = [
     ("PUT", "/pauses/*", {}),
     ("DELETE", "/pauses/*", None),
     ("GET", "/backups/order-1/mime", None),
+    ("POST", "/attachments", None),
 ]
 
 

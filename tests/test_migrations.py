@@ -127,6 +127,7 @@ def waits(url: str) -> bool:
 TYPES = {
     peewee.UUIDField: "uuid",
     peewee.TextField: "text",
+    peewee.BooleanField: "boolean",
     peewee.SmallIntegerField: "smallint",
     peewee.IntegerField: "integer",
     peewee.BigIntegerField: "bigint",

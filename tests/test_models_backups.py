@@ -8,7 +8,8 @@ import pytest
 import support
 from support import LEASE, NOW, WITHIN, claim, email_row, everything, rows, seconds_until, store, table
 
-from models import ClaimedBackup, Copy, Sealed, backups, scheduling
+from models import ClaimedBackup, Copy, Sealed, backups, retention, scheduling
+from models.retention import Kind
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -70,7 +71,7 @@ def test_copies_that_are_stored_together_each_keep_their_own() -> None:
         "graph-2": (second.incoming_email_id, 100),
         "graph-3": (third.incoming_email_id, 3),
     }
-    assert backups.sealed_blob(kept["graph-3"]["id"]) == b"sealed 3"
+    assert backups.sealed_blob(kept["graph-3"]["id"]) == (b"sealed 3", "k1")
 
 
 def test_what_a_mailbox_sends_within_half_of_the_delay_is_due_together_and_none_before_it() -> None:
@@ -101,7 +102,7 @@ def test_a_stored_backup_is_done_and_known_by_every_id() -> None:
         found = backups.find_backup(id)
         assert found is not None
         assert (found.id, found.mailbox, found.size, found.key_id) == (row["id"], "ann@example.com", 100, "k1")
-    assert backups.sealed_blob(row["id"]) == b"sealed"
+    assert backups.sealed_blob(row["id"]) == (b"sealed", "k1")
     assert backups.find_backup("unknown") is None
     assert ClaimedBackup.claim([(backup.incoming_email_id, backup.attempt)], lease=LEASE) == []
 
@@ -173,7 +174,8 @@ def test_expired_backups_are_purged_in_batches_and_others_are_kept() -> None:
     for n in range(5):
         keep(leased(f"order-{n}"), f"graph-{n}", retention=YEAR if n else timedelta(seconds=-1))
     rows("UPDATE email_backups SET expires_at = now() WHERE graph_message_id IN ('graph-1', 'graph-2')")
-    assert [backups.purge_expired(2), backups.purge_expired(2), backups.purge_expired(2)] == [2, 1, 0]
+    purged = [retention.purge(Kind.BACKUPS, retention=YEAR, who="maintenance", batch=2).rows for _ in range(3)]
+    assert purged == [2, 1, 0]
     assert {row["graph_message_id"] for row in table("email_backups")} == {"graph-3", "graph-4"}
 
 

@@ -69,7 +69,7 @@ def test_a_dispatch_leases_the_email_counts_the_attempt_and_carries_what_the_wor
     # When
     (claimed,) = dispatch()
     # Then
-    assert claimed == Dispatch(id, "order-1", "ann@example.com", 1, None)
+    assert claimed == Dispatch(id, "order-1", "ann@example.com", 1, None, None)
     row = email_row(id)
     assert (row["status"], row["attempt_count"], row["lease_token"]) == ("dispatched", 1, None)
     assert 110 < seconds_until("incoming_emails", "lease_until", "id", id) <= 120

@@ -31,6 +31,7 @@ COMPLETE = {
     "VAULT_TOKEN": SECRET,
     "VAULT_SECRET_ID": SECRET,
     "AZURE_CLIENT_SECRET": SECRET,
+    "OTEL_EXPORTER_OTLP_HEADERS": f"x-key={SECRET}",
 }
 VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
 SECRETS = [str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)]
@@ -224,6 +225,7 @@ def test_every_secret_is_known_as_one() -> None:
         "VAULT_TOKEN",
         "VAULT_SECRET_ID",
         "AZURE_CLIENT_SECRET",
+        "OTEL_EXPORTER_OTLP_HEADERS",
     }
 
 

@@ -438,12 +438,13 @@ def test_while_the_store_is_away_rows_wait_for_their_files() -> None:
 
 
 def test_stored_attachments_change_their_key_without_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = attach(LARGE)
+    stored, unreadable = attach(LARGE), attach()
+    rows("UPDATE stored_attachments SET key_id = 'lost' WHERE id = %(id)s", {"id": unreadable.id})
     before = file(stored.id).read_bytes()
     old = runtime.configuration.backup_keys.get_secret_value()
     new = f"newer:{base64.b64encode(bytes(32)).decode()}"
     monkeypatch.setattr(runtime, "vault", Vault(Keyring.parse(f"{new},{old}")))
-    assert (operations.rotate_attachment_keys(), operations.rotate_attachment_keys()) == (1, 0)
+    assert [operations.rotate_keys(who="cli:ann").attachments for _ in range(2)] == [1, 0]
     monkeypatch.setattr(runtime, "vault", Vault(Keyring.parse(new)))
     assert read(stored.id, len(LARGE)) == LARGE
     assert file(stored.id).read_bytes() == before
@@ -467,6 +468,11 @@ def test_the_command_line_takes_standard_input_and_answers_in_json() -> None:
     assert ended.status == 0, ended.complaint
     assert f'"sha256": "{sha256(SMALL)}"' in ended.output
     assert read(table("stored_attachments")[0]["id"], len(SMALL)) == SMALL
+
+
+def test_standard_input_needs_a_name() -> None:
+    ended = mailfleet("attach", "-", stdin=SMALL)
+    assert (ended.status, "--name" in ended.complaint) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""What people write to each other, and what opens doors, reaches no line, whichever way it is tried."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import orjson
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Part of everything that must not be seen.
+PLANTED = "pl4nted"
+#: A line may be cut off, but what is planted must not be what was cut off.
+BEGIN = """
+    import logging, os, sys, threading, warnings
+    import telemetry
+    telemetry.configure_logging({level!r})
+    BODY = "Dear pl4nted, " + "your order is on its way. " * 20
+    ADDRESS = "pl4nted@example.org"
+    TOKEN = "eyJ0eXAiOiJKV1QipL4nted.eyJhdWQpl4nted"
+    UPLOAD = "https://outlook.example/users/pl4nted%40example.org/session?authtoken=pl4nted"
+    PASSWORD = "pl4nted"
+    SECRETS = [BODY, ADDRESS, TOKEN, UPLOAD, PASSWORD]
+    log = logging.getLogger("any")
+"""
+
+
+def tried(program: str, level: str = "DEBUG", **settings: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Run a program; return its exit status, its lines and everything that it wrote."""
+    ended = subprocess.run(
+        [sys.executable, "-c", dedent(BEGIN.format(level=level)) + dedent(program)],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        check=False,
+    )
+    lines = [orjson.loads(line) for line in ended.stderr.splitlines()]
+    return ended.returncode, lines, str(ended.stderr + ended.stdout)
+
+
+ERRORS = """
+    for secret in SECRETS:
+        try:
+            try:
+                raise ValueError(secret)
+            except ValueError as error:
+                error.add_note(secret)
+                raise ExceptionGroup(secret, [KeyError(secret)]) from error
+        except ExceptionGroup as error:
+            log.exception("failed")
+            log.error("failed: %s", error)
+            log.error("failed: %r", error)
+            log.error(error)
+        thread = threading.Thread(target=lambda: {}[secret])
+        thread.start(); thread.join()
+    """
+VALUES = """
+    for secret in SECRETS:
+        log.error("%s", {"a": secret}); log.error("%r", [secret]); log.error("%s", secret.encode())
+        log.error("%s %s", {"a": secret}, bytearray(secret.encode())); log.error({"a": secret})
+        log.error("%d emails", secret)
+        log.error("told besides", extra={"body": secret})
+        log.error("where", stack_info=True)
+    log.error("\\ud800 %s", PASSWORD)
+    """
+FOREIGN_LINES = """
+    warnings.warn(f"cannot reach {UPLOAD}")
+    urllib3 = logging.getLogger("urllib3.connection")
+    urllib3.warning("Failed to parse headers (url=%s): %s", UPLOAD, ValueError(BODY))
+    urllib3.warning("Retrying (%r) after connection broken: %s", None, f"/v1.0/users/{ADDRESS}/sendMail")
+    log.warning("Retrying: /v1.0/users/pl4nted%%40example.org/messages")
+    log.warning("refused: Authorization: Bearer %s", TOKEN)
+    log.warning("refused: %s", TOKEN)
+    log.warning("550 <%s> unknown", ADDRESS)
+    log.warning("cannot reach amqp://user:%s@localhost:5672/vhost", PASSWORD)
+    log.warning("dsn: host=localhost password=%s dbname=a", PASSWORD)
+    log.warning("{'client_secret': '%s'}", PASSWORD)
+    log.warning("%s", "x" * 990 + BODY)
+    for name in ("urllib3", "requests", "msal", "redis", "botocore.auth", "azure.core", "aiohttp", "opentelemetry"):
+        logging.getLogger(name).info("sent %s", BODY); logging.getLogger(name).debug(BODY)
+    logging.getLogger("pika.x").error(BODY); logging.getLogger("opentelemetry.x").error(BODY)
+    """
+LIBRARIES = """
+    import pika, psycopg2, redis, requests, urllib3
+    import contracts, outbox
+    def attempt(call):
+        try:
+            call()
+        except Exception as error:
+            log.exception("failed")
+            log.warning("away: %s", error)
+    rabbitmq = os.environ["RABBITMQ_URL"].split("@")[1]
+    attempt(lambda: outbox.connect(outbox.connection_parameters(f"amqp://pl4nted:pl4nted@{rabbitmq}", "tests")))
+    attempt(lambda: psycopg2.connect(f"postgresql://pl4nted:pl4nted@{os.environ['DATABASE_URL'].split('@')[1]}"))
+    attempt(lambda: psycopg2.connect("postgresql://localhost:pl4nted/a"))
+    with psycopg2.connect(os.environ["DATABASE_URL"]) as connection, connection.cursor() as cursor:
+        attempt(lambda: cursor.execute("SELECT %s::json", [BODY]))
+    attempt(lambda: redis.Redis.from_url("redis://:pl4nted@127.0.0.1:1/0").ping())
+    attempt(lambda: urllib3.PoolManager().request("PUT", UPLOAD.replace("outlook.example", "127.0.0.1:1"), body=BODY))
+    attempt(lambda: requests.post(f"http://127.0.0.1:1/users/{ADDRESS}/sendMail", headers={"Authorization": TOKEN}))
+    attempt(lambda: contracts.accept(b'{"from": "pl4nted@example.org", "pl4nted": 1, "to": "pl4nted"}'))
+    attempt(lambda: contracts.accept(BODY.encode()))
+    """
+MAIL_LOG = """
+    from graph_client.errors import AnswerUnclear, InvalidRecipient
+    from telemetry import Step, mail_log
+    for secret in SECRETS:
+        mail_log(Step.IN_DOUBT, incoming_email_id="e", why=str(AnswerUnclear(secret, status=500)))
+        mail_log(Step.BACKUP_RETRIED, incoming_email_id="e", why=str(InvalidRecipient(secret, status=400)))
+    """
+
+
+@pytest.mark.parametrize("attempts", [ERRORS, VALUES, FOREIGN_LINES, MAIL_LOG])
+def test_nothing_that_people_write_and_nothing_that_opens_doors_becomes_part_of_a_line(attempts: str) -> None:
+    status, lines, everything = tried(attempts)
+    assert status == 0
+    assert len(lines) >= 10
+    assert PLANTED not in everything.lower()
+
+
+def test_what_servers_and_libraries_say_of_a_failure_does_not_tell_it_either(servers: dict[str, str]) -> None:
+    status, lines, everything = tried(LIBRARIES)
+    assert status == 0
+    assert sum(line["event"] == "failed" for line in lines) == 9
+    assert PLANTED not in everything.lower()
+
+
+def test_a_process_that_ends_with_an_error_tells_where_and_not_what() -> None:
+    status, lines, everything = tried(
+        """
+        class Closing:
+            def __del__(self): raise OSError(PASSWORD)
+        Closing()
+        raise RuntimeError(BODY)
+        """
+    )
+    assert status == 1
+    assert [line["event"] for line in lines] == ["an error could not be raised", "the process has ended"]
+    assert "RuntimeError" in lines[1]["exception"]
+    assert PLANTED not in everything
+
+
+def test_settings_that_are_refused_are_not_quoted(tmp_path: Path) -> None:
+    refused = {
+        "DATABASE_URL": "postgresql://pl4nted:pl4nted@host/name?pl4nted=1",
+        "RABBITMQ_URL": "amqp://pl4nted:pl4nted@host:pl4nted/",
+        "REDIS_URL": "pl4nted://:pl4nted@host",
+        "BACKUP_KEYS": "k:pl4nted",
+        "GRAPH_CLIENT_CERTIFICATE": str(tmp_path / "none.pem"),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://pl4nted:pl4nted@host",
+        "OTEL_EXPORTER_OTLP_HEADERS": "pl4nted",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", "import runtime"], cwd=ROOT, env=os.environ | refused, capture_output=True, check=False
+    )
+    assert ended.returncode == 1
+    assert all(name.encode() in ended.stderr for name in refused)
+    assert PLANTED.encode() not in ended.stderr

@@ -136,7 +136,7 @@ def _token_source() -> TokenSource:
         configuration.graph_authority,
         configuration.graph_tenant_id,
         configuration.graph_client_id,
-        secret=secret.get_secret_value() if secret else None,
+        secret=None if secret is None else secret.get_secret_value(),
         certificate_pem_path=configuration.graph_client_certificate,
         timeout=configuration.graph_timeout,
         reread_secret=settings_sources.Rereading("GRAPH_CLIENT_SECRET"),

@@ -69,7 +69,7 @@ def vault(environment: pytest.MonkeyPatch) -> Iterator[FakeVault]:
 
 
 def asked_for(vault: FakeVault) -> set[str]:
-    return {path.rpartition("/")[2] for path in vault.asked} & NEEDED_BY.keys()
+    return {path.rpartition("/")[2] for path in vault.asked} & (NEEDED_BY.keys() | SERVERS)
 
 
 # Who has what

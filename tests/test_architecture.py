@@ -21,6 +21,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 LEAVES = {
+    "addresses",
     "attachments",
     "bounds",
     "broker",
@@ -30,6 +31,7 @@ LEAVES = {
     "graph_client",
     "limiter",
     "mail_rules",
+    "notices",
     "orphans",
     "payloads",
     "repeated_keys",
@@ -47,13 +49,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "broker": {"crash_points"},
     "payloads": {"vault"},
     "contracts": {"repeated_keys"},
-    "settings": {"bounds", "mail_rules", "settings_reference", "settings_sources"},
+    "settings": {"addresses", "bounds", "mail_rules", "settings_reference", "settings_sources"},
     "settings_reference": {"settings", "settings_sources"},
     "settings_sources": {"secret_stores"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
     "worker_metrics": {"orphans", "settings", "telemetry"},
+    "asyncapi": {"contracts"},
     "migrations": {"settings"},
     "runtime": {*LEAVES, "models", "outbox", "waking", "worker_metrics"},
     "actors": {*LEAVES, "models", "outbox", "runtime"},

@@ -24,7 +24,7 @@ from sandbox.world import ROOT
 from settings import SettingsInvalid, load
 from settings_sources import NEEDED_BY, Rereading, current_secret
 
-OURS = {name: value for name, value in COMPLETE.items() if not name.startswith(("VAULT", "AZURE", "OTEL"))}
+OURS = {name: value for name, value in COMPLETE.items() if not name.startswith(("VAULT", "AZURE", "OTEL", "DEAD"))}
 SECRETS = sorted(name for name in OURS if name not in {"GRAPH_TENANT_ID", "GRAPH_CLIENT_ID"})
 SERVERS = {"DATABASE_URL", "RABBITMQ_URL", "REDIS_URL"}
 GRAPH, KEYS, TOKENS = {"GRAPH_CLIENT_SECRET"}, {"BACKUP_KEYS"}, {"CONSOLE_TOKENS"}

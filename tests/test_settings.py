@@ -31,6 +31,8 @@ COMPLETE = {
     "VAULT_TOKEN": SECRET,
     "VAULT_SECRET_ID": SECRET,
     "AZURE_CLIENT_SECRET": SECRET,
+    "DEAD_LETTER_WEBHOOK_URL": f"https://hooks.example/{SECRET}",
+    "DEAD_LETTER_WEBHOOK_SECRET": f"{SECRET}-{SECRET}",
     "OTEL_EXPORTER_OTLP_HEADERS": f"x-key={SECRET}",
 }
 VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
@@ -185,6 +187,13 @@ def test_a_limit_that_no_call_fits_into_is_refused(
     assert sentence in problem
 
 
+@pytest.mark.parametrize("url", ["http://hooks.example/", "ftp://hooks.example/", "hooks.example/", "https:///"])
+def test_a_webhook_is_told_over_https_and_its_address_is_never_shown(environment: pytest.MonkeyPatch, url: str) -> None:
+    environment.setenv("DEAD_LETTER_WEBHOOK_URL", url + SECRET)
+    (problem,) = problems()
+    assert problem == "DEAD_LETTER_WEBHOOK_URL: must be an https address (http is accepted on loopback only)"
+
+
 def test_lists_are_separated_by_commas(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("ALLOWED_SENDERS", " a@example.com, *@example.org ,,")
     assert load().allowed_senders == ("a@example.com", "*@example.org")
@@ -225,6 +234,8 @@ def test_every_secret_is_known_as_one() -> None:
         "VAULT_TOKEN",
         "VAULT_SECRET_ID",
         "AZURE_CLIENT_SECRET",
+        "DEAD_LETTER_WEBHOOK_URL",
+        "DEAD_LETTER_WEBHOOK_SECRET",
         "OTEL_EXPORTER_OTLP_HEADERS",
     }
 

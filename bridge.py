@@ -100,7 +100,8 @@ class Bridge:
         """
         while True:
             try:
-                ingest(deliveries)
+                with telemetry.INGEST_SECONDS.time():
+                    ingest(deliveries)
             except (DatabaseAway, Unconfirmed) as error:
                 self._wait("a batch is kept", error, connection.sleep)
                 if not self._running:

@@ -68,6 +68,8 @@ class CrashPoint(StrEnum):
     MIRROR_CONSUMED = "mirror.consumed"
     MIRROR_STORED = "mirror.stored"
     MIRROR_ACKNOWLEDGED = "mirror.acknowledged"
+    NOTICE_RECORDED = "notice.recorded"
+    NOTICE_TOLD = "notice.told"
     PURGE_DELETED = "purge.deleted"
 
 

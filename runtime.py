@@ -26,6 +26,7 @@ from redis.retry import Retry
 
 import limiter as limits
 import models
+import notices
 import outbox
 import settings
 import telemetry
@@ -76,6 +77,7 @@ def _load() -> settings.Settings:
                 "ATTACHMENT_CLOUD_URLS": lambda text: [*map(CloudPlace.parse, settings.comma_separated(text))],
                 "ATTACHMENT_STORE_URL": check_store_url,
                 "BACKUP_KEYS": Keyring.parse,
+                "DEAD_LETTER_WEBHOOK_SECRET": notices.check_secret,
                 "OTEL_EXPORTER_OTLP_ENDPOINT": check_endpoint,
                 "OTEL_EXPORTER_OTLP_HEADERS": header_pairs,
                 "RABBITMQ_URL": outbox.check_url,
@@ -141,6 +143,8 @@ def _count_call(call: Call) -> None:
     telemetry.GRAPH_SECONDS.labels(call.operation).observe(call.duration.total_seconds())
     if call.status == 429 or (call.status == 503 and call.retry_after):
         telemetry.THROTTLED.labels(call.operation).inc()
+    if expires_at := tokens.expires_at:
+        telemetry.TOKEN_EXPIRES_AT.set(expires_at.timestamp())
 
 
 def _tell_of_call(call: Call) -> None:

@@ -12,17 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import parse_qsl, urlsplit
 
-import psycopg2
-from psycopg2.extensions import parse_dsn
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from addresses import https, on_loopback, postgresql, server, webhook
 from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS
-
-LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 #: A worker must notice a lost lease before it may call Graph again: a lease outlives the longest call by this much.
 LEASE_MARGIN = timedelta(seconds=15)
@@ -62,62 +58,12 @@ def comma_separated(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-def _server(*schemes: str) -> AfterValidator:
-    """Check an address without ever quoting it: it holds a password."""
-
-    def check(secret: SecretStr) -> SecretStr:
-        try:
-            parts = urlsplit(secret.get_secret_value())
-            usable = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(
-                f"must look like {schemes[0]}://user:password@host:port/name, with special characters percent-encoded"
-            )
-        return secret
-
-    return AfterValidator(check)
-
-
-#: What `models` tells PostgreSQL itself; `models.database.connect` would get it twice.
-_OWN_KEYWORDS = {*["host", "port", "user", "password", "dbname", "connect_timeout", "application_name", "options"]} | {
-    f"keepalives_{each}" for each in ("idle", "interval", "count")
-}
-
-
-def _postgresql(secret: SecretStr) -> SecretStr:
-    url = secret.get_secret_value()
-    if own := {keyword for keyword, _ in parse_qsl(urlsplit(url).query)} & _OWN_KEYWORDS:
-        raise ValueError(f"{', '.join(sorted(own))} may not be given in its query: mailfleet sets it")
-    try:
-        parse_dsn(url)
-    except psycopg2.ProgrammingError:
-        raise ValueError("has something in its query that PostgreSQL's clients do not know") from None
-    return secret
-
-
-def _graph(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if not usable or (parts.scheme != "https" and not (parts.scheme == "http" and _on_loopback(url))):
-        raise ValueError("must be an https address (http is accepted on loopback only)")
-    return url
-
-
 def _readable(path: Path) -> Path:
     try:
         path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise ValueError("names a file that cannot be read") from None
     return path
-
-
-def _on_loopback(url: str) -> bool:
-    return urlsplit(url).hostname in LOOPBACK_HOSTS
 
 
 Seconds = Annotated[timedelta, _of(timedelta(seconds=1))]
@@ -144,10 +90,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
 
-    database_url: Annotated[SecretStr, _server("postgresql", "postgres"), AfterValidator(_postgresql)] = _setting(
+    database_url: Annotated[SecretStr, server("postgresql", "postgres"), AfterValidator(postgresql)] = _setting(
         "DATABASE_URL", "PostgreSQL, `postgresql://user:password@host:port/name`."
     )
-    rabbitmq_url: Annotated[SecretStr, _server("amqp", "amqps")] = _setting(
+    rabbitmq_url: Annotated[SecretStr, server("amqp", "amqps")] = _setting(
         "RABBITMQ_URL", "RabbitMQ, `amqp://user:password@host:port/vhost`."
     )
     rabbitmq_queue_type: Literal["quorum", "classic"] = _setting(
@@ -155,16 +101,16 @@ class Settings(BaseSettings):
         "Type of every queue that mailfleet declares. It cannot be changed once the queues exist.",
         default="quorum",
     )
-    redis_url: Annotated[SecretStr, _server("redis", "rediss")] = _setting(
+    redis_url: Annotated[SecretStr, server("redis", "rediss")] = _setting(
         "REDIS_URL", "Redis, `redis://:password@host:port/0`."
     )
 
-    graph_base_url: Annotated[str, AfterValidator(_graph)] = _setting(
+    graph_base_url: Annotated[str, AfterValidator(https)] = _setting(
         "GRAPH_BASE_URL",
         "Microsoft Graph. Must be https except on loopback.",
         default="https://graph.microsoft.com/v1.0",
     )
-    graph_authority: Annotated[str, AfterValidator(_graph)] = _setting(
+    graph_authority: Annotated[str, AfterValidator(https)] = _setting(
         "GRAPH_AUTHORITY",
         "Where tokens come from; the tenant is appended. Must be https except on loopback.",
         default="https://login.microsoftonline.com",
@@ -346,6 +292,17 @@ class Settings(BaseSettings):
         " Without any, the console answers loopback clients only.",
         default=None,
     )
+    dead_letter_webhook_url: Annotated[SecretStr | None, AfterValidator(webhook)] = _setting(
+        "DEAD_LETTER_WEBHOOK_URL",
+        "Where new dead letters are told of, by POST, at most once a minute. Must be https except on loopback. Unset:"
+        " nowhere.",
+        default=None,
+    )
+    dead_letter_webhook_secret: SecretStr | None = _setting(
+        "DEAD_LETTER_WEBHOOK_SECRET",
+        "Signs what the webhook is told (standardwebhooks.com): 16 characters or more, or `whsec_` and base64.",
+        default=None,
+    )
     port: Port = _setting("PORT", "Port of the console.", default=8000)
     metrics_port: Port = _setting("METRICS_PORT", "Port on which a process serves its own metrics. 0: none.", default=0)
     prometheus_multiproc_dir: Path | None = _setting(
@@ -389,7 +346,7 @@ class Settings(BaseSettings):
             yield "RETRY_BACKOFF_MAX_SECONDS must not be less than RETRY_BACKOFF_MIN_SECONDS"
         if self.in_doubt_grace < self.in_doubt_settle:
             yield "IN_DOUBT_GRACE_SECONDS must not be less than IN_DOUBT_SETTLE_SECONDS"
-        if self.crash_directory and not _on_loopback(self.graph_base_url):
+        if self.crash_directory and not on_loopback(self.graph_base_url):
             yield "CRASH_DIRECTORY is for tests, where Graph is on loopback"
 
     def shown(self) -> dict[str, str]:

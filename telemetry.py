@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import dramatiq
 import orjson
 import structlog
 from dramatiq.message import Message
-from prometheus_client import CollectorRegistry, Counter, Histogram, multiprocess, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, start_http_server
 
 # --- logs
 
@@ -268,6 +268,13 @@ def _named(argument: Any) -> Any:
 # --- metrics
 
 EMAILS = Counter("mailfleet_emails", "Events in the lives of emails, as in the mail log.", ["step"])
+STAGE_SECONDS = Histogram(
+    "mailfleet_stage_duration_seconds",
+    "Time from when an email could first go out (received, or its send_at) until a worker claimed it, and until Graph"
+    " took it.",
+    ["stage"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400),
+)
 GRAPH_REQUESTS = Counter("mailfleet_graph_requests", "Requests to Graph by how they ended.", ["operation", "status"])
 GRAPH_SECONDS = Histogram(
     "mailfleet_graph_request_duration_seconds",
@@ -277,14 +284,32 @@ GRAPH_SECONDS = Histogram(
 )
 GRAPH_UNKNOWN_CODES = Counter("mailfleet_graph_unknown_codes", "Error codes of Graph that no table knows.", ["status"])
 THROTTLED = Counter("mailfleet_graph_throttled", "Answers of Graph that asked to wait.", ["operation"])
+CONFIGURATION_REFUSED = Counter(
+    "mailfleet_graph_configuration_refused", "Times that Graph or its token endpoint refused the application itself."
+)
+TOKEN_EXPIRES_AT = Gauge(
+    "mailfleet_graph_token_expiry_timestamp_seconds",
+    "When the newest token of the process type ends, in Unix time.",
+    multiprocess_mode="livemax",
+)
+LIMITER_ADMITTED = Counter("mailfleet_limiter_admitted", "What the limiter let pass: calls, reserved sends.", ["what"])
 LIMITER_REFUSALS = Counter("mailfleet_limiter_refusals", "Calls that the limiter held back.", ["budget"])
 LOWERED = Counter("mailfleet_limits_lowered", "Limits of mailboxes lowered because Graph kept throttling.", ["budget"])
 RESTORED = Counter("mailfleet_limiter_restored", "Times that what was spent was written down again in Redis.")
 DELIVERIES = Counter("mailfleet_deliveries", "Deliveries on send_email by what became of them.", ["outcome"])
+INGEST_SECONDS = Histogram(
+    "mailfleet_ingest_duration_seconds",
+    "Time of one try of the bridge to store a batch of deliveries and have its events confirmed.",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
 DISPATCHED = Counter("mailfleet_dispatched", "Emails handed to send actors.", ["route"])
+LEASES_EXPIRED = Counter(
+    "mailfleet_leases_expired", "Leases of emails that ran out, by what the email was.", ["status"]
+)
 PUBLISHED = Counter("mailfleet_events_published", "Events confirmed by RabbitMQ.", ["type"])
 DEAD_LETTERS = Counter("mailfleet_dead_letters", "Messages that were given up.", ["queue", "reason"])
 MIRRORED = Counter("mailfleet_dead_letters_mirrored", "Dead letters that only RabbitMQ's copy told of.", ["queue"])
+NOTICES = Counter("mailfleet_dead_letter_notices", "Tries to tell the webhook of dead letters.", ["outcome"])
 MESSAGES = Counter("mailfleet_messages", "Messages that actors have worked on.", ["actor", "outcome"])
 MESSAGE_SECONDS = Histogram(
     "mailfleet_message_duration_seconds",
@@ -300,6 +325,93 @@ ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, befor
 SPANS_LOST = Counter("mailfleet_spans_lost", "Spans of traces that could not be delivered.")
 ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
 ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
+
+#: The value of a label that came from outside and is none of ours: what strangers write must not become series.
+OTHER = "other"
+# A counter that appears with its first event has no increase that an alert could see.
+for _step in Step:
+    EMAILS.labels(_step.value)
+for _outcome in ("delivered", "failed"):
+    NOTICES.labels(_outcome)
+
+
+class FleetGauge(NamedTuple):
+    """A gauge that belongs to the fleet and to no process: the console asks the servers for it at each scrape."""
+
+    name: str
+    help: str
+    label: str | None = None
+
+
+FLEET_GAUGES = (
+    FleetGauge("mailfleet_emails_waiting", "Emails that are not settled, by status.", "status"),
+    FleetGauge("mailfleet_emails_oldest_waiting_age_seconds", "Age of the oldest email that could go out now."),
+    FleetGauge("mailfleet_emails_in_doubt", "Emails whose send may or may not have happened."),
+    FleetGauge("mailfleet_emails_oldest_in_doubt_age_seconds", "Age of the oldest doubt."),
+    FleetGauge(
+        "mailfleet_in_flight", "Emails and backups that are dispatched or in hand: concurrency in use.", "route"
+    ),
+    FleetGauge("mailfleet_concurrency_limit", "How many may be in flight, by the console's settings.", "route"),
+    FleetGauge("mailfleet_uploads_in_hand", "Attachments of emails in flight that are not up yet."),
+    FleetGauge(
+        "mailfleet_upload_bytes_in_hand", "Bytes of attachments of emails in flight, by whether up.", "progress"
+    ),
+    FleetGauge("mailfleet_outbox_events_unpublished", "Events that RabbitMQ has not confirmed yet."),
+    FleetGauge("mailfleet_outbox_oldest_age_seconds", "Age of the oldest event that is not confirmed."),
+    FleetGauge("mailfleet_dead_letters_open", "Dead letters that nobody has replayed or discarded."),
+    FleetGauge("mailfleet_dead_letters_open_by_reason", "The same by reason.", "reason"),
+    FleetGauge("mailfleet_dead_letter_notices_undelivered", "Notices of dead letters that the webhook has not taken."),
+    FleetGauge("mailfleet_backups_due", "Sent emails whose backup is due."),
+    FleetGauge("mailfleet_backups_oldest_due_age_seconds", "For how long the oldest backup has been due."),
+    FleetGauge("mailfleet_mailboxes_refusing", "Mailboxes that refuse us: probed one email at a time."),
+    FleetGauge("mailfleet_mailboxes_full", "Mailboxes that wait for budget."),
+    FleetGauge("mailfleet_mailboxes_paused", "Mailboxes that are paused, by Graph or an operator."),
+    FleetGauge("mailfleet_queue_messages_ready", "Messages ready in a queue.", "queue"),
+    FleetGauge("mailfleet_queue_consumers", "Consumers of a queue.", "queue"),
+    FleetGauge(
+        "mailfleet_graph_certificate_expiry_timestamp_seconds",
+        "When the certificate of GRAPH_CLIENT_CERTIFICATE ends, in Unix time; absent with a secret.",
+    ),
+)
+
+
+def declared() -> list[tuple[str, str, list[str], str, str]]:
+    """Return every metric: its name as scraped, its type, its labels, its help, and who serves it."""
+    own = [
+        (_exposed_name(metric), metric._type, list(metric._labelnames), metric._documentation, "process")
+        for metric in globals().values()
+        if isinstance(metric, Counter | Gauge | Histogram)
+    ]
+    return own + [
+        (gauge.name, "gauge", [gauge.label] if gauge.label else [], gauge.help, "console") for gauge in FLEET_GAUGES
+    ]
+
+
+def _exposed_name(metric: Any) -> str:
+    return f"{metric._name}_total" if isinstance(metric, Counter) else str(metric._name)
+
+
+_INTRODUCTION = """\
+# Metrics
+
+Made from `telemetry.py` by `python -m telemetry`. What a **process** counts is served on `METRICS_PORT` of each process
+type, in a worker summed over all of its processes and threads, and begins at nothing when it starts: use `rate` and
+`increase`, and `sum` over instances. What the **console** serves on its own `/metrics` (with a token) is the whole
+fleet's, read from PostgreSQL and RabbitMQ at each scrape: scrape one console. It counts 100,000 of anything at most; of
+more emails that wait it tells PostgreSQL's estimate. No label has an address. Alerts are in
+`docker/prometheus/alerts.yaml`, a dashboard is `docker/grafana/mailfleet.json`.
+
+| metric | type | labels | served by | meaning |
+|---|---|---|---|---|"""
+
+
+def reference() -> str:
+    """Return ``docs/metrics.md``: one row per metric."""
+    rows = [
+        f"| `{name}` | {type} | {', '.join(f'`{label}`' for label in labels)} | {server} | {help} |"
+        for name, type, labels, help, server in declared()
+    ]
+    return "\n".join([_INTRODUCTION, *rows, ""])
 
 
 def note_lost_spans(count: int) -> None:
@@ -342,15 +454,16 @@ class WorkerMetrics(dramatiq.Middleware):
 
     def after_process_message(
         self,
-        _broker: Any,
+        broker: Any,
         message: Any,
         *,
         result: Any = None,  # noqa: ARG002 (Dramatiq passes it by name)
         exception: BaseException | None = None,
     ) -> None:
         began = self._began.pop(message.message_id, time.monotonic())
-        MESSAGE_SECONDS.labels(message.actor_name).observe(time.monotonic() - began)
-        MESSAGES.labels(message.actor_name, "failed" if exception else "done").inc()
+        actor = message.actor_name if message.actor_name in broker.actors else OTHER
+        MESSAGE_SECONDS.labels(actor).observe(time.monotonic() - began)
+        MESSAGES.labels(actor, "failed" if exception else "done").inc()
 
     def after_skip_message(self, _broker: Any, message: Any) -> None:
         self._began.pop(message.message_id, None)
@@ -358,3 +471,7 @@ class WorkerMetrics(dramatiq.Middleware):
     def after_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
         if self._serve:
             multiprocess.mark_process_dead(os.getpid())
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -7,6 +7,7 @@ process may send to any of them; a worker runs only those of the queue that its 
 from actors.backups import backup_email, backup_emails
 from actors.ingest import ingest_emails
 from actors.maintenance import mirror_dead_letters, purge_expired
+from actors.notices import notify_dead_letters
 from actors.scheduling import acknowledge_receipt, schedule_emails
 from actors.sending import send_attached, send_plain
 from actors.stored_attachments import delete_stored_attachments
@@ -19,6 +20,7 @@ __all__ = [
     "delete_stored_attachments",
     "ingest_emails",
     "mirror_dead_letters",
+    "notify_dead_letters",
     "purge_expired",
     "schedule_emails",
     "send_attached",

@@ -26,7 +26,7 @@ from limiter import Emptied, Exhausted, NeverFits, Reservation, Slowed, Spent, W
 from models import DatabaseAway, mailboxes, spending, turns
 from models.scheduling import Lapsed, Pick
 from models.turns import EVERY, Candidate, Full
-from telemetry import LIMITER_REFUSALS, RESTORED
+from telemetry import LIMITER_ADMITTED, LIMITER_REFUSALS, RESTORED
 
 #: What an operator sets reaches Redis at once; if Redis was away then, within this of its return.
 _SYNC_EVERY = timedelta(seconds=30)
@@ -96,6 +96,7 @@ def reserve(candidates: Sequence[Candidate]) -> Reserved:
     for each in full.values():
         LIMITER_REFUSALS.labels(each.reason.removeprefix("limit: ")).inc()
     turns.note_full(full)
+    LIMITER_ADMITTED.labels("send").inc(len(picks))
     runtime.crash_point(CrashPoint.BUDGET_RESERVED)
     return Reserved(picks, bool(full), max(everybody_waits, default=None))
 

@@ -30,7 +30,7 @@ from models.dead_letters import Copy
 from models.ids import as_uuid, new_id
 from models.retention import Kind
 from outbox import Unconfirmed, connect
-from telemetry import MIRRORED, Step, mail_log
+from telemetry import MIRRORED, OTHER, Step, mail_log
 from tracing import trace_id
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     channel.basic_ack(taken[-1][0].delivery_tag, multiple=True)
     runtime.crash_point(CrashPoint.MIRROR_ACKNOWLEDGED)
     for copy in missing:
-        MIRRORED.labels(copy.queue_name).inc()
+        MIRRORED.labels(copy.queue_name if runtime.is_own_queue(copy.queue_name) else OTHER).inc()
         known = inspection.known_as(copy.incoming_email_id)
         mail_log(
             Step.DEAD_LETTER_MIRRORED,

@@ -48,7 +48,7 @@ from models.spending import record_slowed
 from models.turns import EVERY, Full
 from outbox import PUBLISH_WITHIN
 from payloads import PayloadPurged
-from telemetry import DEAD_LETTERS, LIMITER_REFUSALS, LOWERED, Step, mail_log
+from telemetry import CONFIGURATION_REFUSED, DEAD_LETTERS, LIMITER_REFUSALS, LOWERED, STAGE_SECONDS, Step, mail_log
 from vault import Tampered, UnknownKey
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def record_sent(
     )
     runtime.crash_point(CrashPoint.SEND_RECORDED)
     runtime.events.add(events)
+    STAGE_SECONDS.labels("sent").observe(email.waited.total_seconds())
     mail_log(Step.SENT, incoming_email_id=email.id, graph_message_id=graph_message_id, attempt=email.attempt)
 
 
@@ -253,6 +254,7 @@ def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> 
 
 def pause_everything() -> None:
     """Have everyone leave Graph alone for a moment: it refused our configuration."""
+    CONFIGURATION_REFUSED.inc()
     try:
         runtime.limiter.pause_all(_CONFIGURATION_PAUSE)
     except limits.Unavailable:

@@ -40,7 +40,7 @@ from models import Route, scheduling, turns
 from models.scheduling import Dispatch, DueBackup, Pick
 from models.turns import Busy, Candidate
 from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed, Unpublishable
-from telemetry import DISPATCHED, Step, mail_log
+from telemetry import DISPATCHED, LEASES_EXPIRED, Step, mail_log
 from tracing import Span, ending, trace_id
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def _sweep(*, hand_out: bool) -> _Sweep:
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
         woken = scheduling.wake_due()
     for each in lapsed:
+        LEASES_EXPIRED.labels(each.status).inc()
         mail_log(
             Step.LEASE_LOST,
             incoming_email_id=each.id,

@@ -40,7 +40,7 @@ from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
 from graph_client.errors import PermanentError
 from models import ClaimedEmail, Route
-from telemetry import Step, mail_log, note_ids
+from telemetry import STAGE_SECONDS, Step, mail_log, note_ids
 from tracing import Span, trace_id
 
 
@@ -113,6 +113,8 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
     elif email.expired:
         outcomes.record_expired(email)
     else:
+        if email.attempt == 1:
+            STAGE_SECONDS.labels("claimed").observe(email.waited.total_seconds())
         send(email)
 
 

@@ -2,50 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
+from cryptography import x509
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import operations
+import runtime
+from models.inspection import Backlog
 from models.states import Status
+from telemetry import FLEET_GAUGES, FleetGauge
+
+#: The value of a gauge, or its values by label. A gauge without a value is left out.
+Values = Mapping[str, float | Mapping[str, float]]
 
 
 class FleetCollector(Collector):
-    """Asks PostgreSQL and RabbitMQ at each scrape."""
+    """Asks PostgreSQL and RabbitMQ at each scrape, once for all scrapes that came before it began to ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked_at = float("-inf")
+        self._values: Values = {}
 
     def describe(self) -> list[Metric]:
         return []  # nothing is asked before the first scrape
 
     def collect(self) -> Iterator[Metric]:
-        yield from _backlog()
-        yield _queue_depths()
+        values = self._ask(time.monotonic())
+        yield from (_family(gauge, values[gauge.name]) for gauge in FLEET_GAUGES if gauge.name in values)
+
+    def _ask(self, came_at: float) -> Values:
+        with self._lock:
+            if self._asked_at < came_at:
+                began_at = time.monotonic()
+                self._values = _named(_backlog(operations.backlog()) | _queues() | _limits())
+                self._asked_at = began_at
+            return self._values
 
 
-def _backlog() -> Iterator[Metric]:
-    backlog = operations.backlog()
-    waiting = GaugeMetricFamily(
-        "mailfleet_emails_waiting", "Emails that are not settled, by status.", labels=["status"]
-    )
-    for status in (Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING):
-        waiting.add_metric([status.value], backlog.by_status.get(status.value, 0))
-    yield waiting
-    age = (datetime.now(UTC) - backlog.oldest_waiting).total_seconds() if backlog.oldest_waiting else 0
-    for name, help, value in (
-        ("emails_oldest_waiting_age_seconds", "Age of the oldest email that could go out now.", age),
-        ("emails_in_doubt", "Emails whose send may or may not have happened.", backlog.in_doubt),
-        ("outbox_events_unpublished", "Events that RabbitMQ has not confirmed yet.", backlog.unpublished_events),
-        ("dead_letters_open", "Dead letters that nobody has replayed or discarded.", backlog.open_dead_letters),
-        ("backups_due", "Sent emails whose backup is due.", backlog.backups_due),
-        ("mailboxes_refusing", "Mailboxes that refuse us: probed one email at a time.", backlog.mailboxes_refusing),
-        ("mailboxes_full", "Mailboxes that wait for budget.", backlog.mailboxes_full),
-    ):
-        yield GaugeMetricFamily(f"mailfleet_{name}", help, value)
+def _named(values: Values) -> Values:
+    return {f"mailfleet_{name}": value for name, value in values.items()}
 
 
-def _queue_depths() -> Metric:
-    depths = GaugeMetricFamily("mailfleet_queue_messages_ready", "Messages ready in a queue.", labels=["queue"])
-    for queue, count in operations.queue_depths().items():
-        depths.add_metric([queue], count)
-    return depths
+def _family(gauge: FleetGauge, value: float | Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(gauge.name, gauge.help, labels=[gauge.label] if gauge.label else [])
+    for label, number in value.items() if isinstance(value, Mapping) else [(None, value)]:
+        family.add_metric([label] if label is not None else [], number)
+    return family
+
+
+def _backlog(backlog: Backlog) -> dict[str, float | Mapping[str, float]]:
+    waiting = (Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING)
+    return {
+        "emails_waiting": {status.value: backlog.by_status.get(status.value, 0) for status in waiting},
+        "emails_oldest_waiting_age_seconds": _age(backlog.oldest_waiting),
+        "emails_in_doubt": backlog.in_doubt,
+        "emails_oldest_in_doubt_age_seconds": _age(backlog.oldest_doubt),
+        "in_flight": dict.fromkeys(operations.concurrency_limits(), 0) | backlog.in_flight,
+        "uploads_in_hand": backlog.uploads_in_hand,
+        "upload_bytes_in_hand": {
+            "uploaded": backlog.uploaded_bytes_in_hand,
+            "remaining": backlog.remaining_bytes_in_hand,
+        },
+        "outbox_events_unpublished": backlog.unpublished_events,
+        "outbox_oldest_age_seconds": _age(backlog.oldest_event),
+        "dead_letters_open": backlog.open_dead_letters,
+        "dead_letters_open_by_reason": backlog.dead_letters_by_reason,
+        "dead_letter_notices_undelivered": backlog.undelivered_notices,
+        "backups_due": backlog.backups_due,
+        "backups_oldest_due_age_seconds": _age(backlog.oldest_backup_due),
+        "mailboxes_refusing": backlog.mailboxes_refusing,
+        "mailboxes_full": backlog.mailboxes_full,
+        "mailboxes_paused": backlog.mailboxes_paused,
+    }
+
+
+def _age(since: datetime | None) -> float:
+    return max(0.0, (datetime.now(UTC) - since).total_seconds()) if since else 0
+
+
+def _queues() -> dict[str, float | Mapping[str, float]]:
+    queues = operations.queues()
+    return {
+        "queue_messages_ready": {name: state.ready for name, state in queues.items()},
+        "queue_consumers": {name: state.consumers for name, state in queues.items()},
+    }
+
+
+def _limits() -> dict[str, float | Mapping[str, float]]:
+    limits: dict[str, float | Mapping[str, float]] = {"concurrency_limit": operations.concurrency_limits()}
+    path = runtime.configuration.graph_client_certificate
+    if path and (expires_at := certificate_expiry(path)):
+        limits["graph_certificate_expiry_timestamp_seconds"] = expires_at.timestamp()
+    return limits
+
+
+def certificate_expiry(path: Path) -> datetime | None:
+    """Return when the first of the certificates in a PEM file ends; None if it has none that can be read."""
+    try:
+        pem = path.read_bytes()
+        certificates = x509.load_pem_x509_certificates(pem[pem.index(b"-----BEGIN CERTIFICATE-----") :])
+    except (OSError, ValueError):
+        return None
+    return min(certificate.not_valid_after_utc for certificate in certificates)

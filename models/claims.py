@@ -348,6 +348,13 @@ class ClaimedEmail:
         given = self.payload.get("expires_at")
         return given is not None and datetime.fromisoformat(given) <= datetime.now(UTC)
 
+    @property
+    def waited(self) -> timedelta:
+        """How long ago it could first go out; clocks that differ do not make it less than nothing."""
+        send_at = self.payload.get("send_at")
+        ready_at = max(self.created_at, datetime.fromisoformat(send_at)) if send_at else self.created_at
+        return max(datetime.now(UTC) - ready_at, timedelta())
+
     def snooze(self, wait: timedelta, why: str) -> None:
         """Let go until later without having spent an attempt."""
         self._let_go(wait, why, "attempt_count = attempt_count - 1, ")

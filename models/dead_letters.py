@@ -25,7 +25,7 @@ RECORD = """
     FROM email ON CONFLICT (message_id) DO UPDATE
     SET incoming_email_id = excluded.incoming_email_id, reason = excluded.reason, attempts = excluded.attempts,
         last_error = excluded.last_error, mailbox = excluded.mailbox,
-        status = 'open', resolved_at = NULL, resolved_by = NULL
+        status = 'open', resolved_at = NULL, resolved_by = NULL, noticed_at = NULL
 """
 
 

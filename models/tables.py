@@ -238,10 +238,28 @@ class DeadLetter(_Row):
     mirrored_at = TimestampField(null=True)
     resolved_at = TimestampField(null=True)
     resolved_by = peewee.TextField(null=True)
+    noticed_at = TimestampField(null=True)
     created_at = TimestampField()
 
     class Meta:
         table_name = "dlq"
+
+
+class DeadLetterNotice(_Row):
+    """What was told, or is to be, of dead letters that were new."""
+
+    id = peewee.UUIDField(primary_key=True)
+    body = JsonTextField()
+    published_at = TimestampField(null=True)
+    delivered_at = TimestampField(null=True)
+    deliver_at = TimestampField(null=True)
+    attempt_count = peewee.IntegerField()
+    last_error = peewee.TextField(null=True)
+    claimed_until = TimestampField(null=True)
+    created_at = TimestampField()
+
+    class Meta:
+        table_name = "dead_letter_notices"
 
 
 class Mailbox(_Row):
@@ -303,6 +321,7 @@ TABLES = (
     StoredAttachmentUse,
     OutboxEvent,
     DeadLetter,
+    DeadLetterNotice,
     Mailbox,
     PausedRoute,
     AuditEntry,

@@ -18,7 +18,7 @@ import runtime
 from broker import MIRROR_QUEUE
 from graph_client.errors import GraphError
 from limiter import Unavailable
-from models import inspection
+from models import Route, inspection
 from models.inspection import Backlog
 from operations.errors import ServerAway
 from operations.rotation import older_keys
@@ -37,20 +37,41 @@ def backlog() -> Backlog:
         raise ServerAway(str(away)) from away
 
 
-def queue_depths() -> dict[str, int]:
-    """Return how many messages are ready in each queue that there is, those of dead letters included.
+def concurrency_limits() -> dict[str, int]:
+    """Return how many emails of each route, and how many backups, may be in flight in the whole fleet."""
+    configuration = runtime.configuration
+    return {
+        Route.PLAIN.value: configuration.send_plain_concurrency,
+        Route.ATTACHED.value: configuration.send_attached_concurrency,
+        "backup": configuration.backup_concurrency,
+    }
+
+
+class QueueState(NamedTuple):
+    """How many messages are ready in a queue, and how many consumers it has."""
+
+    ready: int
+    consumers: int
+
+
+def queues() -> dict[str, QueueState]:
+    """Return the state of each queue that there is, those of dead letters included.
 
     Raises:
         ServerAway: RabbitMQ does not answer.
     """
     worked = sorted(runtime.fleet_broker.queues)
-    queues = [runtime.SEND_QUEUE, runtime.REJECTED_QUEUE, *worked, *map(xq_name, worked), MIRROR_QUEUE]
+    names = [runtime.SEND_QUEUE, runtime.REJECTED_QUEUE, *worked, *map(xq_name, worked), MIRROR_QUEUE]
     try:
         with connect(runtime.rabbitmq) as connection:
-            found = {queue: _declared(connection, queue) for queue in queues}
+            found = {name: _declared(connection, name) for name in names}
     except (pika.exceptions.AMQPError, OSError) as error:
         raise ServerAway("RabbitMQ is away") from error
-    return {queue: declared.message_count for queue, declared in found.items() if declared}
+    return {
+        name: QueueState(declared.message_count, declared.consumer_count)
+        for name, declared in found.items()
+        if declared
+    }
 
 
 class Finding(NamedTuple):

@@ -241,6 +241,7 @@ def tables(shared_database: str) -> str:
         "incoming_emails",
         "payload_keys",
         "dlq",
+        "dead_letter_notices",
         "mailboxes",
         "audit_log",
     ):

@@ -21,6 +21,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 LEAVES = {
+    "addresses",
     "attachments",
     "bounds",
     "broker",
@@ -29,6 +30,7 @@ LEAVES = {
     "forecast",
     "graph_client",
     "limiter",
+    "notices",
     "orphans",
     "payloads",
     "repeated_keys",
@@ -44,12 +46,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "broker": {"crash_points"},
     "payloads": {"vault"},
     "contracts": {"repeated_keys"},
-    "settings": {"bounds", "settings_reference"},
+    "settings": {"addresses", "bounds", "settings_reference"},
     "settings_reference": {"settings"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
     "worker_metrics": {"orphans", "settings", "telemetry"},
+    "asyncapi": {"contracts"},
     "migrations": {"settings"},
     "runtime": {*LEAVES, "models", "outbox", "waking", "worker_metrics"},
     "actors": {*LEAVES, "models", "outbox", "runtime"},

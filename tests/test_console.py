@@ -11,24 +11,30 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 import pytest
 import requests
 import support
-from operator_support import Gate, at, give_up
+from operator_support import Gate, at, give_up, workers
 from prometheus_client.parser import text_string_to_metric_families
 from support import rows
+from test_graph_auth import key_and_certificate
 
 import operations
 import runtime
 from console.access import Access, Token, parse_tokens
 from console.app import make_app
+from console.fleet_metrics import certificate_expiry
 from console.readiness import Readiness
+from models import inspection, uploads
 from operations import Finding
 from sandbox.processes import free_port
 from sandbox.world import ROOT
+from telemetry import FLEET_GAUGES
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
@@ -230,6 +236,67 @@ def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
     assert {"send_plain.XQ", "mail.dead_letters.mirror"} <= {
         queue for name, queue in told if name == "queue_messages_ready"
     }
+
+
+def test_gauges_tell_how_much_of_what_may_be_in_use_is() -> None:
+    # Given one in flight with two attachments, one up and one half up; a doubt; a backup; letters of two kinds
+    attachments = [{"name": f"{n}.pdf", "size": 1000, "urlOrId": f"https://files.example/{n}"} for n in range(2)]
+    attached = support.claim(support.store(publisher_message_id="attached", attachments=attachments), intent=False)
+    for upload in uploads.plan(attached, attachments):
+        upload.uploaded, upload.uploaded_bytes = upload.position == 0, 1000 if upload.position == 0 else 400
+        uploads.record_progress(attached, upload, lease=support.LEASE)
+    doubted = support.store(publisher_message_id="in doubt")
+    support.claim(doubted).mark_in_doubt(look_again_in=support.WITHIN, evidence={})
+    rows("UPDATE sent_emails SET intent_at = now() - interval '1 hour'")
+    sent = support.store(publisher_message_id="sent")
+    support.claim(sent).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
+    rows("UPDATE sent_emails SET backup_due_at = now() - interval '2 hours' WHERE status = 'sent'")
+    rows("UPDATE outbox_events SET created_at = now() - interval '3 hours'")
+    give_up("one"), give_up("two"), give_up("three", reason="mailbox_full")
+    rows("INSERT INTO mailboxes (mailbox, paused_until) VALUES ('bo@example.com', 'infinity')")
+    # When
+    with workers():
+        told = gauges()
+    # Then
+    assert [told["in_flight", route] for route in ("no-attachment", "attachment", "backup")] == [0, 1, 0]
+    limit = runtime.configuration.send_plain_concurrency
+    assert told["concurrency_limit", "no-attachment"] == limit
+    assert (told["uploads_in_hand", ""], told["upload_bytes_in_hand", "uploaded"]) == (1, 1400)
+    assert told["upload_bytes_in_hand", "remaining"] == 600
+    assert told["dead_letters_open_by_reason", "invalid_recipient"] == 2
+    assert told["dead_letters_open_by_reason", "mailbox_full"] == 1
+    ages = ("emails_oldest_in_doubt_age_seconds", "backups_oldest_due_age_seconds", "outbox_oldest_age_seconds")
+    assert [int(told[age, ""] // 3600) for age in ages] == [1, 2, 3]
+    assert told["mailboxes_paused", ""] == 1
+    assert (told["queue_consumers", "send_plain"], told["queue_consumers", "send_plain.XQ"]) == (1, 0)
+    assert {f"mailfleet_{name}" for name, _ in told} == {
+        gauge.name for gauge in FLEET_GAUGES if "certificate" not in gauge.name
+    }
+
+
+def test_of_a_large_backlog_postgresqls_estimate_is_told_and_still_its_oldest_mail() -> None:
+    # Given mail of several mailboxes and priorities, and mail for later
+    for number in range(6):
+        support.store(publisher_message_id=f"o{number}", **{"from": f"m{number % 2}@example.com"})
+    oldest = support.store(publisher_message_id="oldest", priority="bulk")
+    rows("UPDATE incoming_emails SET created_at = now() - interval '2 hours' WHERE id = %(id)s", {"id": oldest})
+    support.store(publisher_message_id="later", send_at="2999-01-01T00:00:00Z")
+    rows("ANALYZE incoming_emails")
+    # When no more than two of anything are counted
+    told = inspection.backlog(counted=2)
+    # Then
+    assert told.by_status == {"received": 8}
+    assert told.oldest_waiting is not None
+    assert 7200 <= (datetime.now(UTC) - told.oldest_waiting).total_seconds() < 7300
+    assert inspection.backlog().by_status == {"received": 8}
+
+
+def test_the_end_of_the_applications_certificate_is_told(tmp_path: Path) -> None:
+    path, certificate = key_and_certificate(tmp_path)
+    assert certificate_expiry(path) == certificate.not_valid_after_utc
+    path.write_text("no certificate")
+    assert certificate_expiry(path) is None
+    assert certificate_expiry(tmp_path / "missing.pem") is None
 
 
 # As a process

@@ -131,6 +131,7 @@ TYPES = {
     peewee.SmallIntegerField: "smallint",
     peewee.IntegerField: "integer",
     peewee.BigIntegerField: "bigint",
+    peewee.BooleanField: "boolean",
     models.tables.TimestampField: "timestamp with time zone",
     models.tables.JsonTextField: "json",
     models.tables.JsonField: "jsonb",

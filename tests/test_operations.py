@@ -220,10 +220,12 @@ def test_a_foreign_message_whose_replay_died_halfway_is_open_and_can_be_replayed
 
 
 def test_the_queues_depths_tell_of_dead_letters_and_their_copies(channel: Any) -> None:
-    before = operations.queue_depths()
+    before = operations.queues()
     for queue in ("maintenance.XQ", MIRROR_QUEUE):
         channel.basic_publish("", queue, b"{}")
-        support.wait_until("it is there", lambda queue=queue: operations.queue_depths()[queue] == before[queue] + 1)
+        support.wait_until(
+            "it is there", lambda queue=queue: operations.queues()[queue].ready == before[queue].ready + 1
+        )
         channel.queue_purge(queue)
 
 

@@ -27,6 +27,8 @@ COMPLETE = {
     "GRAPH_CLIENT_SECRET": SECRET,
     "BACKUP_KEYS": f"k1:{KEY}",
     "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
+    "DEAD_LETTER_WEBHOOK_URL": f"https://hooks.example/{SECRET}",
+    "DEAD_LETTER_WEBHOOK_SECRET": f"{SECRET}-{SECRET}",
     "OTEL_EXPORTER_OTLP_HEADERS": f"x-key={SECRET}",
 }
 VARIABLES = [str(field.validation_alias) for field in Settings.model_fields.values()]
@@ -173,6 +175,13 @@ def test_a_limit_that_no_call_fits_into_is_refused(
     assert sentence in problem
 
 
+@pytest.mark.parametrize("url", ["http://hooks.example/", "ftp://hooks.example/", "hooks.example/", "https:///"])
+def test_a_webhook_is_told_over_https_and_its_address_is_never_shown(environment: pytest.MonkeyPatch, url: str) -> None:
+    environment.setenv("DEAD_LETTER_WEBHOOK_URL", url + SECRET)
+    (problem,) = problems()
+    assert problem == "DEAD_LETTER_WEBHOOK_URL: must be an https address (http is accepted on loopback only)"
+
+
 def test_lists_are_separated_by_commas(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("ALLOWED_SENDERS", " a@example.com, *@example.org ,,")
     assert load().allowed_senders == ("a@example.com", "*@example.org")
@@ -210,6 +219,8 @@ def test_every_secret_is_known_as_one() -> None:
         "GRAPH_CLIENT_SECRET",
         "BACKUP_KEYS",
         "CONSOLE_TOKENS",
+        "DEAD_LETTER_WEBHOOK_URL",
+        "DEAD_LETTER_WEBHOOK_SECRET",
         "OTEL_EXPORTER_OTLP_HEADERS",
     }
 

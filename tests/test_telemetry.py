@@ -11,8 +11,11 @@ from typing import Any
 
 import orjson
 import pytest
+from dramatiq import Message
+from prometheus_client import generate_latest
 
-from telemetry import Step
+import runtime
+from telemetry import Step, WorkerMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANTED = "pl4nted"
@@ -148,3 +151,14 @@ def test_no_statements_parameters_are_logged_at_any_level(servers: dict[str, str
         "DEBUG",
     )
     assert PLANTED not in str(lines)
+
+
+def test_what_a_stranger_writes_becomes_no_series() -> None:
+    """Each series costs memory for as long as the process lives, and a name may be an address."""
+    strange = Message("send_plain", "eve@example.com", (), {}, {})
+    middleware = WorkerMetrics(None)
+    middleware.before_process_message(runtime.fleet_broker, strange)
+    middleware.after_process_message(runtime.fleet_broker, strange, exception=KeyError())
+    told = generate_latest().decode()
+    assert "eve@" not in told
+    assert 'mailfleet_messages_total{actor="other",outcome="failed"} 1.0' in told

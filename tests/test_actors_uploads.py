@@ -62,14 +62,14 @@ def overlaps(fleet: Fleet) -> int:
 
 def test_several_files_of_a_mail_are_uploaded_at_a_time_and_fewer_than_the_mailbox_has_slots(fleet: Fleet) -> None:
     # Given
-    fleet.graph.set_latency(0.15, "upload_range")
+    fleet.graph.set_latency(0.3, "upload_range")
     names = ["a", "b", "c", "d", "e"]
     id = store(attachments=[file(fleet, name, LARGE) for name in names])
     # When
     assert fleet.send() == ["done"]
     # Then
     assert attached(fleet, id) == expected(**dict.fromkeys(names, LARGE))
-    assert overlaps(fleet) == 3
+    assert 1 < overlaps(fleet) <= 3
     assert email_row(id)["attempt_count"] == 1
 
 

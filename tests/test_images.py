@@ -21,12 +21,11 @@ import pytest
 import yaml
 
 from sandbox.fleet import read_procfile
-from settings import Settings, is_secret
+from settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 VARIABLES = {str(field.validation_alias) for field in Settings.model_fields.values()}
-SECRETS = {str(field.validation_alias) for field in Settings.model_fields.values() if is_secret(field)}
 #: Read by others than the settings.
 FOREIGN_VARIABLES = {"REQUESTS_CA_BUNDLE"}
 
@@ -84,7 +83,7 @@ def test_the_context_has_every_module_that_is_installed_and_nothing_else_of_the_
     assert {path for path in copied if path.startswith("migrations/")} >= {"migrations/__main__.py"}
 
 
-def test_no_secret_file_of_a_trial_gets_into_an_image(tmp_path: Path) -> None:
+def test_no_secret_file_of_a_trial_gets_into_an_image() -> None:
     rules = module("dockerfile")._rules((ROOT / ".dockerignore").read_text())
     for name in ("docker/.env", "docker/fleet.env", ".env", "deep/down/.env", ".local/x", "a/__pycache__/b.pyc"):
         assert module("dockerfile")._ignored(Path(name), rules), name
@@ -225,12 +224,12 @@ def test_a_trial_gets_passwords_of_its_own_that_stay_as_they_are(tmp_path: Path)
     assert wanted <= set(re.findall(r"^([A-Z_]+)=.", first[".env"], re.MULTILINE))
 
 
-def test_compose_and_a_trial_name_only_settings_that_exist_and_all_that_are_required(tmp_path: Path) -> None:
+def test_compose_and_a_trial_name_only_settings_that_exist_and_all_that_are_required() -> None:
     written = set(re.findall(r"^([A-Z_]+)=", (DOCKER / "make-env").read_text().partition("fleet.env")[2], re.MULTILINE))
     written -= {"COMPOSE_PROFILES", "VIEWER_TOKEN", *re.findall(r"[A-Z]+_PASSWORD", (DOCKER / "make-env").read_text())}
     given = written | set(compose("compose.yaml")["services"]["bridge"]["environment"])
     required = {str(field.validation_alias) for field in Settings.model_fields.values() if field.is_required()}
-    assert given <= VARIABLES | FOREIGN_VARIABLES | {"ATTACHMENT_STORE_URL"}
+    assert given <= VARIABLES | FOREIGN_VARIABLES
     assert required <= given
 
 

@@ -128,7 +128,7 @@ HOPELESS = {
     "a cloud's metadata": "source_forbidden",
     "a host that is not allowed": "source_forbidden",
     "a redirect to a private address": "source_forbidden",
-    "an id that nobody stored": "invalid_source",
+    "an id that nobody stored": "not_stored",
 }
 
 

@@ -284,6 +284,12 @@ GRAPH_SECONDS = Histogram(
 )
 GRAPH_UNKNOWN_CODES = Counter("mailfleet_graph_unknown_codes", "Error codes of Graph that no table knows.", ["status"])
 THROTTLED = Counter("mailfleet_graph_throttled", "Answers of Graph that asked to wait.", ["operation"])
+CREDENTIAL_EXPIRES_AT = Gauge(
+    "mailfleet_graph_credential_expiry_timestamp_seconds",
+    "When the certificate or the secret in use for Graph ends, in Unix time, as far as it is known.",
+    ["kind"],
+    multiprocess_mode="livemin",
+)
 CONFIGURATION_REFUSED = Counter(
     "mailfleet_graph_configuration_refused", "Times that Graph or its token endpoint refused the application itself."
 )

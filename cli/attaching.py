@@ -55,8 +55,8 @@ def attach(
 
 
 def _own_name(file: BinaryIO) -> str:
-    name = getattr(file, "name", "<stdin>")
-    if name == "<stdin>":
+    name = getattr(file, "name", None)
+    if not isinstance(name, str) or name == "<stdin>":
         raise click.UsageError("standard input has no name: give --name")
     return Path(name).name
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import select
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -50,7 +50,33 @@ _OUTAGES = {
     psycopg2.errorcodes.IDLE_IN_TRANSACTION_SESSION_TIMEOUT: "ended a transaction that stood still",
 }
 
-database = peewee.PostgresqlDatabase(None)
+
+class _Database(peewee.PostgresqlDatabase):
+    """A database whose URL may change while the process runs: when it refuses us, it may have."""
+
+    reread: Callable[[], str | None] = staticmethod(lambda: None)
+    url = ""
+
+    def _connect(self) -> Any:
+        # PostgreSQL's word for a wrong password comes without a code, in the server's language: any failure counts.
+        try:
+            return super()._connect()  # type: ignore[misc]
+        except psycopg2.OperationalError:
+            if not self._has_changed():
+                raise
+            return super()._connect()  # type: ignore[misc]
+
+    def _has_changed(self) -> bool:
+        """Take over the URL that holds now; say whether it is another one. Called under peewee's lock."""
+        url = self.reread()
+        if url is None or url == self.url:
+            return False
+        self.database, self.connect_params = _parameters(url, self.connect_params["application_name"])
+        self.url = url
+        return True
+
+
+database = _Database(None)
 
 
 class DatabaseAway(Exception):
@@ -64,21 +90,31 @@ class NotStorable(Exception):
     """Raised when PostgreSQL refuses a value: what was given cannot be kept, now or later."""
 
 
-def connect(url: str, application_name: str) -> None:
-    """Set where PostgreSQL is. Connections are opened by the threads that need one."""
+def connect(url: str, application_name: str, reread: Callable[[], str | None] = lambda: None) -> None:
+    """Set where PostgreSQL is. Connections are opened by the threads that need one.
+
+    Args:
+        reread: Asked for the URL when a connection is refused, for its password may have been changed; None: it is
+            not known to be another one.
+    """
+    name, parameters = _parameters(url, application_name)
+    database.init(name, **parameters)
+    database.url, database.reread = url, reread
+
+
+def _parameters(url: str, application_name: str) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(url)
-    options: dict[str, Any] = {**_KEEPALIVES, **dict(parse_qsl(parts.query))}
-    database.init(
-        unquote(parts.path.lstrip("/")),
-        host=parts.hostname,
-        port=parts.port or 5432,
-        user=unquote(parts.username or ""),
-        password=unquote(parts.password or ""),
-        connect_timeout=CONNECT_TIMEOUT_SECONDS,
-        application_name=application_name,
-        options=" ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items()),
-        **options,
-    )
+    return unquote(parts.path.lstrip("/")), {
+        "host": parts.hostname,
+        "port": parts.port or 5432,
+        "user": unquote(parts.username or ""),
+        "password": unquote(parts.password or ""),
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "application_name": application_name,
+        "options": " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items()),
+        **_KEEPALIVES,
+        **dict(parse_qsl(parts.query)),
+    }
 
 
 def disconnect() -> None:

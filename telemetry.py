@@ -374,10 +374,6 @@ FLEET_GAUGES = (
     FleetGauge("mailfleet_mailboxes_paused", "Mailboxes that are paused, by Graph or an operator."),
     FleetGauge("mailfleet_queue_messages_ready", "Messages ready in a queue.", "queue"),
     FleetGauge("mailfleet_queue_consumers", "Consumers of a queue.", "queue"),
-    FleetGauge(
-        "mailfleet_graph_certificate_expiry_timestamp_seconds",
-        "When the certificate of GRAPH_CLIENT_CERTIFICATE ends, in Unix time; absent with a secret.",
-    ),
 )
 
 

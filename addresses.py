@@ -15,6 +15,8 @@ def server(*schemes: str) -> AfterValidator:
     """Check an address without ever quoting it: it holds a password."""
 
     def check(secret: SecretStr) -> SecretStr:
+        if not secret.get_secret_value():
+            return secret  # withheld: this process type does not need it
         try:
             parts = urlsplit(secret.get_secret_value())
             usable = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0

@@ -132,7 +132,7 @@ class Bridge:
 
 def _delivery(properties: Any, body: bytes) -> Delivery:
     traceparent = (properties.headers or {}).get("traceparent")
-    return Delivery.of(body, properties.correlation_id, properties.reply_to, traceparent)
+    return Delivery.of(body, properties.correlation_id, properties.reply_to, traceparent, properties.user_id)
 
 
 def main() -> None:

@@ -116,9 +116,31 @@ def check_url(url: str) -> None:
         raise ValueError("has a part that is not of the form that it must have") from None
 
 
-def connection_parameters(url: str, client: str) -> pika.URLParameters:
-    """Return how every connection of ours is made: it notices a dead or blocked server within half a minute."""
-    parameters = pika.URLParameters(url)
+class _Parameters(pika.URLParameters):
+    """Parameters whose user and password may be changed while the process runs: each connection asks for them."""
+
+    __slots__ = ("reread",)
+
+    @property
+    def credentials(self) -> Any:
+        url = self.reread() if hasattr(self, "reread") else None
+        if url is not None:
+            self._credentials = pika.URLParameters(url).credentials
+        return self._credentials
+
+    @credentials.setter
+    def credentials(self, value: Any) -> None:
+        self._credentials = value
+
+
+def connection_parameters(url: str, client: str, reread: Callable[[], str | None] = lambda: None) -> pika.URLParameters:
+    """Return how every connection of ours is made: it notices a dead or blocked server within half a minute.
+
+    Args:
+        reread: Asked for the URL when a connection is made, for the password in it may be another; None: it is not.
+    """
+    parameters = _Parameters(url)
+    parameters.reread = reread
     parameters.heartbeat = 20
     parameters.blocked_connection_timeout = 15
     parameters.socket_timeout = 5

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import pika
 from dramatiq.common import q_name
 from dramatiq.middleware import CurrentMessage, TimeLimit
 from periodiq import PeriodiqMiddleware
+from pydantic import SecretStr
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -29,6 +30,7 @@ import models
 import notices
 import outbox
 import settings
+import settings_sources
 import telemetry
 import worker_metrics
 from attachments import (
@@ -44,6 +46,7 @@ from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
 from contracts import Event, __version__
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
+from mail_rules import RecipientFirewall
 from models import payload_keys, stored_attachments
 from models.ids import as_uuid
 from orphans import EndWithParent
@@ -88,6 +91,11 @@ def _load() -> settings.Settings:
         sys.exit(str(invalid))
 
 
+def firewall() -> RecipientFirewall:
+    """Return whom mail may reach."""
+    return RecipientFirewall.parse(configuration.recipient_firewall)
+
+
 def attachment_source() -> AttachmentSource:
     """Return what opens attachments wherever the settings let them come from."""
     return AttachmentSource(
@@ -123,14 +131,39 @@ def _plain_pieces(stored: stored_attachments.Stored, offset: int) -> Iterator[It
 
 def _token_source() -> TokenSource:
     secret = configuration.graph_client_secret
+    # A type that never talks to Graph has no credential, and a source that asks for nothing.
+    if not settings_sources.is_needed("GRAPH_CLIENT_SECRET"):
+        secret = SecretStr("")
     return TokenSource(
         configuration.graph_authority,
         configuration.graph_tenant_id,
         configuration.graph_client_id,
-        secret=secret.get_secret_value() if secret else None,
+        secret=None if secret is None else secret.get_secret_value(),
         certificate_pem_path=configuration.graph_client_certificate,
         timeout=configuration.graph_timeout,
+        reread_secret=settings_sources.Rereading("GRAPH_CLIENT_SECRET"),
+        on_credential=_note_credential,
     )
+
+
+def _keyring() -> Keyring:
+    """Return the archive's keys; a process type that needs none has none, and opens and seals nothing."""
+    keys = configuration.backup_keys.get_secret_value()
+    return Keyring.parse(keys) if keys else Keyring({})
+
+
+def _note_credential(certificate_ends_at: datetime | None) -> None:
+    ends_at, kind = certificate_ends_at or credential_expires_at(), "certificate" if certificate_ends_at else "secret"
+    if ends_at:
+        telemetry.CREDENTIAL_EXPIRES_AT.labels(kind).set(ends_at.timestamp())
+
+
+def credential_expires_at() -> datetime | None:
+    """Return when the certificate or the secret for Graph ends, as far as that is known."""
+    if tokens.certificate_expires_at:
+        return tokens.certificate_expires_at
+    day = configuration.graph_client_secret_expires_on
+    return datetime(day.year, day.month, day.day, tzinfo=UTC) if day else None
 
 
 def _find_data_key(id: str) -> WrappedKey | None:
@@ -294,9 +327,16 @@ configuration = _load()
 crash_point = CrashPoints(configuration.crash_directory)
 telemetry.configure_logging(configuration.log_level)
 tracer = _tracer()
-models.connect(configuration.database_url.get_secret_value(), "mailfleet", pooled=configuration.database_pooled)
+models.connect(
+    configuration.database_url.get_secret_value(),
+    "mailfleet",
+    settings_sources.Rereading("DATABASE_URL"),
+    pooled=configuration.database_pooled,
+)
 
-rabbitmq = outbox.connection_parameters(configuration.rabbitmq_url.get_secret_value(), "mailfleet")
+rabbitmq = outbox.connection_parameters(
+    configuration.rabbitmq_url.get_secret_value(), "mailfleet", settings_sources.Rereading("RABBITMQ_URL")
+)
 redis = Redis.from_url(
     configuration.redis_url.get_secret_value(),
     socket_timeout=1,
@@ -326,7 +366,7 @@ graph = GraphClient(
     on_call=_tell_of_call,
     on_unknown_code=_count_unknown_code,
 )
-vault = Vault(Keyring.parse(configuration.backup_keys.get_secret_value()))
+vault = Vault(_keyring())
 payloads = Payloads(vault.keyring, keep=lambda key: payload_keys.keep(*key), find=_find_data_key)
 store = Store(configuration.attachment_store_url)
 source = attachment_source()

@@ -1,6 +1,6 @@
 """Every setting of mailfleet, read from the environment once and checked as a whole.
 
-This is the only module that reads the environment, so the table in ``docs/settings.md`` (made by
+This and `settings_sources` are all that reads the environment, so the table in ``docs/settings.md`` (made by
 ``python -m settings``) is complete by construction. A wrong start is refused with every problem listed
 at once: an operator mends a deployment in one go instead of one restart per mistake.
 """
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+import settings_sources
 from addresses import https, on_loopback, postgresql, server, webhook
 from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS
+from mail_rules import RecipientFirewall, SenderRule
+from settings_sources import is_needed, secret_in_file, variable_of
+from settings_sources import setting as _setting
 
 #: A worker must notice a lost lease before it may call Graph again: a lease outlives the longest call by this much.
 LEASE_MARGIN = timedelta(seconds=15)
@@ -81,11 +84,7 @@ Limit = Annotated[int, AfterValidator(COUNT_BOUNDS.check)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(comma_separated)]
 
 
-def _setting(variable: str, help: str, *, default: Any = ..., unit: str = "") -> Any:
-    return Field(default, validation_alias=variable, description=help, json_schema_extra={"unit": unit})
-
-
-class Settings(BaseSettings):
+class Settings(settings_sources.StoreSettings):
     """The effective settings of a process; durations are `timedelta`."""
 
     model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True)
@@ -128,6 +127,11 @@ class Settings(BaseSettings):
     graph_client_certificate: Annotated[Path, AfterValidator(_readable)] | None = _setting(
         "GRAPH_CLIENT_CERTIFICATE",
         "Path of a PEM file with the app registration's private key and certificate.",
+        default=None,
+    )
+    graph_client_secret_expires_on: date | None = _setting(
+        "GRAPH_CLIENT_SECRET_EXPIRES_ON",
+        "Day on which the secret ends, as `2027-01-31`: `mailfleet doctor` and a metric tell of it before.",
         default=None,
     )
     graph_timeout: Seconds = _setting(
@@ -278,8 +282,16 @@ class Settings(BaseSettings):
     )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
     message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
-    allowed_senders: Names = _setting(
-        "ALLOWED_SENDERS", "Mailboxes that may be sent from, as patterns, comma-separated.", default="*"
+    allowed_senders: Annotated[Names, AfterValidator(SenderRule.check)] = _setting(
+        "ALLOWED_SENDERS",
+        "Mailboxes that may be sent from, as patterns, comma-separated; `user=pattern`: only by that user of RabbitMQ.",
+        default="*",
+    )
+    recipient_firewall: Annotated[Names, AfterValidator(RecipientFirewall.check)] = _setting(
+        "RECIPIENT_FIREWALL",
+        "Not for production: patterns of the recipients that mail may reach, comma-separated; or `redirect:address`,"
+        " to which all mail goes, with its recipients in x- headers. Empty: none.",
+        default="",
     )
 
     otlp_endpoint: str | None = _setting(
@@ -296,6 +308,12 @@ class Settings(BaseSettings):
         "Who may use the console: `name:role:token`, comma-separated; roles are viewer and operator."
         " Without any, the console answers loopback clients only.",
         default=None,
+    )
+    console_failed_tries_per_minute: Limit = _setting(
+        "CONSOLE_FAILED_TRIES_PER_MINUTE",
+        "Wrong tokens from one client address before it is refused for a minute. 0: no limit.",
+        default=20,
+        unit="tries",
     )
     dead_letter_webhook_url: Annotated[SecretStr | None, AfterValidator(webhook)] = _setting(
         "DEAD_LETTER_WEBHOOK_URL",
@@ -333,7 +351,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  passed by name
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  passed by name
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _SecretFiles(settings_cls)
+        sources = (settings_sources.SecretFiles, settings_sources.StoredSecrets, settings_sources.WithheldSecrets)
+        return init_settings, env_settings, *(source(settings_cls) for source in sources)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Settings:
@@ -356,32 +375,7 @@ class Settings(BaseSettings):
 
     def shown(self) -> dict[str, str]:
         """Return the effective values by variable, in order of declaration, every secret masked."""
-        return {_variable(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
-
-
-class _SecretFiles(PydanticBaseSettingsSource):
-    """Reads a secret from the file that ``NAME_FILE`` names, for platforms that mount secrets."""
-
-    def get_field_value(self, field: FieldInfo, _field_name: str) -> tuple[Any, str, bool]:
-        return _secret_in_file(field), _variable(field), False
-
-    def __call__(self) -> dict[str, Any]:
-        values = {_variable(field): _secret_in_file(field) for field in self.settings_cls.model_fields.values()}
-        return {variable: value for variable, value in values.items() if value}
-
-
-def _secret_in_file(field: FieldInfo) -> str | None:
-    """Return the secret, "" if its file is of no use, None if no file is named."""
-    path = os.environ.get(f"{_variable(field)}_FILE") if is_secret(field) else None
-    try:
-        return Path(path).read_text(encoding="utf-8").strip() if path else None
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Say whether the setting is a secret: masked when shown, and readable from ``NAME_FILE``."""
-    return SecretStr in (field.annotation, *get_args(field.annotation))
+        return {variable_of(field): _shown(getattr(self, name)) for name, field in type(self).model_fields.items()}
 
 
 def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Settings:
@@ -393,7 +387,12 @@ def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Setting
     Raises:
         SettingsInvalid: A value is missing, malformed or contradicts another; all problems are listed.
     """
+    settings_sources.withhold()
+    settings_sources.forget_stored()
     problems = [*_unreadable_files(), *_unclear_credential()]
+    if problem := settings_sources.store_problem(Settings):
+        # What it would have given is not missing as well.
+        raise SettingsInvalid([problem, *problems])
     try:
         settings = Settings()
     except ValidationError as error:
@@ -406,10 +405,10 @@ def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Setting
 
 
 def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
-    from_files = _SecretFiles(Settings)()
+    elsewhere = {**settings_sources.StoredSecrets(Settings)(), **settings_sources.SecretFiles(Settings)()}
     for variable, check in checks.items():
         try:
-            if value := os.environ.get(variable) or from_files.get(variable):
+            if value := os.environ.get(variable) or elsewhere.get(variable):
                 check(value)
         except ValueError as problem:
             yield f"{variable}: {problem}"
@@ -417,14 +416,15 @@ def _failed(checks: Mapping[str, Callable[[str], object]]) -> Iterator[str]:
 
 def _unreadable_files() -> Iterator[str]:
     for field in Settings.model_fields.values():
-        if _secret_in_file(field) == "":
-            yield f"{_variable(field)}_FILE names a file that cannot be read or is empty"
+        if secret_in_file(field) == "":
+            yield f"{variable_of(field)}_FILE names a file that cannot be read or is empty"
 
 
 def _unclear_credential() -> Iterator[str]:
     variables = ("GRAPH_CLIENT_SECRET", "GRAPH_CLIENT_SECRET_FILE"), ("GRAPH_CLIENT_CERTIFICATE",)
     given = sum(any(os.environ.get(name) for name in alternatives) for alternatives in variables)
-    if given != 1:
+    stored = "GRAPH_CLIENT_SECRET" in settings_sources.stored_secrets(Settings) and given == 0
+    if is_needed("GRAPH_CLIENT_SECRET") and given + stored != 1:
         yield "GRAPH_CLIENT_SECRET or GRAPH_CLIENT_CERTIFICATE: exactly one must be given"
 
 
@@ -434,10 +434,6 @@ def _sentences(details: Any) -> list[str]:
     variable = details["loc"][0]
     said = details["msg"].removeprefix("Value error, ")
     return [f"{variable} is missing" if details["type"] == "missing" else f"{variable}: {said}"]
-
-
-def _variable(field: FieldInfo) -> str:
-    return str(field.validation_alias)
 
 
 def _shown(value: Any) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pydantic.fields import FieldInfo
 
-from settings import Settings, is_secret
+from settings import Settings
+from settings_sources import StoreSettings, is_secret
 
 
 def reference() -> str:
     """Return the page: one row per setting with its default, unit and help."""
-    return "\n".join([_INTRODUCTION, *(_row(field) for field in Settings.model_fields.values()), ""])
+    fields, of_stores = Settings.model_fields, StoreSettings.model_fields
+    names = [*(name for name in fields if name not in of_stores), *of_stores]
+    return "\n".join([_INTRODUCTION, *(_row(fields[name]) for name in names), ""])
 
 
 def _row(field: FieldInfo) -> str:
@@ -34,7 +37,7 @@ Made from `settings.py` by `python -m settings`. Everything is read from the env
 `mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
 `DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
 `SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
-trusted.
+trusted. docs/security.md says how secrets are given, stored and rotated.
 
 | variable | default | unit | meaning |
 |---|---|---|---|"""

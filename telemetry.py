@@ -284,6 +284,12 @@ GRAPH_SECONDS = Histogram(
 )
 GRAPH_UNKNOWN_CODES = Counter("mailfleet_graph_unknown_codes", "Error codes of Graph that no table knows.", ["status"])
 THROTTLED = Counter("mailfleet_graph_throttled", "Answers of Graph that asked to wait.", ["operation"])
+CREDENTIAL_EXPIRES_AT = Gauge(
+    "mailfleet_graph_credential_expiry_timestamp_seconds",
+    "When the certificate or the secret in use for Graph ends, in Unix time, as far as it is known.",
+    ["kind"],
+    multiprocess_mode="livemin",
+)
 CONFIGURATION_REFUSED = Counter(
     "mailfleet_graph_configuration_refused", "Times that Graph or its token endpoint refused the application itself."
 )
@@ -368,10 +374,6 @@ FLEET_GAUGES = (
     FleetGauge("mailfleet_mailboxes_paused", "Mailboxes that are paused, by Graph or an operator."),
     FleetGauge("mailfleet_queue_messages_ready", "Messages ready in a queue.", "queue"),
     FleetGauge("mailfleet_queue_consumers", "Consumers of a queue.", "queue"),
-    FleetGauge(
-        "mailfleet_graph_certificate_expiry_timestamp_seconds",
-        "When the certificate of GRAPH_CLIENT_CERTIFICATE ends, in Unix time; absent with a secret.",
-    ),
 )
 
 

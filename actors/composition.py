@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 import runtime
+from mail_rules import RecipientFirewall, StoppedByFirewall
 
 #: Recipient fields of a ``SendEmail`` and of Graph's message.
 _RECIPIENTS = {"to": "toRecipients", "cc": "ccRecipients", "bcc": "bccRecipients", "reply_to": "replyTo"}
@@ -18,7 +19,14 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
     """Return the message without its attachments, tagged so that it can be found by the email's id.
 
     The sender is the mailbox that the request names; ``from`` is left out, so that no send-as right is asked for.
+    It goes to whom the firewall lets it reach.
+
+    Raises:
+        StoppedByFirewall: It reaches nobody.
     """
+    firewall = runtime.firewall()
+    if firewall.stands:
+        payload = _behind(firewall, payload)
     message = {
         "subject": payload.get("subject", ""),
         "body": payload["body"],
@@ -34,6 +42,13 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
             {"name": name, "value": value} for name, value in payload["headers"].items()
         ]
     return runtime.graph.tagged(message, incoming_email_id)
+
+
+def _behind(firewall: RecipientFirewall, payload: dict[str, Any]) -> dict[str, Any]:
+    reached = firewall.reached(payload)
+    if not any(reached.values()):
+        raise StoppedByFirewall("RECIPIENT_FIREWALL lets the mail reach none of its recipients")
+    return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": firewall.headers(payload)}
 
 
 #: Joiners that scripts and emoji need; the other invisible characters only make a name look like another.

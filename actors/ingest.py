@@ -33,6 +33,7 @@ import runtime
 import telemetry
 from contracts import Event, EventType, Unacceptable
 from crash_points import CrashPoint
+from mail_rules import refusal_of_sender, sender_rules
 from models import Arrival, Reception
 from models.ingest import Stored
 from outbox import PUBLISH_WITHIN, Outgoing, Unconfirmed, Unpublishable, event_messages
@@ -55,11 +56,18 @@ class Delivery(NamedTuple):
     correlation_id: str | None = None
     reply_to: str | None = None
     traceparent: str | None = None
+    #: The publisher's user, which RabbitMQ has verified.
+    user_id: str | None = None
 
     @classmethod
-    def of(cls, body: bytes, correlation_id: Any, reply_to: Any, traceparent: Any) -> Delivery:
+    def of(cls, body: bytes, correlation_id: Any, reply_to: Any, traceparent: Any, user_id: Any = None) -> Delivery:
         """Keep of the properties what can be stored and carried back: AMQP lets a client put any bytes there."""
-        return cls(body, *map(_carried, (correlation_id, reply_to, traceparent)))
+        return cls(body, *map(_carried, (correlation_id, reply_to, traceparent, user_id)))
+
+    @property
+    def answering(self) -> tuple[str | None, str | None, str | None]:
+        """What an answer carries back: correlation id, queue to reply to, traceparent."""
+        return self.correlation_id, self.reply_to, self.traceparent
 
 
 class _Arrived(NamedTuple):
@@ -159,7 +167,7 @@ def _sort(deliveries: Sequence[Delivery]) -> tuple[list[_Arrived], list[_Rejecti
     for delivery in deliveries:
         try:
             accepted = contracts.accept(delivery.body)
-            _check_sender(accepted)
+            _check_sender(delivery, accepted)
             _check_reply_to(delivery, accepted)
         except Unacceptable as error:
             # Even to tell of the rejection nothing is put on a queue of our own.
@@ -178,23 +186,27 @@ def _arrived(delivery: Delivery, accepted: contracts.AcceptedEmail) -> _Arrived:
         publisher_message_id=accepted.publisher_message_id,
         correlation_id=delivery.correlation_id,
     )
-    external = _external_recipients(accepted)
-    arrival = Arrival(accepted, delivery.correlation_id, delivery.reply_to, span.traceparent, external)
+    answering = delivery.correlation_id, delivery.reply_to, span.traceparent
+    arrival = Arrival(accepted, *answering, *_recipients_reached(accepted))
     return _Arrived(delivery, arrival, span)
 
 
-def _external_recipients(accepted: contracts.AcceptedEmail) -> int:
-    patterns = [pattern.lower() for pattern in runtime.configuration.internal_domains]
+def _recipients_reached(accepted: contracts.AcceptedEmail) -> tuple[int, int]:
+    """Return how many external recipients the mail reaches, and how many in all: what limits count."""
     domains = accepted.email.recipient_domains
-    return sum(not any(fnmatchcase(domain, pattern) for pattern in patterns) for domain in domains)
+    firewall = runtime.firewall()
+    if firewall.stands:
+        email = accepted.email
+        reached = firewall.reached({"to": email.to, "cc": email.cc, "bcc": email.bcc})
+        domains = [address.rpartition("@")[2].lower() for addresses in reached.values() for address in addresses]
+    patterns = [pattern.lower() for pattern in runtime.configuration.internal_domains]
+    return sum(not any(fnmatchcase(domain, pattern) for pattern in patterns) for domain in domains), len(domains)
 
 
-def _check_sender(accepted: contracts.AcceptedEmail) -> None:
-    patterns = runtime.configuration.allowed_senders
-    if not any(fnmatchcase(accepted.email.mailbox, pattern.lower()) for pattern in patterns):
-        raise Unacceptable(
-            "sender_not_allowed", "from: this mailbox may not be sent from", accepted.publisher_message_id
-        )
+def _check_sender(delivery: Delivery, accepted: contracts.AcceptedEmail) -> None:
+    rules = sender_rules(runtime.configuration.allowed_senders)
+    if refusal := refusal_of_sender(accepted.email.mailbox, delivery.user_id, rules):
+        raise Unacceptable("sender_not_allowed", f"from: {refusal}", accepted.publisher_message_id)
 
 
 def _check_reply_to(delivery: Delivery, accepted: contracts.AcceptedEmail) -> None:
@@ -255,7 +267,7 @@ def _rejection_messages(rejection: _Rejection) -> list[Outgoing]:
             detail=rejection.detail,
         ),
         rejection.incoming_email_id,
-        *delivery[1:],
+        *delivery.answering,
     )
     # Of the rest nothing is stored, so it must not stop the line: the original is what is kept.
     told = [message._replace(best_effort=True) for message in event_messages(event)]

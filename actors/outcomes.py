@@ -43,6 +43,7 @@ from graph_client.errors import (
     Throttled,
     TransientError,
 )
+from mail_rules import StoppedByFirewall
 from models import ClaimedEmail, DatabaseAway, LeaseLost, mailboxes, turns
 from models.spending import record_slowed
 from models.turns import EVERY, Full
@@ -96,6 +97,7 @@ GIVEN_UP = (
     AttachmentRefused,
     AttemptsUsedUp,
     InDoubtHeld,
+    StoppedByFirewall,
     TooLargeForMailbox,
     limits.NeverFits,
     Tampered,

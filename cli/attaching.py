@@ -55,9 +55,10 @@ def attach(
 
 
 def _own_name(file: BinaryIO) -> str:
-    if file.name == "<stdin>":
+    name = getattr(file, "name", None)
+    if not isinstance(name, str) or name == "<stdin>":
         raise click.UsageError("standard input has no name: give --name")
-    return Path(file.name).name
+    return Path(name).name
 
 
 def _size(file: BinaryIO) -> int | None:

@@ -77,6 +77,7 @@ def show_status(known: dict[str, Any]) -> None:
         "next attempt": known["next_attempt_at"],
         "leased until": known["lease_until"],
         "last error": known["last_error"],
+        "recipient firewall": known.get("recipient_firewall"),
         "Graph message": sending and sending["graph_message_id"],
         "on hold since": known["hold"] and known["hold"]["placed_at"],
         "content deleted": known["payload_purged_at"],

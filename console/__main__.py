@@ -13,6 +13,7 @@ import runtime
 import telemetry
 from console.access import Access, parse_tokens
 from console.app import make_app
+from console.failed_tries import FailedTries
 
 #: A proxy in front may keep requests for a moment after SIGTERM.
 _GRACE_SECONDS = 10
@@ -35,7 +36,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     uvicorn.run(
-        make_app(Access(tokens)),
+        make_app(Access(tokens, FailedTries(configuration.console_failed_tries_per_minute))),
         host="0.0.0.0",  # noqa: S104  a process type is reached through its platform's router; tokens guard it
         port=configuration.port,
         log_config=None,

@@ -12,6 +12,8 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, HTTPException, Request
 
+from console.failed_tries import FailedTries
+
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 #: A proxy on this machine passes on what comes from others.
 _PASSED_ON = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
@@ -60,10 +62,11 @@ def _parse(position: int, entry: str) -> Token:
 
 
 class Access:
-    """Lets a request in, or answers 401, or 403 if who asks may only look."""
+    """Lets a request in, or answers 401; 403 if who asks may only look; 429 after too many wrong tokens."""
 
-    def __init__(self, tokens: list[Token]) -> None:
+    def __init__(self, tokens: list[Token], failed_tries: FailedTries | None = None) -> None:
         self._tokens = tokens
+        self._failed_tries = failed_tries or FailedTries(per_minute=0)
 
     def viewer(self, request: Request) -> str:
         """Return the name of who asks; any role may look."""
@@ -79,11 +82,16 @@ class Access:
     def _token(self, request: Request) -> Token:
         if not self._tokens:
             return self._local(request)
+        address = request.client.host if request.client else ""
+        if wait := self._failed_tries.wait(address):
+            raise HTTPException(429, "too many wrong tokens from this address", {"Retry-After": str(wait)})
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         given = text.strip().encode("latin-1")
         # Every token is compared, so that the time taken tells nothing.
         matching = [token for token in self._tokens if hmac.compare_digest(token.secret.encode(), given)]
         if scheme.lower() != "bearer" or not matching:
+            if given:
+                self._failed_tries.note(address)
             raise HTTPException(401, "a token is needed", {"WWW-Authenticate": "Bearer"})
         return matching[0]
 

@@ -6,14 +6,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 
-from cryptography import x509
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import operations
-import runtime
 from models.inspection import Backlog
 from models.states import Status
 from telemetry import FLEET_GAUGES, FleetGauge
@@ -96,18 +93,4 @@ def _queues() -> dict[str, float | Mapping[str, float]]:
 
 
 def _limits() -> dict[str, float | Mapping[str, float]]:
-    limits: dict[str, float | Mapping[str, float]] = {"concurrency_limit": operations.concurrency_limits()}
-    path = runtime.configuration.graph_client_certificate
-    if path and (expires_at := certificate_expiry(path)):
-        limits["graph_certificate_expiry_timestamp_seconds"] = expires_at.timestamp()
-    return limits
-
-
-def certificate_expiry(path: Path) -> datetime | None:
-    """Return when the first of the certificates in a PEM file ends; None if it has none that can be read."""
-    try:
-        pem = path.read_bytes()
-        certificates = x509.load_pem_x509_certificates(pem[pem.index(b"-----BEGIN CERTIFICATE-----") :])
-    except (OSError, ValueError):
-        return None
-    return min(certificate.not_valid_after_utc for certificate in certificates)
+    return {"concurrency_limit": operations.concurrency_limits()}

@@ -33,7 +33,7 @@ from dockerfile import Dockerfile, Stage, copied_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_LIMIT_SECONDS = 15
-START_LIMIT_SECONDS = 60
+START_LIMIT_SECONDS = 180
 #: What pip and TLS need to know of the network that the machine is in.
 NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 NETWORK_VARIABLES = ("pip_", "http_proxy", "https_proxy", "no_proxy", "ssl_cert_file")

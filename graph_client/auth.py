@@ -23,6 +23,7 @@ from typing import Any
 import msal
 import orjson
 import requests
+from cryptography import x509
 
 from graph_client import errors
 from graph_client.retry_after import retry_after_in
@@ -107,10 +108,16 @@ class TokenSource:
         scope: str = DEFAULT_SCOPE,
         timeout: timedelta = timedelta(seconds=30),
         clock: Callable[[], float] = time.monotonic,
+        reread_secret: Callable[[], str | None] = lambda: None,
+        on_credential: Callable[[datetime | None], None] = lambda _ends_at: None,
     ) -> None:
         """Exactly one of ``secret`` and ``certificate_pem_path`` (key and certificate in one file) is needed.
 
-        ``clock`` counts seconds, by which the token's age is judged.
+        An empty secret stands for none: every token is then refused here, and nobody is asked.
+
+        ``clock`` counts seconds, by which the token's age is judged. A credential that is refused may have been
+        replaced: the file is read again, and ``reread_secret`` asked for the secret (None: not known to be another).
+        ``on_credential`` is told when a credential comes into use, with the end of its certificate.
 
         Raises:
             InsecureUrl: The authority is plain http to another machine.
@@ -122,6 +129,9 @@ class TokenSource:
         self._authority = f"{authority.rstrip('/')}/{tenant_id}"
         self._client_id = client_id
         self._secret = secret
+        self._reread_secret = reread_secret
+        self._on_credential = on_credential
+        self._used: str | None = None
         self._certificate_path = None if certificate_pem_path is None else Path(certificate_pem_path)
         self._scope = scope
         self._clock = clock
@@ -156,6 +166,17 @@ class TokenSource:
         finally:
             self._renewing.release()
 
+    @property
+    def certificate_expires_at(self) -> datetime | None:
+        """When the certificate in the file ends; None when a secret is used, or the file has none that can be read."""
+        if self._certificate_path is None:
+            return None
+        try:
+            certificate = x509.load_pem_x509_certificate(self._certificate_path.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return certificate.not_valid_after_utc
+
     def drop(self, token: str) -> None:
         """Forget a token that Graph refused. Of many threads that drop the same one, the first does it."""
         with self._renewing:
@@ -180,6 +201,14 @@ class TokenSource:
 
     def _acquire(self) -> _Token:
         try:
+            return self._acquire_once()
+        except errors.AuthenticationFailed:
+            if not self._is_replaced():
+                raise
+            return self._acquire_once()
+
+    def _acquire_once(self) -> _Token:
+        try:
             if self._application is None:
                 self._application = self._new_application()
             granted = self._application.acquire_token_for_client(scopes=[self._scope])
@@ -191,10 +220,26 @@ class TokenSource:
             raise self._refusal(granted)
         return _token(granted, self._clock())
 
+    def _is_replaced(self) -> bool:
+        """Take over the credential that holds now; say whether it is another than was used."""
+        if self._certificate_path is None:
+            self._secret = self._reread_secret() or self._secret
+            current = self._secret
+        else:
+            try:
+                current = self._certificate_path.read_text()
+            except (OSError, UnicodeDecodeError):
+                return False
+        replaced = current != self._used
+        if replaced:
+            self._application = None  # msal would replay the refusal
+        return replaced
+
     def _new_application(self) -> Any:
         """Discover the authority's endpoints (a GET). Instance discovery is off: it would ask Microsoft's public cloud
         about the authority, and we trust the one that we are given."""
         self._endpoint.status = None
+        self._on_credential(self.certificate_expires_at)
         return msal.ConfidentialClientApplication(
             self._client_id,
             authority=self._authority,
@@ -204,9 +249,12 @@ class TokenSource:
         )
 
     def _credential(self) -> str | dict[str, str] | None:
+        if self._secret == "":
+            raise errors.AuthenticationFailed("this process has no credential")
         if self._certificate_path is None:
+            self._used = self._secret
             return self._secret
-        pem = self._certificate_path.read_text()
+        self._used = pem = self._certificate_path.read_text()
         # Without a SHA-1 thumbprint msal signs with PS256 and names the certificate by SHA-256.
         return {"private_key": pem, "public_certificate": pem}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import select
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
@@ -50,9 +50,37 @@ _OUTAGES = {
     psycopg2.errorcodes.IDLE_IN_TRANSACTION_SESSION_TIMEOUT: "ended a transaction that stood still",
 }
 
-database = peewee.PostgresqlDatabase(None)
-#: Whether a pooler gives each transaction any connection that is free: nothing may then be left behind in one.
-_pooled = False
+
+class _Database(peewee.PostgresqlDatabase):
+    """A database whose URL may change while the process runs: when it refuses us, it may have."""
+
+    reread: Callable[[], str | None] = staticmethod(lambda: None)
+    url = ""
+    #: Whether a pooler gives each transaction any connection that is free: nothing may then be left behind in one.
+    pooled = False
+
+    def _connect(self) -> Any:
+        # PostgreSQL's word for a wrong password comes without a code, in the server's language: any failure counts.
+        try:
+            return super()._connect()  # type: ignore[misc]
+        except psycopg2.OperationalError:
+            if not self._has_changed():
+                raise
+            return super()._connect()  # type: ignore[misc]
+
+    def _has_changed(self) -> bool:
+        """Take over the URL that holds now; say whether it is another one. Called under peewee's lock."""
+        url = self.reread()
+        if url is None or url == self.url:
+            return False
+        self.database, self.connect_params = _parameters(
+            url, self.connect_params["application_name"], pooled=self.pooled
+        )
+        self.url = url
+        return True
+
+
+database = _Database(None)
 
 
 class DatabaseAway(Exception):
@@ -66,28 +94,35 @@ class NotStorable(Exception):
     """Raised when PostgreSQL refuses a value: what was given cannot be kept, now or later."""
 
 
-def connect(url: str, application_name: str, *, pooled: bool = False) -> None:
+def connect(
+    url: str, application_name: str, reread: Callable[[], str | None] = lambda: None, *, pooled: bool = False
+) -> None:
     """Set where PostgreSQL is. Connections are opened by the threads that need one.
 
     Args:
+        reread: Asked for the URL when a connection is refused, for its password may have been changed; None: it is
+            not known to be another one.
         pooled: It is a pooler in transaction mode: no statement is prepared, and it has to make `unkept_settings` hold.
     """
-    global _pooled
-    _pooled = pooled
+    name, parameters = _parameters(url, application_name, pooled=pooled)
+    database.init(name, **parameters)
+    database.url, database.reread, database.pooled = url, reread, pooled
+
+
+def _parameters(url: str, application_name: str, *, pooled: bool) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(url)
-    options: dict[str, Any] = {**_KEEPALIVES, **dict(parse_qsl(parts.query))}
-    if not pooled:
-        options["options"] = " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items())
-    database.init(
-        unquote(parts.path.lstrip("/")),
-        host=parts.hostname,
-        port=parts.port or 5432,
-        user=unquote(parts.username or ""),
-        password=unquote(parts.password or ""),
-        connect_timeout=CONNECT_TIMEOUT_SECONDS,
-        application_name=application_name,
-        **options,
-    )
+    settings = " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items())
+    return unquote(parts.path.lstrip("/")), {
+        "host": parts.hostname,
+        "port": parts.port or 5432,
+        "user": unquote(parts.username or ""),
+        "password": unquote(parts.password or ""),
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "application_name": application_name,
+        **({} if pooled else {"options": settings}),
+        **_KEEPALIVES,
+        **dict(parse_qsl(parts.query)),
+    }
 
 
 def unkept_settings() -> list[str]:
@@ -119,7 +154,7 @@ def rows(sql: str, parameters: Mapping[str, Any] | None = None, *, prepared: boo
         DatabaseAway: See there.
     """
     with _dropping_dead_connections():
-        if prepared and not _pooled:
+        if prepared and not database.pooled:
             sql = _prepare(sql)
         cursor = database.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
         return cursor.fetchall() if cursor.description else []

@@ -43,6 +43,8 @@ class Arrival(NamedTuple):
     traceparent: str | None = None
     #: None counts every recipient as external.
     external_recipient_count: int | None = None
+    #: How many the mail reaches; None: all that it names.
+    recipient_count: int | None = None
 
 
 class Stored(NamedTuple):
@@ -132,7 +134,7 @@ def _email_row(id: str, arrival: Arrival, now: datetime, sealer: Sealer | None) 
         email.mailbox,
         email.tenant,
         PRIORITIES[email.priority],
-        email.recipient_count,
+        email.recipient_count if arrival.recipient_count is None else arrival.recipient_count,
         arrival.external_recipient_count,
         arrival.correlation_id,
         arrival.reply_to,

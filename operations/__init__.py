@@ -23,7 +23,7 @@ from operations.dead_letters import dead_letter, dead_letter_groups, find_dead_l
 from operations.emails import cancel, find_emails, publish, status, timeline
 from operations.errors import NotALimit, NotAttachable, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
-from operations.health import Finding, backlog, concurrency_limits, doctor, queues, ready
+from operations.health import Finding, backlog, concurrency_limits, doctor, queues, ready, recipient_firewall
 from operations.holding import Hold, hold, list_holds, release
 from operations.pausing import EVERY, Resumed, pause, pauses, resume
 from operations.rotation import Rotation, older_keys, rotate_keys
@@ -79,6 +79,7 @@ __all__ = [
     "purge_backups",
     "queues",
     "ready",
+    "recipient_firewall",
     "release",
     "resolve",
     "resume",

@@ -40,8 +40,13 @@ def find_emails(filter: EmailFilter, *, limit: int, before: str | None = None) -
 
 
 def status(id: str) -> dict[str, Any]:
-    """Return everything that is known of an email, by our id or the publisher's. Its content is left out."""
-    return inspection.everything_about(_found(id))
+    """Return everything that is known of an email, by our id or the publisher's. Its content is left out.
+
+    A recipient firewall that stands is told of: it decides where the mail goes.
+    """
+    known = inspection.everything_about(_found(id))
+    firewall = runtime.firewall()
+    return {**known, "recipient_firewall": str(firewall)} if firewall.stands else known
 
 
 def timeline(known: dict[str, Any]) -> list[tuple[datetime, str]]:

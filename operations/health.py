@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,10 @@ class Finding(NamedTuple):
 
 #: What has not answered by then is as good as away. A handshake with RabbitMQ is given up as late.
 _PATIENCE = timedelta(seconds=10)
+
+
+#: Long enough to have a new certificate or secret issued.
+CREDENTIAL_NOTICE = timedelta(days=14)
 
 
 def doctor() -> list[Finding]:
@@ -189,14 +193,31 @@ def _check_redis() -> str:
 
 
 def _check_graph() -> str:
+    expiry = _check_credential()
     roles = runtime.graph.ping()
     if roles is None:
-        return "gives a token"
+        return f"gives a token{expiry}"
     if missing := {"Mail.Send", "Mail.ReadWrite"} - roles:
         raise _Unwell(
             f"gives a token without {', '.join(sorted(missing))}; fine if RBAC for Applications grants them instead"
         )
-    return f"gives a token with {', '.join(sorted(roles))}"
+    return f"gives a token with {', '.join(sorted(roles))}{expiry}"
+
+
+def _check_credential() -> str:
+    expires_at = runtime.credential_expires_at()
+    if expires_at is None:
+        return ""
+    left = expires_at - datetime.now(UTC)
+    if left < CREDENTIAL_NOTICE:
+        ends = "has ended" if left < timedelta() else f"ends in {left.days} days"
+        raise _Unwell(f"the application's credential {ends} ({expires_at:%Y-%m-%d}): see docs/security.md, Rotation")
+    return f"; the application's credential ends on {expires_at:%Y-%m-%d}"
+
+
+def recipient_firewall() -> str:
+    """Say what ``RECIPIENT_FIREWALL`` does, without an address."""
+    return str(runtime.firewall())
 
 
 def _check_archive() -> str:
@@ -224,5 +245,6 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "Redis": _check_redis,
     "Graph": _check_graph,
     "Archive": _check_archive,
+    "Recipients": recipient_firewall,
     "Backlog": _check_backlog,
 }

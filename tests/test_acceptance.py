@@ -1,4 +1,4 @@
-"""What the documentation names exists: the proofs of docs/acceptance.md, and every page and heading that is linked to."""
+"""What the documentation names is there: the proofs of docs/acceptance.md, and every page and heading that is linked."""
 
 from __future__ import annotations
 

@@ -151,6 +151,42 @@ def test_only_allowed_mailboxes_may_be_sent_from(
     )
 
 
+@pytest.mark.parametrize(
+    ("user", "detail"),
+    [
+        ("crm", None),
+        ("billing", "the user of RabbitMQ that user_id names may not"),
+        (None, "the property user_id names none"),
+    ],
+)
+def test_a_mailbox_may_be_one_users_alone(
+    fleet: Fleet, configure: Callable[..., None], user: str | None, detail: str | None
+) -> None:
+    configure(allowed_senders=("crm=ann@*", "billing=invoices@example.com"))
+    ingest([delivery(user_id=user)])
+    ((type, body),) = told(fleet)
+    assert type == ("SendEmailRejected" if detail else "SendEmailReceived")
+    assert not detail or (body["reason"] == "sender_not_allowed" and detail in body["detail"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "counted"),
+    [
+        (("redirect:qa@test.example",), (1, 1)),
+        (("*@example.org",), (2, 2)),
+        (("nobody@test.example",), (0, 0)),
+        ((), (4, 4)),
+    ],
+)
+def test_limits_count_the_recipients_that_a_firewall_lets_pass(
+    fleet: Fleet, configure: Callable[..., None], entries: tuple[str, ...], counted: tuple[int, int]
+) -> None:
+    configure(recipient_firewall=entries)
+    ingest([delivery(send_email(to=["a@example.org", "b@Example.org"], cc=["c@example.net"], bcc=["d@example.net"]))])
+    (row,) = table("incoming_emails")
+    assert (row["recipient_count"], row["external_recipient_count"]) == counted
+
+
 def test_what_is_stored_but_could_not_be_told_is_told_by_the_sweep(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,12 +30,15 @@ LEAVES = {
     "forecast",
     "graph_client",
     "limiter",
+    "mail_rules",
     "notices",
     "orphans",
     "payloads",
     "repeated_keys",
+    "secret_stores",
     "settings",
     "settings_reference",
+    "settings_sources",
     "telemetry",
     "tracing",
     "vault",
@@ -46,8 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "broker": {"crash_points"},
     "payloads": {"vault"},
     "contracts": {"repeated_keys"},
-    "settings": {"addresses", "bounds", "settings_reference"},
-    "settings_reference": {"settings"},
+    "settings": {"addresses", "bounds", "mail_rules", "settings_reference", "settings_sources"},
+    "settings_reference": {"settings", "settings_sources"},
+    "settings_sources": {"secret_stores"},
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
@@ -122,7 +126,7 @@ def test_nothing_of_ours_is_imported_by_the_simulator_and_nothing_of_it_by_the_p
 
 def test_only_the_settings_read_the_environment() -> None:
     readers = {part for part in PRODUCT for path in modules(part) if any(map(reads_environment, nodes(path)))}
-    assert readers == {"settings"}
+    assert readers == {"settings", "settings_sources"}
 
 
 def reads_environment(node: ast.AST) -> bool:

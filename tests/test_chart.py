@@ -15,7 +15,8 @@ import yaml
 import actors  # noqa: F401  declares the queues
 import runtime
 from sandbox.fleet import read_procfile
-from settings import Settings, is_secret
+from settings import Settings
+from settings_sources import is_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "docker" / "helm" / "mailfleet"

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
@@ -22,13 +21,11 @@ import support
 from operator_support import Gate, at, give_up, workers
 from prometheus_client.parser import text_string_to_metric_families
 from support import rows
-from test_graph_auth import key_and_certificate
 
 import operations
 import runtime
 from console.access import Access, Token, parse_tokens
 from console.app import make_app
-from console.fleet_metrics import certificate_expiry
 from console.readiness import Readiness
 from models import inspection, uploads
 from operations import Finding
@@ -289,14 +286,6 @@ def test_of_a_large_backlog_postgresqls_estimate_is_told_and_still_its_oldest_ma
     assert told.oldest_waiting is not None
     assert 7200 <= (datetime.now(UTC) - told.oldest_waiting).total_seconds() < 7300
     assert inspection.backlog().by_status == {"received": 8}
-
-
-def test_the_end_of_the_applications_certificate_is_told(tmp_path: Path) -> None:
-    path, certificate = key_and_certificate(tmp_path)
-    assert certificate_expiry(path) == certificate.not_valid_after_utc
-    path.write_text("no certificate")
-    assert certificate_expiry(path) is None
-    assert certificate_expiry(tmp_path / "missing.pem") is None
 
 
 # As a process

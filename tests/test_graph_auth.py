@@ -282,6 +282,58 @@ def test_a_certificate_signs_with_ps256_and_is_named_by_sha256(entra: Mocker, tm
     assert (claims["iss"], claims["sub"], claims["aud"]) == ("app-id", "app-id", TOKEN)
 
 
+def test_a_secret_that_was_replaced_serves_without_a_restart(entra: Mocker, clock: Clock) -> None:
+    # Given a source that has used the old secret
+    stored = ["old"]
+    source = TokenSource(AUTHORITY, "contoso", "app-id", "old", clock=clock, reread_secret=lambda: stored[0])
+    entra.post(TOKEN, grants("a", lifetime_seconds=200))
+    source.token()
+    # When it is refused from now on, and nothing else is known yet
+    entra.post(TOKEN, [refusal(400, "invalid_client", 7000222)])
+    clock.seconds += 201
+    with pytest.raises(errors.AuthenticationFailed):
+        source.token()
+    # And then a new one is
+    stored[0] = "new"
+    entra.post(TOKEN, grants("b"))
+    assert source.token() == "b"
+    assert [form["client_secret"] for form in asked(entra)] == [["old"], ["old"], ["new"]]
+
+
+def test_a_secret_is_replaced_within_one_call_when_the_old_one_is_refused(entra: Mocker) -> None:
+    source = TokenSource(AUTHORITY, "contoso", "app-id", "old", reread_secret=lambda: "new")
+    entra.post(TOKEN, [refusal(401, "invalid_client", 7000222), *grants("a")])
+
+    assert source.token() == "a"
+    assert [form["client_secret"] for form in asked(entra)] == [["old"], ["new"]]
+
+
+def test_a_certificate_that_was_replaced_serves_without_a_restart(entra: Mocker, tmp_path: Path) -> None:
+    # Given
+    noted: list[datetime | None] = []
+    pem, first = key_and_certificate(tmp_path)
+    source = TokenSource(AUTHORITY, "contoso", "app-id", certificate_pem_path=pem, on_credential=noted.append)
+    entra.post(TOKEN, grants("a"))
+    source.drop(source.token())
+    # When
+    _, second = key_and_certificate(tmp_path)
+    entra.post(TOKEN, [refusal(401, "invalid_client", 700027), *grants("b")])
+    # Then
+    assert source.token() == "b"
+    *_, refused, accepted = (decoded(form["client_assertion"][0].split(".")[0])["x5t#S256"] for form in asked(entra))
+    assert base64.urlsafe_b64decode(refused + "==") == first.fingerprint(hashes.SHA256())
+    assert base64.urlsafe_b64decode(accepted + "==") == second.fingerprint(hashes.SHA256())
+    assert noted == [datetime(2036, 1, 1, tzinfo=UTC)] * 2
+
+
+def test_the_end_of_a_certificate_can_be_told(tmp_path: Path) -> None:
+    pem, _ = key_and_certificate(tmp_path)
+    source = TokenSource(AUTHORITY, "contoso", "app-id", certificate_pem_path=pem)
+    assert source.certificate_expires_at == datetime(2036, 1, 1, tzinfo=UTC)
+    pem.write_text("no certificate")
+    assert source.certificate_expires_at is None
+
+
 def decoded(part: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=="))
     return content
@@ -324,6 +376,12 @@ def test_an_unusable_certificate_is_a_failed_authentication(
 def test_exactly_one_credential_is_needed(credentials: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="either a secret or a certificate"):
         TokenSource(AUTHORITY, "contoso", "app-id", **credentials)
+
+
+def test_without_a_credential_nobody_is_asked(entra: Mocker) -> None:
+    with pytest.raises(errors.AuthenticationFailed):
+        TokenSource(AUTHORITY, "contoso", "app-id", secret="").token()
+    assert entra.call_count == 0
 
 
 def test_an_authority_in_the_clear_is_refused() -> None:

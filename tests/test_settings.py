@@ -13,7 +13,8 @@ import pytest
 
 import settings
 import settings_reference
-from settings import Settings, SettingsInvalid, is_secret, load
+from settings import Settings, SettingsInvalid, load
+from settings_sources import is_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hunter2-hunter2"
@@ -27,6 +28,9 @@ COMPLETE = {
     "GRAPH_CLIENT_SECRET": SECRET,
     "BACKUP_KEYS": f"k1:{KEY}",
     "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
+    "VAULT_TOKEN": SECRET,
+    "VAULT_SECRET_ID": SECRET,
+    "AZURE_CLIENT_SECRET": SECRET,
     "DEAD_LETTER_WEBHOOK_URL": f"https://hooks.example/{SECRET}",
     "DEAD_LETTER_WEBHOOK_SECRET": f"{SECRET}-{SECRET}",
     "OTEL_EXPORTER_OTLP_HEADERS": f"x-key={SECRET}",
@@ -118,6 +122,14 @@ def test_an_empty_variable_is_a_missing_one(environment: pytest.MonkeyPatch) -> 
         ({"DATABASE_URL": "postgresql://u:p@h/x?application_name=a"}, "DATABASE_URL: application_name may not be"),
         ({"DATABASE_URL": "postgresql://u:p@h/x?colour=red"}, "DATABASE_URL: has something in its query"),
         ({"RABBITMQ_QUEUE_TYPE": "stream"}, "RABBITMQ_QUEUE_TYPE"),
+        ({"ALLOWED_SENDERS": "*@example.com, crm="}, "ALLOWED_SENDERS: entry 2 must be pattern or user=pattern"),
+        ({"RECIPIENT_FIREWALL": "redirect:qa"}, "RECIPIENT_FIREWALL: redirect:address must name one address"),
+        ({"RECIPIENT_FIREWALL": "redirect:a@b.example,*@c.example"}, "and nothing else may be given"),
+        ({"RECIPIENT_FIREWALL": "*"}, "RECIPIENT_FIREWALL: each pattern must have an @"),
+        ({"SECRETS_FROM": "vault://v.example/secret/x", "VAULT_ROLE_ID": "r"}, "exactly one of VAULT_TOKEN"),
+        ({"SECRETS_FROM": "https://v.example/secret"}, "SECRETS_FROM: must look like vault://"),
+        ({"SECRETS_FROM": "vault+http://v.example/secret/x"}, "plain http is accepted on loopback only"),
+        ({"GRAPH_CLIENT_SECRET_EXPIRES_ON": "soon"}, "GRAPH_CLIENT_SECRET_EXPIRES_ON"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(
@@ -219,6 +231,9 @@ def test_every_secret_is_known_as_one() -> None:
         "GRAPH_CLIENT_SECRET",
         "BACKUP_KEYS",
         "CONSOLE_TOKENS",
+        "VAULT_TOKEN",
+        "VAULT_SECRET_ID",
+        "AZURE_CLIENT_SECRET",
         "DEAD_LETTER_WEBHOOK_URL",
         "DEAD_LETTER_WEBHOOK_SECRET",
         "OTEL_EXPORTER_OTLP_HEADERS",

@@ -35,7 +35,7 @@ def test_all_end_within_fifteen_seconds_under_load_and_go_on_afterwards(world: W
     # When all are told to end
     killed = world.fleet.stop()
 
-    # Then nobody had to be killed, whatever was in hand is finished or handed back, and the rest is sent once after a start
+    # Then nobody had to be killed, what was in hand is finished or handed back, and the rest is sent once after a start
     assert killed == []
     assert world.count("SELECT count(*) FROM incoming_emails WHERE status = 'processing' AND lease_until > now()") == 0
     simulator.set_latency(0)

@@ -53,7 +53,7 @@ from orphans import EndWithParent
 from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from payloads import Payloads, WrappedKey
 from tracing import Tracer, check_endpoint, header_pairs, trace_id
-from vault import Keyring, Vault, VaultError, bind_to_attachment
+from vault import Keyring, UnknownKey, Vault, VaultError, bind_to_attachment
 from waking import WakeUps
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def _plain_pieces(stored: stored_attachments.Stored, offset: int) -> Iterator[It
                 size_bytes=stored.size,
                 offset=offset,
             )
+        except UnknownKey:
+            raise  # the file is well: it waits for the key
         except VaultError as error:
             raise Damaged(f"the stored attachment {stored.id} cannot be opened: {error}") from error
 

@@ -55,6 +55,10 @@ class StoreFailed(Exception):
     """Raised when a secret store cannot be reached, refuses us, or answers something else than a secret."""
 
 
+class SecretRefused(StoreFailed):
+    """Raised when a secret store answers, and does not let us read this secret."""
+
+
 class SecretStore(Protocol):
     """Where secrets are kept, by the names of settings."""
 
@@ -178,7 +182,7 @@ class _HashiCorpVault:
         if answer.status == 404:
             return None
         if answer.status == 403:
-            raise StoreFailed(f"Vault does not let us read {name}")
+            raise SecretRefused(f"Vault does not let us read {name}")
         try:
             value = _insist("Vault", answer)["data"]["data"]["value"]
         except (KeyError, TypeError):
@@ -240,7 +244,7 @@ class _AzureKeyVault:
         if answer.status == 404:
             return None
         if answer.status == 403:
-            raise StoreFailed(f"Azure Key Vault does not let us read {name}, or it is disabled or past its end")
+            raise SecretRefused(f"Azure Key Vault does not let us read {name}, or it is disabled or past its end")
         try:
             return str(_insist("Azure Key Vault", answer)["value"])
         except KeyError:

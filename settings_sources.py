@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-from secret_stores import CREDENTIALS, SecretStore, StoreFailed, open_store
+from secret_stores import CREDENTIALS, SecretRefused, SecretStore, StoreFailed, open_store
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,18 @@ NEEDED_BY: dict[str, set[str]] = {
     "GRAPH_CLIENT_CERTIFICATE": {*_SENDS, "backup", "maintenance"},
     "BACKUP_KEYS": {*_INGEST, *_SENDS, "backup", "maintenance", *_CONSOLE},
     "CONSOLE_TOKENS": _CONSOLE,
+    "DEAD_LETTER_WEBHOOK_URL": {"maintenance"},
+    "DEAD_LETTER_WEBHOOK_SECRET": {"maintenance"},
+    "OTEL_EXPORTER_OTLP_HEADERS": {
+        "bridge",
+        "ingest",
+        "clock",
+        "scheduler",
+        *_SENDS,
+        "backup",
+        "maintenance",
+        "console",
+    },
 }
 
 
@@ -166,16 +178,28 @@ def _store() -> SecretStore | None:
     return open_store(address, given) if address else None
 
 
-@cache
 def stored_secrets(settings: type[BaseSettings]) -> dict[str, str]:
     """Return the secrets that the store has and nothing else gives; read once, until `forget_stored`."""
+    return _read_store(settings)[0]
+
+
+@cache
+def _read_store(settings: type[BaseSettings]) -> tuple[dict[str, str], str | None]:
+    """Return the secrets that the store gives, and what is in the way of the others that are asked of it."""
+    found: dict[str, str] = {}
+    required = {variable_of(field) for field in settings.model_fields.values() if field.is_required()}
     try:
         store = _store()
-        asked = [*_to_be_stored(settings)] if store else []
-        found = {variable: store.read(variable) for variable in asked} if store else {}
-    except (StoreFailed, ValueError):
-        return {}  # told by `store_problem`
-    return {variable: value.strip() for variable, value in found.items() if value and value.strip()}
+        for variable in _to_be_stored(settings) if store else ():
+            try:
+                if store and (value := (store.read(variable) or "").strip()):
+                    found[variable] = value
+            except SecretRefused:  # a policy may leave out what this process can do without
+                if variable in required:
+                    raise
+    except (StoreFailed, ValueError) as problem:
+        return {}, f"SECRETS_FROM: {problem}"
+    return found, None
 
 
 def _to_be_stored(settings: type[BaseSettings]) -> Iterator[str]:
@@ -191,19 +215,12 @@ def _to_be_stored(settings: type[BaseSettings]) -> Iterator[str]:
 def forget_stored() -> None:
     """Have the store named and read anew."""
     _store.cache_clear()
-    stored_secrets.cache_clear()
+    _read_store.cache_clear()
 
 
 def store_problem(settings: type[BaseSettings]) -> str | None:
     """Say why the secret store is of no use, None if it is well or there is none."""
-    try:
-        store = _store()
-        unread = next(_to_be_stored(settings), None)
-        if store and unread and not stored_secrets(settings):
-            store.read(unread)
-    except (StoreFailed, ValueError) as problem:
-        return f"SECRETS_FROM: {problem}"
-    return None
+    return _read_store(settings)[1]
 
 
 class Rereading:

@@ -92,6 +92,8 @@ def _attach_all(email: ClaimedEmail, draft_id: str, attachments: list[dict[str, 
         at_a_time=_at_a_time(pending),
         keep=lambda: _keep(email),
     )
+    if missing := sum(not upload.uploaded for upload in planned):
+        raise AttachmentsIncomplete(f"{missing} attachments were not brought up")
     if begun_before:
         _compare(email, draft_id, planned)
 
@@ -219,8 +221,10 @@ def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attach
     try:
         _stream(email, session, upload, attachment)
     except UploadOutOfOrder as error:
-        # Graph took a range of which nobody lived to hear: the next attempt goes on where Graph wants to.
-        _go_on_at(email, upload, error.expected_offset)
+        # Graph took a range of which nobody lived to hear: the next attempt goes on where Graph wants to. Of which
+        # version of the file it took the first one is not known: then it begins anew.
+        known = upload.uploaded_bytes > 0 or upload.source_version is None
+        _go_on_at(email, upload, error.expected_offset if known else None)
         raise
     except UploadSessionLost:
         _go_on_at(email, upload, None)

@@ -108,6 +108,7 @@ class _Crew:
                     look()
                     self._bring_up(files[0])
                     files.popleft()
+            return
         except Stopped:
             pass
         except Exhausted as busy:
@@ -119,8 +120,12 @@ class _Crew:
             self._working -= 1
 
     def _take(self) -> deque[Upload]:
+        """Return the next files of one name; whoever gets none is at work no more, and so nobody leaves files to it."""
         with self._lock:
-            return self._waiting.popleft() if self._waiting else deque()
+            if self._waiting:
+                return self._waiting.popleft()
+            self._working -= 1
+            return deque()
 
     def _leave(self, files: deque[Upload], busy: Exhausted) -> None:
         """Leave the files to the others if it is slots that are lacking and anyone is left."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -92,19 +92,19 @@ class CloudFetcher:
         origin = f"{scheme}://{names[0].rpartition('@')[2]}"
         filesystem, path = self._find(origin, scheme, names)
         ends_at = time.monotonic() + self._total.total_seconds()
-        with (
-            failures_of(origin),
-            filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead") as file,
-        ):
-            if file.details.get("type") != "file":
-                raise SourceGone(f"{origin} has a folder there, no file")
-            found = file.details.get("ETag") or file.details.get("etag")
-            if version and found and version != found:
-                raise SourceChanged(f"{origin} has changed the attachment since its first bytes were read")
-            file.seek(offset)
-            yield PiecewiseContent(
-                origin, _pieces(file, origin, ends_at), position=offset, total_bytes=file.size, version=found
-            )
+        with ExitStack() as stack:
+            with failures_of(origin):
+                file = filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
+                stack.callback(_close, file)
+                if file.details.get("type") != "file":
+                    raise SourceGone(f"{origin} has a folder there, no file")
+                found = file.details.get("ETag") or file.details.get("etag")
+                if version and found and version != found:
+                    raise SourceChanged(f"{origin} has changed the attachment since its first bytes were read")
+                file.seek(offset)
+            # What fails in the block is not the cloud's: only its reads are.
+            pieces = _pieces(file, origin, ends_at)
+            yield PiecewiseContent(origin, pieces, position=offset, total_bytes=file.size, version=found)
 
     def _find(self, origin: str, scheme: str, names: tuple[str, ...]) -> tuple[Any, str]:
         for place, folder in self._folders.items():
@@ -112,6 +112,11 @@ class CloudFetcher:
                 with failures_of(origin):
                     return folder.at(*inside)
         raise SourceForbidden(f"{origin}, or that part of it, is not listed in ATTACHMENT_CLOUD_URLS")
+
+
+def _close(file: Any) -> None:
+    with suppress(Exception):
+        file.close()
 
 
 def _pieces(file: Any, origin: str, ends_at: float) -> Iterator[bytes]:

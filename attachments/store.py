@@ -108,10 +108,15 @@ class Store:
             SourceGone: There is none of this name.
             StoreUnavailable: It cannot be had now; here or while reading.
         """
-        with failures_of(_ORIGIN, StoreUnavailable):
+        with self._failures():
             filesystem, path = self._folder.at(name)
-            with filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead") as file:
-                yield cast(BinaryIO, file)
+            file = filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
+        # What fails in the block is not the store's: only its reads are.
+        try:
+            yield cast(BinaryIO, _Reader(file))
+        finally:
+            with suppress(Exception):
+                file.close()
 
     def delete(self, name: str) -> None:
         """Delete a file; one that is not there is deleted already.
@@ -119,6 +124,35 @@ class Store:
         Raises:
             StoreUnavailable: Nobody knows whether it is gone.
         """
-        with suppress(SourceGone), failures_of(_ORIGIN, StoreUnavailable):
+        with suppress(SourceGone), self._failures():
             filesystem, path = self._folder.at(name)
             filesystem.rm_file(path)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Tell a file that is not there from a folder or bucket that is not."""
+        try:
+            with failures_of(_ORIGIN, StoreUnavailable):
+                yield
+        except SourceGone:
+            with failures_of(_ORIGIN, StoreUnavailable):
+                filesystem, root = self._folder.at()
+                there = filesystem.exists(root)
+            if not there:
+                raise StoreUnavailable(f"{_ORIGIN} is not there") from None
+            raise
+
+
+class _Reader:
+    """A file whose reads fail as the store's do."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def seek(self, offset: int, /) -> object:
+        with failures_of(_ORIGIN, StoreUnavailable):
+            return self._file.seek(offset)
+
+    def read(self, size: int, /) -> bytes:
+        with failures_of(_ORIGIN, StoreUnavailable):
+            return bytes(self._file.read(size))

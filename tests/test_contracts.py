@@ -164,7 +164,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "type with a header": ({"attachments": [FILE | {"contentType": "text/plain\r\nX: y"}]}, "contentType"),
     "content_id in brackets": ({"attachments": [FILE | {"content_id": "<a@b>"}]}, "content_id"),
     "content_id with a delete": ({"attachments": [FILE | {"content_id": "a\x7f"}]}, "content_id"),
-    "more than may come with the mail": ({"attachments": [WITH_MAIL, WITH_MAIL]}, "contentBytes"),
+    "more than may come with the mail": (
+        {"attachments": [WITH_MAIL, {"name": "b", "size": 3, "contentBytes": "AAAA"}]},
+        "contentBytes",
+    ),
     "a large file with the mail": (
         {"attachments": [{"name": "a", "size": 2_000_004, "contentBytes": "AAAA" * 666_668}]},
         "attachments.0.contentBytes",

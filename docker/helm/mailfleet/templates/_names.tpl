@@ -51,11 +51,18 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* The variables of a container. Takes root and process, the values of the type. */}}
+{{/* Whether a process type talks to Graph and has the certificate. Takes root and type. */}}
+{{- define "mailfleet.graphCertificate" -}}
+{{- if and .root.Values.graphCertificate.existingSecret (has .type (list "send_plain" "send_attached" "backup" "maintenance")) -}}
+yes
+{{- end -}}
+{{- end -}}
+
+{{/* The variables of a container. Takes root, type, and process, the values of the type. */}}
 {{- define "mailfleet.environment" -}}
 env:
 {{- $fixed := dict "PORT" "8000" "METRICS_PORT" "9191" -}}
-{{- if .root.Values.graphCertificate.existingSecret -}}
+{{- if eq (include "mailfleet.graphCertificate" .) "yes" -}}
 {{- $_ := set $fixed "GRAPH_CLIENT_CERTIFICATE" "/etc/mailfleet/graph/certificate.pem" -}}
 {{- end -}}
 {{- $settings := mergeOverwrite (dict) .root.Values.settings (.process.settings | default dict) $fixed -}}
@@ -69,16 +76,17 @@ envFrom:
 {{- end }}
 {{- end -}}
 
+{{/* Both take root and type. */}}
 {{- define "mailfleet.mounts" -}}
 volumeMounts:
   - {name: tmp, mountPath: /tmp}
-{{- if .Values.graphCertificate.existingSecret }}
+{{- if eq (include "mailfleet.graphCertificate" .) "yes" }}
   - {name: graph-certificate, mountPath: /etc/mailfleet/graph, readOnly: true}
 {{- end }}
-{{- if .Values.attachments.existingClaim }}
+{{- if .root.Values.attachments.existingClaim }}
   - {name: attachments, mountPath: /var/lib/mailfleet}
 {{- end }}
-{{- with .Values.extraVolumeMounts }}
+{{- with .root.Values.extraVolumeMounts }}
 {{ toYaml . | indent 2 }}
 {{- end }}
 {{- end -}}
@@ -88,18 +96,18 @@ volumes:
   # For the files in which a worker's processes add up their metrics.
   - name: tmp
     emptyDir: {sizeLimit: 128Mi}
-{{- with .Values.graphCertificate.existingSecret }}
+{{- if eq (include "mailfleet.graphCertificate" .) "yes" }}
   - name: graph-certificate
     secret:
-      secretName: {{ . }}
+      secretName: {{ .root.Values.graphCertificate.existingSecret }}
       defaultMode: 0440
-      items: [{key: {{ $.Values.graphCertificate.key }}, path: certificate.pem}]
+      items: [{key: {{ .root.Values.graphCertificate.key }}, path: certificate.pem}]
 {{- end }}
-{{- with .Values.attachments.existingClaim }}
+{{- with .root.Values.attachments.existingClaim }}
   - name: attachments
     persistentVolumeClaim: {claimName: {{ . }}}
 {{- end }}
-{{- with .Values.extraVolumes }}
+{{- with .root.Values.extraVolumes }}
 {{ toYaml . | indent 2 }}
 {{- end }}
 {{- end -}}

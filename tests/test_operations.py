@@ -305,7 +305,7 @@ def test_the_doctor_finds_nothing_where_all_is_well(graph: Simulator) -> None:
     with workers():
         findings = operations.doctor()
     assert {finding.subject: finding.fine for finding in findings} == dict.fromkeys(
-        ["PostgreSQL", "RabbitMQ", "Redis", "Graph", "Archive", "Backlog"], True
+        ["PostgreSQL", "RabbitMQ", "Redis", "Graph", "Archive", "Recipients", "Backlog"], True
     )
     assert findings[-1].detail == "1 received"
 

@@ -138,8 +138,9 @@ def unkept_settings() -> list[str]:
 
 
 def disconnect() -> None:
-    """Close this thread's connection."""
-    database.close()
+    """Close this thread's connection, if it has one; who has none must not wait for others that are connecting."""
+    if not database.is_closed():
+        database.close()
 
 
 def rows(sql: str, parameters: Mapping[str, Any] | None = None, *, prepared: bool = False) -> list[tuple[Any, ...]]:

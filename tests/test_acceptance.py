@@ -1,4 +1,4 @@
-"""What the documentation names is there: the proofs of docs/acceptance.md, pages and headings that are linked."""
+"""What the documentation names is there: the proofs of docs/acceptance.md, and the pages and headings of each link."""
 
 from __future__ import annotations
 

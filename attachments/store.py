@@ -130,15 +130,13 @@ class Store:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Tell a file that is not there from a folder or bucket that is not."""
+        """Tell a file that is not there from a folder that is not: a volume may not be mounted."""
         try:
             with failures_of(_ORIGIN, StoreUnavailable):
                 yield
         except SourceGone:
-            with failures_of(_ORIGIN, StoreUnavailable):
-                filesystem, root = self._folder.at()
-                there = filesystem.exists(root)
-            if not there:
+            filesystem, root = self._folder.at()
+            if self._is_local and not filesystem.exists(root):
                 raise StoreUnavailable(f"{_ORIGIN} is not there") from None
             raise
 

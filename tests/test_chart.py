@@ -171,17 +171,20 @@ def test_settings_and_secrets_reach_the_processes_that_they_are_for(chart: helm_
     for name, pod in by_type.items():
         assert environment(pod)["MAX_ATTEMPTS"] == "1234567"
         assert environment(pod)["METRICS_PORT"] == "9191"
-        assert environment(pod)["GRAPH_CLIENT_CERTIFICATE"] == "/etc/mailfleet/graph/certificate.pem"
+        has_certificate = name in {"send_plain", "send_attached", "backup", "maintenance"}
+        expected = "/etc/mailfleet/graph/certificate.pem" if has_certificate else None
+        assert environment(pod).get("GRAPH_CLIENT_CERTIFICATE") == expected
         assert ("SEND_PLAIN_THREADS" in environment(pod)) == (name == "send_plain")
         secrets = [entry["secretRef"]["name"] for entry in pod["containers"][0]["envFrom"]]
         assert secrets == (["sending"] if name == "send_plain" else ["mailfleet"])
 
 
 def test_every_mount_has_its_volume(chart: helm_python.Chart) -> None:
-    for pod in pods(rendered(chart, EVERYTHING)).values():
+    for name, pod in pods(rendered(chart, EVERYTHING)).items():
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
-        assert mounted == {"tmp", "graph-certificate", "attachments", "keys"}
+        graph = {"graph-certificate"} if name in {"send_plain", "send_attached", "backup", "maintenance"} else set()
+        assert mounted == {"tmp", "attachments", "keys"} | graph
 
 
 def test_scaling_follows_queues_that_exist_and_leaves_the_number_of_replicas_alone(chart: helm_python.Chart) -> None:

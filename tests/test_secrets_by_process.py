@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import psycopg2
@@ -21,24 +22,27 @@ import outbox
 import settings_sources
 from models import DatabaseAway
 from sandbox.world import ROOT
-from settings import SettingsInvalid, load
+from settings import Settings, SettingsInvalid, load
 from settings_sources import NEEDED_BY, Rereading, current_secret
 
-OURS = {name: value for name, value in COMPLETE.items() if not name.startswith(("VAULT", "AZURE", "OTEL", "DEAD"))}
-SECRETS = sorted(name for name in OURS if name not in {"GRAPH_TENANT_ID", "GRAPH_CLIENT_ID"})
+OURS = {name: value for name, value in COMPLETE.items() if not name.startswith(("VAULT", "AZURE"))}
+SECRETS = sorted(
+    name for name in OURS if name not in {"GRAPH_TENANT_ID", "GRAPH_CLIENT_ID", "OTEL_EXPORTER_OTLP_ENDPOINT"}
+)
+TRACES, NOTICES = {"OTEL_EXPORTER_OTLP_HEADERS"}, {"DEAD_LETTER_WEBHOOK_URL", "DEAD_LETTER_WEBHOOK_SECRET"}
 SERVERS = {"DATABASE_URL", "RABBITMQ_URL", "REDIS_URL"}
 GRAPH, KEYS, TOKENS = {"GRAPH_CLIENT_SECRET"}, {"BACKUP_KEYS"}, {"CONSOLE_TOKENS"}
 NEEDED = {
     "release": {"DATABASE_URL"},
-    "bridge": SERVERS | KEYS,
-    "ingest": SERVERS | KEYS,
-    "clock": SERVERS,
-    "scheduler": SERVERS,
-    "send_plain": SERVERS | GRAPH | KEYS,
-    "send_attached": SERVERS | GRAPH | KEYS,
-    "backup": SERVERS | GRAPH | KEYS,
-    "maintenance": SERVERS | GRAPH | KEYS,
-    "console": SERVERS | KEYS | TOKENS,
+    "bridge": SERVERS | TRACES | KEYS,
+    "ingest": SERVERS | TRACES | KEYS,
+    "clock": SERVERS | TRACES,
+    "scheduler": SERVERS | TRACES,
+    "send_plain": SERVERS | TRACES | GRAPH | KEYS,
+    "send_attached": SERVERS | TRACES | GRAPH | KEYS,
+    "backup": SERVERS | TRACES | GRAPH | KEYS,
+    "maintenance": SERVERS | TRACES | GRAPH | KEYS | NOTICES,
+    "console": SERVERS | TRACES | KEYS | TOKENS,
 }
 
 
@@ -68,6 +72,11 @@ def vault(environment: pytest.MonkeyPatch) -> Iterator[FakeVault]:
         yield fake
 
 
+def value_of(loaded: Settings, variable: str) -> Any:
+    (name,) = (name for name, field in Settings.model_fields.items() if settings_sources.variable_of(field) == variable)
+    return getattr(loaded, name)
+
+
 def asked_for(vault: FakeVault) -> set[str]:
     return {path.rpartition("/")[2] for path in vault.asked} & (NEEDED_BY.keys() | SERVERS)
 
@@ -87,7 +96,7 @@ def test_a_process_type_asks_the_store_for_the_secrets_that_it_needs_and_no_othe
     environment.setenv("PROCESS_TYPE", process_type)
     loaded = load()
     assert asked_for(vault) == NEEDED[process_type]
-    held = {name for name in SECRETS if (value := getattr(loaded, name.lower())) and value.get_secret_value()}
+    held = {name for name in SECRETS if (value := value_of(loaded, name)) and value.get_secret_value()}
     assert held == NEEDED[process_type]
 
 
@@ -98,7 +107,7 @@ def test_a_process_type_drops_what_it_does_not_need_from_its_environment(
     environment.setenv("PROCESS_TYPE", process_type)
     loaded = load()
     assert {name for name in SECRETS if name in os.environ} == NEEDED[process_type]
-    assert SECRET not in str([getattr(loaded, name.lower()) for name in SECRETS if name not in NEEDED[process_type]])
+    assert SECRET not in str([value_of(loaded, name) for name in SECRETS if name not in NEEDED[process_type]])
 
 
 def test_the_command_line_has_everything(vault: FakeVault) -> None:

@@ -201,11 +201,18 @@ class GraphClient:
         Graph's documents show a filter for one value. If it refuses this one, each value is looked for by itself, then
         and from now on. Which value a message carries it tells itself.
         """
-        if not self._refuses_alternatives:
-            try:
-                return self._find_all_tagged(mailbox, values, since)
-            except errors.InvalidMessage:
-                self._refuses_alternatives = True
+        if self._refuses_alternatives:
+            return self._find_each_tagged(mailbox, values, since)
+        try:
+            return self._find_all_tagged(mailbox, values, since)
+        except errors.InvalidMessage:
+            found = self._find_each_tagged(mailbox, values, since)
+            self._refuses_alternatives = True  # only now: it might have been the mailbox that was refused
+            return found
+
+    def _find_each_tagged(
+        self, mailbox: str, values: Sequence[str], since: datetime | None
+    ) -> dict[str, list[Message]]:
         return {value: self.find_by_tag(mailbox, value, since).messages for value in values}
 
     def _find_all_tagged(self, mailbox: str, values: Sequence[str], since: datetime | None) -> dict[str, list[Message]]:

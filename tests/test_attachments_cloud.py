@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from s3_server import ACCESS_KEY, SECRET_KEY, S3Server
@@ -209,6 +210,28 @@ def test_a_bucket_that_fails_is_told_from_one_that_lacks_the_file(s3: S3Server) 
     s3.failing = True
     with pytest.raises(StoreUnavailable):
         store.write("one", [b"x"])
+    with pytest.raises(StoreUnavailable):
+        store.delete("one")
+
+
+class Elsewhere(Exception):
+    """What fails beside the store while a file of it is open: Graph, the limiter, the lease."""
+
+
+def test_what_fails_beside_the_store_is_not_taken_for_its_failure(s3: S3Server, tmp_path: Path) -> None:
+    for url in ("s3://attachments", tmp_path.as_uri()):
+        store = Store(url)
+        store.write("one", [b"x"])
+        with pytest.raises(Elsewhere), store.open("one"):
+            raise Elsewhere
+
+
+def test_a_folder_that_is_not_mounted_is_away_and_has_not_lost_its_files(tmp_path: Path) -> None:
+    store = Store((tmp_path / "mounted").as_uri())
+    store.write("one", [b"x"])
+    (tmp_path / "mounted").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreUnavailable), store.open("one"):
+        pass
     with pytest.raises(StoreUnavailable):
         store.delete("one")
 

@@ -90,9 +90,9 @@ def _disposition_name(request: Request) -> str:
     header = EmailMessage()
     try:
         header["Content-Disposition"] = request.headers.get("content-disposition", "attachment")
-    except ValueError:  # a line break
+        return header.get_filename("")
+    except Exception:  # a line break, or what Python's parser stumbles over: IndexError and others
         return ""
-    return header.get_filename("")
 
 
 def _declared_bytes(request: Request) -> int | None:

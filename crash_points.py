@@ -37,6 +37,7 @@ class CrashPoint(StrEnum):
     SEND_CLAIMED = "send.claimed"
     DRAFT_CREATED = "draft.created"
     DRAFT_RECORDED = "draft.recorded"
+    ATTACHMENT_BEGUN = "attachment.begun"
     ATTACHMENT_ATTACHED = "attachment.attached"
     SESSION_CREATED = "session.created"
     SESSION_RECORDED = "session.recorded"

@@ -2,12 +2,18 @@
 
 Recovery points, each committed under the email's lease before the next step: the draft's id; for each attachment its
 upload session and how far it has got; that it is up. What Graph did but nobody recorded is found again: the draft by
-the email's tag, an attachment by looking at the draft. What was begun by an earlier attempt is compared with what
-should be there once more at the end: a worker that stood still may have attached something meanwhile.
+the email's tag, an attachment by looking at the draft.
+
+A request to attach a file may take effect long after nobody waits for it any more, and then the file would be there
+twice. So that the request is made is committed before it is made; where no answer was recorded and the file is not on
+the draft, the draft is given up for another, and what comes late comes to nothing. Small files go first, in their
+order: by the time a large one is up none of them is in that state. At the end every draft is compared with what should
+be on it.
 
 Where the worker may die, and what the next claimant does once the lease has run out:
 
 * ``draft.created``, before its id is recorded: finds the draft by the tag. ``draft.recorded``: has its id.
+* ``attachment.begun``, before or during the request: sees it on the draft, or makes another draft.
 * ``attachment.attached``, before it is recorded: sees it on the draft. ``upload.recorded``: goes on with the next.
 * ``session.created``, before its address is recorded: opens another; the first leaves nothing on the draft.
 * ``session.recorded``, ``range.recorded``: goes on in the session, where it was.
@@ -18,6 +24,7 @@ Where the worker may die, and what the next claimant does once the lease has run
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -34,8 +41,10 @@ from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, Message, Up
 from graph_client.errors import (
     AttachmentTooLarge,
     AttachmentTooSmall,
+    ConnectionLost,
     GraphError,
     MessageTooLarge,
+    ServerUnavailable,
     TransientError,
     UploadOutOfOrder,
     UploadSessionLost,
@@ -50,6 +59,8 @@ from telemetry import UPLOADED_BYTES, Step, mail_log, note_ids
 _PIECE_BYTES = 64 * 1024
 #: Of one mail; a mailbox has four slots, and other mail and its backups need one.
 _FILES_AT_A_TIME = 3
+#: 502 and 504 tell that a gateway got no answer, not that there will be none.
+_GATEWAYS = (502, 504)
 
 
 class AttachmentsIncomplete(TransientError):
@@ -73,34 +84,50 @@ def prepare_draft(email: ClaimedEmail) -> str:
     if attached_bytes(email.payload) > runtime.configuration.message_max_mb * 1024 * 1024:
         raise MessageTooLarge
     begun_before = email.attempt > 1 or email.draft_id is not None
-    draft_id = email.draft_id or _create_draft(email, begun_before)
-    if attachments := email.payload.get("attachments"):
-        _attach_all(email, draft_id, attachments, begun_before)
+    draft_id = email.draft_id or _first_draft(email, begun_before)
+    if "attachments" not in email.payload:
+        return draft_id
+    planned = _plan(email)
+    if begun_before:
+        _find_unrecorded(email, draft_id, planned)
+        if any(upload.attaching for upload in planned):
+            draft_id = _another_draft(email, draft_id)
+            planned = _plan(email)
+    _attach_all(email, draft_id, planned)
+    _compare(email, draft_id, planned)
     return draft_id
 
 
-def _attach_all(email: ClaimedEmail, draft_id: str, attachments: list[dict[str, Any]], begun_before: bool) -> None:
-    planned = uploads.plan(email, attachments)
+def _plan(email: ClaimedEmail) -> list[Upload]:
+    """Return the email's uploads as they are made: the small ones first, each kind in the email's order."""
+    planned = uploads.plan(email, email.payload["attachments"])
     for upload in planned:
         upload.filename = file_name(upload.filename)  # as it is on the draft
-    if begun_before:
-        _find_unrecorded(email, draft_id, planned)
+    return sorted(planned, key=_is_large)
+
+
+def _is_large(upload: Upload) -> bool:
+    return upload.size > SMALL_ATTACHMENT_BYTES
+
+
+def _attach_all(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
+    """Bring up what is not up yet: small files one after the other, then several large ones at a time."""
+
+    def bring_up(upload: Upload) -> None:
+        _upload(email, draft_id, upload, email.payload["attachments"][upload.position])
+
     pending = [upload for upload in planned if not upload.uploaded]
-    bring_up_all(
-        pending,
-        lambda upload: _upload(email, draft_id, upload, attachments[upload.position]),
-        at_a_time=_at_a_time(pending),
-        keep=lambda: _keep(email),
-    )
+    large = [upload for upload in pending if _is_large(upload)]
+    for small in pending[: len(pending) - len(large)]:
+        bring_up(small)
+    bring_up_all(large, bring_up, at_a_time=_at_a_time(large), keep=lambda: _keep(email))
     if missing := sum(not upload.uploaded for upload in planned):
         raise AttachmentsIncomplete(f"{missing} attachments were not brought up")
-    if begun_before:
-        _compare(email, draft_id, planned)
 
 
-def _at_a_time(pending: list[Upload]) -> int:
+def _at_a_time(large: list[Upload]) -> int:
     """Return how many files go at a time: another thread's connections are worth it for a few requests, not for one."""
-    requests = sum(max(1, -(-(upload.size - upload.uploaded_bytes) // UPLOAD_RANGE_BYTES)) for upload in pending)
+    requests = sum(-(-(upload.size - upload.uploaded_bytes) // UPLOAD_RANGE_BYTES) for upload in large)
     return max(1, min(_FILES_AT_A_TIME, requests // 2))
 
 
@@ -109,14 +136,28 @@ def _keep(email: ClaimedEmail) -> None:
     email.ensure_held(at_least=configuration.graph_timeout + LEASE_MARGIN, lease=configuration.lease)
 
 
-def _create_draft(email: ClaimedEmail, begun_before: bool) -> str:
-    draft_id = _find_orphan(email) if begun_before else None
-    if draft_id is None:
-        message = graph_message(email.id, email.payload)
-        with graph_call(email, upload_bytes=size_of(message)):
-            draft_id = runtime.graph.create_draft(email.mailbox, message).id
+def _first_draft(email: ClaimedEmail, begun_before: bool) -> str:
+    orphan = _find_orphan(email) if begun_before else None
+    return _recorded(email, orphan or _create_draft(email), email.record_draft)
+
+
+def _another_draft(email: ClaimedEmail, given_up: str) -> str:
+    """Make a draft in the place of one on which a file may still appear; nobody sends that one."""
+    draft_id = _recorded(email, _create_draft(email), email.replace_draft)
+    with suppress(GraphError, Refused), graph_call(email):  # or it is tidied away later
+        runtime.graph.delete_message(email.mailbox, given_up)
+    return draft_id
+
+
+def _create_draft(email: ClaimedEmail) -> str:
+    message = graph_message(email.id, email.payload)
+    with graph_call(email, upload_bytes=size_of(message)):
+        return runtime.graph.create_draft(email.mailbox, message).id
+
+
+def _recorded(email: ClaimedEmail, draft_id: str, record: Callable[[str], None]) -> str:
     runtime.crash_point(CrashPoint.DRAFT_CREATED)
-    email.record_draft(draft_id)
+    record(draft_id)
     note_ids(graph_message_id=draft_id)
     runtime.crash_point(CrashPoint.DRAFT_RECORDED)
     mail_log(Step.DRAFTED, incoming_email_id=email.id)
@@ -148,7 +189,7 @@ def _find_unrecorded(email: ClaimedEmail, draft_id: str, planned: list[Upload]) 
 
 
 def _compare(email: ClaimedEmail, draft_id: str, planned: list[Upload]) -> None:
-    """Take off what is there twice: an earlier worker that stood still may have attached it only now.
+    """Take off what is there twice, and learn what is missing.
 
     Files of one name are alike only if the mail has one of them; of several nobody can tell which is missing or there
     twice, so all of that name are brought up again. Graph may call a file otherwise than we did: it is neither twice
@@ -200,7 +241,7 @@ def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict
 
 def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
     runtime.crash_point(CrashPoint.ATTACHMENT_ATTACHED)
-    upload.uploaded, upload.uploaded_bytes = True, upload.size
+    upload.uploaded, upload.attaching, upload.uploaded_bytes = True, False, upload.size
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
     runtime.crash_point(CrashPoint.UPLOAD_RECORDED)
     mail_log(Step.UPLOADED, incoming_email_id=email.id, position=upload.position, bytes=upload.size)
@@ -212,8 +253,25 @@ def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict
     ) as stream:
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
-        runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
+        _note_attaching(email, upload, True)
+        runtime.crash_point(CrashPoint.ATTACHMENT_BEGUN)
+        try:
+            runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
+        except (GraphError, Refused) as error:
+            if not _may_take_effect_later(error):
+                _note_attaching(email, upload, False)
+            raise
     UPLOADED_BYTES.labels("request").inc(len(content))
+
+
+def _note_attaching(email: ClaimedEmail, upload: Upload, attaching: bool) -> None:
+    upload.attaching, upload.session_url, upload.uploaded_bytes = attaching, None, 0
+    uploads.record_progress(email, upload, lease=runtime.configuration.lease)
+
+
+def _may_take_effect_later(error: GraphError | Refused) -> bool:
+    """Say whether Graph may still be at work on a request: nobody has answered, or a gateway in its place."""
+    return isinstance(error, ConnectionLost) or (isinstance(error, ServerUnavailable) and error.status in _GATEWAYS)
 
 
 def _upload_in_ranges(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:

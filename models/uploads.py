@@ -34,6 +34,14 @@ class Upload:
     session_expires_at: datetime | None = None
     #: Tells whether the source still has the file that the session was begun with.
     source_version: str | None = None
+    #: A request that attaches it has been made, and nobody recorded its answer: it may take effect any time.
+    attaching: bool = False
+
+    @property
+    def status(self) -> str:
+        if self.uploaded:
+            return "uploaded"
+        return "uploading" if self.attaching or self.session_url else "pending"
 
 
 def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upload]:
@@ -56,7 +64,8 @@ def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upl
     found = rows(
         """
         SELECT position, filename, size, uploaded_bytes, status = 'uploaded', upload_session_info->>'url',
-               (upload_session_info->>'expires_at')::timestamptz, upload_session_info->>'source_version'
+               (upload_session_info->>'expires_at')::timestamptz, upload_session_info->>'source_version',
+               status = 'uploading' AND upload_session_info IS NULL
         FROM file_uploads WHERE incoming_email_id = %(id)s ORDER BY position
         """,
         {"id": email.id},
@@ -90,6 +99,6 @@ def record_progress(email: ClaimedEmail, upload: Upload, *, lease: timedelta) ->
         lease=lease,
         position=upload.position,
         uploaded_bytes=upload.uploaded_bytes,
-        status="uploaded" if upload.uploaded else "uploading",
+        status=upload.status,
         session=session,
     )

@@ -19,7 +19,7 @@ import runtime
 from actors import drafts, outcomes
 from actors.composition import graph_message
 from attachments import SourceUnavailable
-from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
+from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, GraphClient
 from models import rows, scheduling, uploads
 from simulator import files
 
@@ -100,11 +100,21 @@ def draft_recorded(email: models.ClaimedEmail) -> None:
     email.record_draft(make_draft(email))
 
 
-def one_attached_unrecorded(email: models.ClaimedEmail) -> None:
-    draft_recorded(email)
-    uploads.plan(email, email.payload["attachments"])
+def attach_small(draft_id: str) -> None:
     content = files.content("small", SMALL)
-    runtime.graph.attach(email.mailbox, str(email.draft_id), name="small", content_type="text/plain", content=content)
+    runtime.graph.attach(SENDER, draft_id, name="small", content_type="text/plain", content=content)
+
+
+def attaching_begun(email: models.ClaimedEmail) -> None:
+    draft_recorded(email)
+    upload = uploads.plan(email, email.payload["attachments"])[0]
+    upload.attaching = True
+    uploads.record_progress(email, upload, lease=support.LEASE)
+
+
+def attached_unrecorded(email: models.ClaimedEmail) -> None:
+    attaching_begun(email)
+    attach_small(str(email.draft_id))
 
 
 def session_opened(email: models.ClaimedEmail) -> uploads.Upload:
@@ -140,7 +150,8 @@ RECOVERY_POINTS: dict[str, Callable[[models.ClaimedEmail], object]] = {
     "claimed": lambda email: None,
     "draft made, unrecorded": draft_made,
     "draft recorded": draft_recorded,
-    "attached, unrecorded": one_attached_unrecorded,
+    "attaching begun": attaching_begun,
+    "attached, unrecorded": attached_unrecorded,
     "session opened": session_opened,
     "half uploaded": half_uploaded,
     "range uploaded, unrecorded": range_unrecorded,
@@ -163,7 +174,8 @@ def test_whatever_a_dead_worker_did_the_next_one_goes_on_and_nothing_is_there_tw
     support.wait_until("it is sent", sent)
     # Then
     assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
-    assert [mail["isDraft"] for mail in fleet.graph.messages(SENDER)] == [False]
+    assert fleet.graph.messages(SENDER, "drafts") == []
+    assert [mail["isDraft"] for mail in fleet.graph.messages(SENDER, "sentitems")] == [False]
     assert fleet.events() == ["SendEmailSent"]
 
 
@@ -177,22 +189,66 @@ def test_a_recorded_draft_and_recorded_ranges_are_not_made_again(fleet: Fleet) -
     assert (again["create_draft"], again["create_upload_session"], again["upload_range"]) == (0, 0, 1)
 
 
-def test_what_a_frozen_worker_attached_late_is_taken_off_again(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Given a worker that stood still as it attached, and lost its lease
+def test_a_draft_on_which_a_file_may_still_appear_is_given_up_for_another(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a request to attach that takes effect when nobody waits for it any more
     id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "other", SMALL)])
-    killed_after(fleet, id, draft_recorded)
-    find_unrecorded = drafts._find_unrecorded
-
-    def attached_then(email: models.ClaimedEmail, draft_id: str, planned: list[uploads.Upload]) -> None:
-        find_unrecorded(email, draft_id, planned)
-        content = files.content("small", SMALL)
-        runtime.graph.attach(email.mailbox, draft_id, name="small", content_type="text/plain", content=content)
-
-    # When it goes on after the next one has looked
-    monkeypatch.setattr(drafts, "_find_unrecorded", attached_then)
+    fleet.graph.hang(operation="attach", seconds=2, executed="late")
+    with monkeypatch.context() as patched:
+        hasty = GraphClient(
+            runtime.configuration.graph_base_url, runtime.tokens, timeout=timedelta(seconds=0.5), tag_id=runtime.TAG
+        )
+        patched.setattr(runtime, "graph", hasty)
+        fleet.send()
+    first = email_row(id)["draft_id"]
+    # When that is while the next attempt sends
+    fleet.graph.set_latency(3, "send_draft")
     fleet.settle(id)
     # Then
+    assert email_row(id)["draft_id"] != first
     assert attached(fleet, id) == expected(small=SMALL, other=SMALL)
+    assert fleet.graph.messages(SENDER, "drafts") == []
+
+
+@pytest.mark.parametrize("fault", ["throttle", "unavailable"])
+def test_a_file_that_graph_has_refused_for_now_is_attached_to_the_same_draft(fleet: Fleet, fault: str) -> None:
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "other", SMALL)])
+    getattr(fleet.graph, fault)(operation="attach")
+    fleet.send()
+    assert {row["status"] for row in table("file_uploads")} == {"pending"}
+
+    def sent() -> bool:
+        fleet.settle(id)
+        return sending(id) == "sent"
+
+    support.wait_until("it is sent", sent)
+    assert attached(fleet, id) == expected(small=SMALL, other=SMALL)
+    assert calls(fleet)["create_draft"] == 1
+
+
+def test_what_is_attached_behind_our_back_is_taken_off_again(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a first attempt
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "other", SMALL)])
+    attach_all = drafts._attach_all
+
+    def attached_then(email: models.ClaimedEmail, draft_id: str, planned: list[uploads.Upload]) -> None:
+        attach_all(email, draft_id, planned)
+        attach_small(draft_id)
+
+    # When a file of its draft's is attached twice, whoever did it
+    monkeypatch.setattr(drafts, "_attach_all", attached_then)
+    fleet.send()
+    # Then
+    assert attached(fleet, id) == expected(small=SMALL, other=SMALL)
+
+
+def test_small_files_are_on_the_mail_in_its_order(fleet: Fleet) -> None:
+    names = [f"file-{number}" for number in range(8)]
+    id = store(attachments=[file(fleet, name, SMALL) for name in names])
+    fleet.send()
+    (delivery,) = fleet.graph.deliveries(tag=id)
+    assert [each["name"] for each in delivery["attachments"]] == names
 
 
 def test_a_draft_that_lacks_what_was_brought_up_is_not_sent_so(fleet: Fleet) -> None:

@@ -144,7 +144,7 @@ def _copy_all(left: deque[ClaimedBackup], copies: list[Copy], spans: Mapping[str
     """
     mailbox, ids = left[0].mailbox, [backup.incoming_email_id for backup in left]
     since = min(backup.received_at for backup in left) - CLOCKS_DIFFER
-    with backup_call(mailbox, requests=1 + len(left)) as renewing:
+    with backup_call(mailbox, requests=runtime.graph.requests_to_find(len(ids)) + len(ids)) as renewing:
         found = runtime.graph.find_by_tags(mailbox, ids, since=since)
         while left:
             backup = left[0]

@@ -309,6 +309,7 @@ def _stream(email: ClaimedEmail, session: UploadSession, upload: Upload, attachm
                 declared_type=attachment.get("contentType"),
                 offset=began_at,
                 version=upload.source_version if began_at else None,
+                waiting=lambda: _go_on(email),
             ) as stream:
                 upload.source_version = stream.version
                 return _send_ranges(email, session, upload, stream)
@@ -358,9 +359,13 @@ def _read(email: ClaimedEmail, stream: AttachmentStream, size_bytes: int) -> byt
     while size_bytes > 0 and (piece := stream.receive(min(size_bytes, _PIECE_BYTES))):
         pieces.append(piece)
         size_bytes -= len(piece)
-        look()
-        _keep(email)
+        _go_on(email)
     return b"".join(pieces)
+
+
+def _go_on(email: ClaimedEmail) -> None:
+    look()
+    _keep(email)
 
 
 def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> UploadSession:

@@ -145,11 +145,14 @@ class AttachmentSource:
         declared_type: str | None = None,
         offset: int = 0,
         version: str | None = None,
+        waiting: Callable[[], object] = lambda: None,
     ) -> Iterator[AttachmentStream]:
         """Yield the attachment's bytes from ``offset`` on; sizes are in bytes and of the whole attachment.
 
         Args:
             version: That of the stream which the bytes before the offset were read from.
+            waiting: Called again and again while bytes before the offset come that nobody wants; what it raises ends
+                that.
 
         Raises:
             AttachmentRefused: It cannot be had, now or later; here or while reading.
@@ -164,7 +167,7 @@ class AttachmentSource:
         with fetcher.fetch(url_or_id, offset, version) as answer:
             demand_type(answer.origin, answer.content_type, declared_type)
             stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
-            stream.skip_to(offset)
+            stream.skip_to(offset, waiting)
             yield stream
 
 
@@ -196,9 +199,10 @@ class AttachmentStream:
         while chunk := self.read(chunk_bytes):
             yield chunk
 
-    def skip_to(self, offset: int) -> None:
+    def skip_to(self, offset: int, waiting: Callable[[], object]) -> None:
         """Discard the bytes before ``offset``, where a source could not start there by itself."""
         while self._position < offset:
+            waiting()
             if not self.receive(offset - self._position):
                 raise SizeMismatch(
                     f"{self._answer.origin} has {self._position} bytes, reading was to go on at {offset}"

@@ -210,6 +210,10 @@ class GraphClient:
             self._refuses_alternatives = True  # only now: it might have been the mailbox that was refused
             return found
 
+    def requests_to_find(self, values: int) -> int:
+        """Return how many requests ``find_by_tags`` makes for so many values, as far as is known by now."""
+        return values if self._refuses_alternatives else 1
+
     def _find_each_tagged(
         self, mailbox: str, values: Sequence[str], since: datetime | None
     ) -> dict[str, list[Message]]:

@@ -688,6 +688,25 @@ def test_a_source_without_ranges_is_read_and_discarded_up_to_the_offset(source: 
     assert "Range: bytes=1000-" in source.requests[0]
 
 
+def test_whoever_waits_for_the_offset_is_asked_and_may_end_it(source: Source, internet: Internet) -> None:
+    class Over(Exception):
+        pass
+
+    asked: list[int] = []
+
+    def waiting() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise Over
+
+    source.answers["/file.pdf"] = lambda request: (
+        part for piece in answer()(request) for part in (piece[:900], piece[900:])
+    )
+    with pytest.raises(Over), opener(internet).open(URL, declared_size=len(FILE), offset=1020, waiting=waiting):
+        pytest.fail("what lies behind the offset was handed out")
+    assert asked == [1, 1]
+
+
 @pytest.mark.parametrize("content_range", ["bytes 0-23/1024", "bytes 1000-1010/1024", "bytes */1024", "nonsense"])
 def test_a_range_that_was_not_asked_for_is_not_used(source: Source, internet: Internet, content_range: str) -> None:
     # Given a source that answers any range with a wrong one

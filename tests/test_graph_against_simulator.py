@@ -91,6 +91,7 @@ def test_several_sent_mails_are_found_by_their_tags_each_by_its_own(
         found = graph.find_by_tags(mailbox, ["One-1", "two'2", "absent"], since=began - timedelta(minutes=1))
         assert {value: len(messages) for value, messages in found.items()} == {"One-1": 1, "two'2": 1, "absent": 0}
         assert found["One-1"] == graph.find_by_tag(mailbox, "One-1").messages
+        assert graph.requests_to_find(3) == (1 if alternatives else 3)
 
 
 def test_what_is_looked_at_last_keeps_a_request_from_leaving(

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from typing import Any, ClassVar
 
+import dramatiq
 import pika.exceptions
 from dramatiq import Middleware
-from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer
-from dramatiq.common import xq_name
-from dramatiq.errors import ConnectionClosed
+from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer, _RabbitmqMessage
+from dramatiq.common import q_name, xq_name
+from dramatiq.errors import ConnectionClosed, DecodeError
 from dramatiq.middleware import Interrupt
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
@@ -31,8 +35,13 @@ DEAD_LETTER_EXCHANGE = "mail.dead_letters"
 MIRROR_QUEUE = "mail.dead_letters.mirror"
 #: Nobody of ours sends them, and Dramatiq acts on them whatever they hold.
 _REFUSED_OPTIONS = {"eta", "throws", "time_limit"}
+#: AMQP's reply code for a queue that does not exist (amqp 0-9-1, 1.8).
+_NO_QUEUE = 404
 #: A consumer that has had nothing to do for so long consumes anew: a few frames a minute for each queue.
 RENEWAL_AFTER = timedelta(minutes=1)
+#: How long an acknowledgement may wait for others while a consumer has messages in hand. Longer, and workers would wait
+#: for what RabbitMQ holds back; shorter, and fewer share a turn of the connection.
+_SETTLE_EVERY = timedelta(milliseconds=20)
 
 
 class FleetConsumer(_RabbitmqConsumer):
@@ -40,6 +49,9 @@ class FleetConsumer(_RabbitmqConsumer):
 
     Delivery tags start anew with each connection. After a reconnect Dramatiq's consumer takes the tag of a message of
     the old connection for one of the new, and so acknowledges a message that is still being worked on.
+
+    What the workers are done with is settled by the consumer's own thread, all that has gathered at once: waking it for
+    each message, as Dramatiq does, costs as much as the work of a small mail.
 
     Where the process may die: at ``message.done`` RabbitMQ delivers the message again, and the actor finds that it is
     done; at ``message.acknowledged`` it is over. At ``message.given-up`` it is delivered again, and finds its row of
@@ -59,19 +71,78 @@ class FleetConsumer(_RabbitmqConsumer):
             raise ConnectionClosed(error) from error
         self._prefetch, self._timeout_seconds = prefetch, timeout / 1000
         self._busy_at = time.monotonic()
+        self._arrived: deque[tuple[Any, Any, bytes]] = deque()
+        self._cancelled = False
+        #: Guards the tags: those in the workers' hands, and those that they are done with or have given up.
+        self._lock = threading.Lock()
+        self._done: list[int] = []
+        self._given_up: list[int] = []
+        try:
+            with self._connection_errors():
+                self._consume()
+        except ConnectionClosed:
+            self.connection.close()
+            raise
+
+    def _consume(self) -> None:
+        self.channel.add_on_cancel_callback(self._on_cancel)
+        self.channel.basic_consume(self.queue_name, self._on_delivery)
+
+    def _on_delivery(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        self._arrived.append((method, properties, body))
+
+    def _on_cancel(self, _method_frame: Any) -> None:
+        self._cancelled = True
+
+    @contextlib.contextmanager
+    def _connection_errors(self) -> Iterator[None]:
+        """Raise what pika raises as Dramatiq expects it, and have a queue that is gone declared anew."""
+        try:
+            yield
+        except (AssertionError, pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError) as error:
+            if getattr(error, "reply_code", None) == _NO_QUEUE:
+                self.broker.queues_pending.add(q_name(self.queue_name))
+            raise ConnectionClosed(error) from None
 
     def __next__(self) -> Any:
-        message = super().__next__()
-        if message is None:
+        with self._connection_errors():
+            arrived = self._next_arrived()
+        if arrived is None:
+            if self._cancelled:
+                raise StopIteration  # Dramatiq consumes anew
             self._renew_if_idle()
             return None
         self._busy_at = time.monotonic()
-        message.came_over = self
+        method, _, body = arrived
+        message = self._read(method, body)
+        if message is None:
+            self._nack(method.delivery_tag)
+            return None
+        with self._lock:
+            self.known_tags.add(method.delivery_tag)
         if self._can_be_taken(message):
             return message
         log.error("a message in %s is none that an actor can take", self.queue_name)
         self.nack(message)
         return None
+
+    def _next_arrived(self) -> tuple[Any, Any, bytes] | None:
+        self._settle()
+        if not self._arrived and not self._cancelled:
+            busy = self.known_tags or self._given_up
+            self.connection.process_data_events(_SETTLE_EVERY.total_seconds() if busy else self._timeout_seconds)
+        if not self.channel.is_open:  # of which pika tells only who uses it
+            raise pika.exceptions.ChannelWrongStateError
+        return self._arrived.popleft() if self._arrived else None
+
+    def _read(self, method: Any, body: bytes) -> Any:
+        try:
+            message = _RabbitmqMessage(method.redelivered, method.delivery_tag, dramatiq.Message.decode(body))
+        except DecodeError:
+            log.exception("a message in %s is none", self.queue_name)
+            return None
+        message.came_over = self
+        return message
 
     def _renew_if_idle(self) -> None:
         """Consume over a new channel, if nothing is in hand that came over this one."""
@@ -79,10 +150,12 @@ class FleetConsumer(_RabbitmqConsumer):
             return
         self._busy_at = time.monotonic()
         try:
+            self._settle()
             self.channel.close()
+            self._arrived.clear()  # what came meanwhile is delivered again
             self.channel = self.connection.channel()
             self.channel.basic_qos(prefetch_count=self._prefetch)
-            self.iterator = self.channel.consume(self.queue_name, inactivity_timeout=self._timeout_seconds)
+            self._consume()
         except (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError) as error:
             raise ConnectionClosed(error) from error
 
@@ -98,48 +171,68 @@ class FleetConsumer(_RabbitmqConsumer):
         )
 
     def ack(self, message: Any) -> None:
+        """Have the message acknowledged in a moment, if RabbitMQ waits for it."""
         self._busy_at = time.monotonic()
-        if self._may_settle(message):
+        if message.came_over is self:
             self.broker.crash_point(CrashPoint.MESSAGE_DONE, self.queue_name)
-            super().ack(message)
-            self._die_behind(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
+            self._let_go(message, self._done)
 
     def nack(self, message: Any) -> None:
+        """Have the message dead-lettered in a moment, if RabbitMQ waits for it."""
         self._busy_at = time.monotonic()
-        if self._may_settle(message):
-            super().nack(message)
+        if message.came_over is self:
+            self._let_go(message, self._given_up)
 
-    def _may_settle(self, message: Any) -> bool:
-        """Whether RabbitMQ waits for it; what came over a channel that is closed it delivers again.
+    def _let_go(self, message: Any, settled: list[int]) -> None:
+        with self._lock:
+            if message._tag in self.known_tags:
+                settled.append(message._tag)
+                self.known_tags.discard(message._tag)
 
-        Dramatiq would have the thread wait for the channel, five seconds at a time, before it works on.
+    def _nack(self, tag: int) -> None:
+        with self._lock:
+            self._given_up.append(tag)
+
+    def _settle(self) -> None:
+        """Tell RabbitMQ of everything that the workers have let go of.
+
+        All that came before the oldest in hand is acknowledged by one frame; for that to be true of what was given up,
+        it is refused first.
         """
-        return message.came_over is self and bool(self.channel.is_open)
-
-    def _die_behind(self, point: CrashPoint, queue_name: str = "") -> None:
-        """Pass a line behind what Dramatiq has only told the connection's own thread to do."""
-        if self.broker.crash_point.armed:
-            self.connection.add_callback_threadsafe(partial(self.broker.crash_point, point, queue_name))
+        if not self._done and not self._given_up:
+            return
+        with self._lock:
+            given_up, self._given_up = self._given_up, []
+            done, self._done = sorted(self._done), []
+            oldest_in_hand = min(self.known_tags, default=math.inf)
+        for tag in given_up:
+            self.broker.crash_point(CrashPoint.MESSAGE_GIVEN_UP)
+            self.channel.basic_nack(tag, requeue=False)
+            self.broker.crash_point(CrashPoint.MESSAGE_REFUSED)
+            # Of a body that is no message at all Dramatiq tells no middleware, and of others before it is true.
+            self.broker.emit_after("nack", None)
+        before = bisect_left(done, oldest_in_hand)
+        if before:
+            self.channel.basic_ack(done[before - 1], multiple=True)
+        for tag in done[before:]:
+            self.channel.basic_ack(tag)
+        if done:
+            self.broker.crash_point(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
 
     def close(self) -> None:
-        """Close the connection too when RabbitMQ has closed the channel.
+        """Settle what is left, and close the connection too when RabbitMQ has closed the channel.
 
         Raises:
             ConnectionClosed: Something was closed already. Any other error would end the consumer's thread for good.
         """
         try:
+            if self.channel.is_open:
+                self._settle()
             super().close()
         except Exception as error:
             with contextlib.suppress(Exception):
                 self.connection.close()
             raise ConnectionClosed(error) from error
-
-    def _nack(self, tag: int) -> None:
-        self.broker.crash_point(CrashPoint.MESSAGE_GIVEN_UP)
-        super()._nack(tag)
-        self._die_behind(CrashPoint.MESSAGE_REFUSED)
-        # Of a body that is no message at all Dramatiq tells no middleware.
-        self.broker.emit_after("nack", None)
 
 
 class FleetBroker(RabbitmqBroker):

@@ -77,17 +77,23 @@ def queue_type(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def failing(servers: dict[str, str], queue_type: str) -> Iterator[Failing]:
+def idle(servers: dict[str, str], queue_type: str) -> Iterator[Failing]:
+    """The same without a worker."""
     failing = Failing(servers["RABBITMQ_URL"], queue_type)
     failing.channel.queue_delete(MIRROR_QUEUE)  # which is of the broker's type
-    worker = Worker(failing.broker, worker_timeout=50)
-    worker.start()
     yield failing
-    worker.stop()
     failing.broker.close()
     for name in (failing.queue, failing.queue + ".DQ", failing.queue + ".XQ", MIRROR_QUEUE):
         failing.channel.queue_delete(name)
     failing.connection.close()
+
+
+@pytest.fixture
+def failing(idle: Failing) -> Iterator[Failing]:
+    worker = Worker(idle.broker, worker_timeout=50)
+    worker.start()
+    yield idle
+    worker.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -228,9 +234,9 @@ def consumer(failing: Failing) -> Iterator[Any]:
     failing.channel.queue_delete(queue)
 
 
-def test_a_consumer_whose_queue_was_deleted_ends_with_its_connection(failing: Failing, consumer: Any) -> None:
-    # Given a consumer that RabbitMQ has refused the queue
-    failing.channel.queue_delete(consumer.queue_name)
+def test_a_consumer_whose_channel_was_closed_ends_with_its_connection(consumer: Any) -> None:
+    # Given a consumer whose channel RabbitMQ has closed
+    consumer.channel.basic_ack(4711)
     with pytest.raises(BrokerConnectionError):
         next(consumer)
     # When
@@ -238,6 +244,48 @@ def test_a_consumer_whose_queue_was_deleted_ends_with_its_connection(failing: Fa
         consumer.close()
     # Then
     assert consumer.connection.is_closed
+
+
+def test_a_consumer_whose_queue_was_deleted_comes_to_its_end(failing: Failing, consumer: Any) -> None:
+    failing.channel.queue_delete(consumer.queue_name)
+    assert next(consumer, "over") == "over"
+
+
+def test_a_queue_that_is_not_there_is_declared_by_the_next_consumer(failing: Failing) -> None:
+    with pytest.raises(BrokerConnectionError):
+        FleetConsumer(failing.broker, failing.queue + ".missing", 1, 50)
+    assert failing.queue + ".missing" in failing.broker.queues_pending
+    failing.broker.queues_pending.clear()
+
+
+def deliveries(idle: Failing, queue: str, count: int) -> Iterator[Any]:
+    """Yield so many messages as a consumer of the queue that may hold them all hands them on."""
+    for number in range(count):
+        message = idle.fail.message(str(number)).copy(queue_name=queue)
+        idle.channel.basic_publish("", queue, message.encode())
+    consumer = FleetConsumer(idle.broker, queue, count, 1000)
+    for _ in range(count):
+        yield next(consumer)
+
+
+def test_what_is_settled_together_leaves_what_is_in_hand(idle: Failing) -> None:
+    # Given messages in hand, of which some are done and one is given up
+    queue = idle.queue
+    idle.broker.declare_queue(queue, ensure=True)
+    messages = list(deliveries(idle, queue, 8))
+    consumer = messages[0].came_over
+    for number in (5, 0, 2, 1, 6):
+        consumer.ack(messages[number])
+    consumer.nack(messages[3])
+    # When all of that is settled at once, and the connection breaks
+    consumer._settle()
+    consumer.connection.close()
+    # Then what was not is there again, and what was given up is dead-lettered
+    left: list[Any] = []
+    wait_until("the others are there again", lambda: left.extend(idle.taken(queue)) or len(left) == 2)
+    assert {orjson.loads(body)["args"][0] for _, body in left} == {"4", "7"}
+    (dead,) = wait_until("one is mirrored", idle.mirrored)
+    assert orjson.loads(dead)["args"] == ["3"]
 
 
 def test_a_message_whose_connection_is_gone_is_left_to_rabbitmq_without_waiting(

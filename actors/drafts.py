@@ -85,7 +85,7 @@ def prepare_draft(email: ClaimedEmail) -> str:
         raise MessageTooLarge
     begun_before = email.attempt > 1 or email.draft_id is not None
     draft_id = email.draft_id or _first_draft(email, begun_before)
-    if "attachments" not in email.payload:
+    if not email.payload.get("attachments"):
         return draft_id
     planned = _plan(email)
     if begun_before:

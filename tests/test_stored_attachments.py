@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
+import os
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -267,6 +269,31 @@ def test_a_store_that_cannot_be_written_is_told_without_its_path(monkeypatch: py
     with pytest.raises(StoreUnavailable) as away:
         attach()
     assert "nowhere" not in str(away.value)
+
+
+def test_a_file_and_its_name_and_that_of_a_new_folder_are_flushed_before_it_counts_as_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    Store(f"file://{tmp_path}/new/folder").write("a", [b"sealed"])
+    folder = tmp_path / "new" / "folder"
+    assert flushed == [tmp_path, tmp_path / "new", folder / "a", folder]
+
+
+def test_a_shared_folder_that_does_not_flush_names_is_a_store_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Store(f"file://{tmp_path}").write("a", [b"sealed"])
+    assert (tmp_path / "a").read_bytes() == b"sealed"
 
 
 # Deleted

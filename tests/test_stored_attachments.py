@@ -264,6 +264,22 @@ def test_what_a_killed_process_left_unfinished_cannot_be_sent_and_is_deleted_wit
     assert stored_attachments.finish(id, size=1, sha256="", keep=timedelta(1)) is None
 
 
+def test_what_arrives_after_its_row_was_deleted_leaves_no_file() -> None:
+    written: list[str] = []
+
+    def late() -> Iterator[bytes]:
+        yield SMALL
+        written.extend(row["id"] for row in table("stored_attachments"))
+        rows("DELETE FROM stored_attachments")
+        yield SMALL
+
+    with pytest.raises(NotAttachable, match="given up"):
+        operations.attach(late(), name="a", content_type="a/b", who="ann")
+    (id,) = written
+    assert not file(id).exists()
+    assert audited() == []
+
+
 def test_a_store_that_cannot_be_written_is_told_without_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "store", Store("file:///proc/nowhere"))
     with pytest.raises(StoreUnavailable) as away:

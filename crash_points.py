@@ -71,6 +71,10 @@ class CrashPoint(StrEnum):
     MIRROR_ACKNOWLEDGED = "mirror.acknowledged"
     NOTICE_RECORDED = "notice.recorded"
     NOTICE_TOLD = "notice.told"
+    TIDYING_LET_GO = "tidying.let-go"
+    TIDYING_SESSION_ENDED = "tidying.session-ended"
+    TIDYING_DRAFT_DELETED = "tidying.draft-deleted"
+    TIDYING_RECORDED = "tidying.recorded"
     PURGE_DELETED = "purge.deleted"
 
 

@@ -8,6 +8,10 @@ Every call goes through the limiter, and a turn looks at a bounded number of ema
 nothing that another turn does not find again: that an email was looked at is recorded last. A mailbox that refuses, or
 is at its limit, is asked again when the same time has passed.
 
+Where it may die, and what happens next: ``tidying.let-go``: the sessions' addresses are forgotten, and they end by
+themselves; the next turn finds the drafts. ``tidying.session-ended``, ``tidying.draft-deleted``: the next turn finds
+what is left. ``tidying.recorded``: the next turn goes on with the next email.
+
 A message that may be the mail itself is never deleted: not the one that left, not one in doubt, and nothing of a mail
 that was sent unless the mail is there as well. As the request leaves, the email must be as it was found: a replay goes
 on with a draft.
@@ -25,6 +29,7 @@ import runtime
 from actors.graph_calls import SLOT_WAIT
 from actors.outcomes import heed
 from actors.waiting import CLOCKS_DIFFER
+from crash_points import CrashPoint
 from graph_client import Message, UploadSession, looking_first
 from graph_client.errors import GraphError, ItemNotFound, PermanentError
 from limiter import NeverFits, Refused
@@ -54,12 +59,15 @@ def tidy_drafts() -> None:
         if not clean:
             refusing.add(leftover.mailbox)
         leftovers.record_look(leftover, clean=clean)
+        runtime.crash_point(CrashPoint.TIDYING_RECORDED)
 
 
 def _tidied(leftover: Leftover) -> bool:
     """Take out what the email has left; return whether nothing is left."""
     try:
-        for session in leftovers.let_go(leftover):
+        sessions = leftovers.let_go(leftover)
+        runtime.crash_point(CrashPoint.TIDYING_LET_GO)
+        for session in sessions:
             _end(leftover, session)
         for draft in _drafts(leftover):
             _delete(leftover, draft)
@@ -78,6 +86,7 @@ def _tidied(leftover: Leftover) -> bool:
 def _end(leftover: Leftover, session: OpenSession) -> None:
     with suppress(PermanentError), runtime.limiter.slot(leftover.mailbox, wait=SLOT_WAIT):
         runtime.graph.cancel_upload(UploadSession(leftover.mailbox, session.url, session.expires_at, next_offset=0))
+    runtime.crash_point(CrashPoint.TIDYING_SESSION_ENDED)
 
 
 def _drafts(leftover: Leftover) -> list[Message]:
@@ -101,6 +110,7 @@ def _delete(leftover: Leftover, draft: Message) -> None:
         looking_first(look),
     ):
         runtime.graph.delete_message(leftover.mailbox, draft.id)
+    runtime.crash_point(CrashPoint.TIDYING_DRAFT_DELETED)
     known = inspection.known_as(leftover.incoming_email_id)
     mail_log(
         Step.DRAFT_DELETED,

@@ -184,6 +184,8 @@ class AttachmentStream:
         if answer.total_bytes is not None:
             self._check_length(answer.total_bytes)
             self._check_complete(answer.total_bytes)
+        else:
+            self._demand_end()  # of an empty file nothing is read, and what there is would go unseen
 
     def read(self, size_bytes: int) -> bytes:
         """Return exactly so many bytes, fewer only at the end, none after it."""
@@ -213,11 +215,16 @@ class AttachmentStream:
         piece = self._answer.read(at_most)
         self._position += len(piece)
         self._check_length(self._position)
-        if not piece:
+        if piece:
+            self._demand_end()
+        else:
             self._check_complete(self._position)
-        elif self._position == self.size_bytes and (more := self._answer.read(1)):
-            self._check_length(self._position + len(more))
         return piece
+
+    def _demand_end(self) -> None:
+        """Where the last byte that was declared has been read, see that there is none behind it."""
+        if self._position == self.size_bytes and (more := self._answer.read(1)):
+            self._check_length(self._position + len(more))
 
     def _check_length(self, length_bytes: int) -> None:
         if self._max_bytes is not None and length_bytes > self._max_bytes:

@@ -6,10 +6,11 @@ while it wrote: whoever writes makes a note of it first, by which it is found an
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,8 @@ from attachments.errors import SourceGone, StoreUnavailable
 from attachments.filesystems import READ_BLOCK_BYTES, WRITE_BLOCK_BYTES, Folder, demand_scheme, failures_of
 
 _ORIGIN = "the store of attachments"
+#: What shared folders say that flush names by themselves (fsync(2)).
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
 
 
 def check_store_url(url: str) -> str:
@@ -53,6 +56,25 @@ def _failures_of_writing() -> Iterator[None]:
         raise StoreUnavailable(f"{_ORIGIN} is not there") from None
 
 
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _keep_names(folder.parent)
+
+
+def _keep_names(folder: Path) -> None:
+    """Have the names in a folder survive a loss of power: what was flushed of a file does not bring its name along."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as refusal:
+        if refusal.errno not in _NOT_FOR_FOLDERS:
+            raise
+    finally:
+        os.close(descriptor)
+
+
 class Store:
     """Sealed files by name. Safe to share between threads; nothing is contacted before it is used."""
 
@@ -70,24 +92,26 @@ class Store:
         with _failures_of_writing():
             filesystem, path = self._folder.at(name)
             if self._is_local:
-                filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+                _make_folder(Path(path).parent)
             file = filesystem.open(path, "wb", block_size=WRITE_BLOCK_BYTES, autocommit=self._is_local)
         try:
             for chunk in chunks:
                 with _failures_of_writing():
                     file.write(chunk)
             with _failures_of_writing():
-                self._finish(file)
+                self._finish(file, path)
         except BaseException:
             self._abandon(file, name)
             raise
 
-    def _finish(self, file: Any) -> None:
+    def _finish(self, file: Any, path: str) -> None:
         if self._is_local:
             file.flush()
             os.fsync(file.fileno())
-        file.close()
-        if not self._is_local:
+            file.close()
+            _keep_names(Path(path).parent)
+        else:
+            file.close()
             file.commit()
 
     def _abandon(self, file: Any, name: str) -> None:

@@ -6,8 +6,9 @@ same 150 MB are copied from the same source to the same simulated Graph by a loo
     python -m bench.attachments
     python -m bench.attachments --kills 40 --uploads 60 --seed 1
 
-With ``--kills`` the workers are killed while files of 5 to 40 MB go up, and Graph's record is held against what was
-published: every mail once, each attachment once, byte for byte.
+With ``--kills`` the workers are killed while files of 5 to 40 MB go up, one to five with a mail, about half of them
+stored with mailfleet and the others on a web server. Graph's record is held against what was published: every mail
+once, each attachment once, byte for byte. A run in which no kill struck while a file was part up has shown nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from bench import report
 from bench.blows import Blow, Hand
 from bench.limits.findings import Findings
 from bench.load import UNBINDING
-from bench.mail import attachments
 from graph_client import UPLOAD_RANGE_BYTES, GraphClient, TokenSource
 from sandbox.servers import Servers
 from sandbox.world import World
+from simulator import files
+from telemetry import Step
 
 MEGABYTE = 1024 * 1024
 SMALL_BYTES, LARGE_BYTES = 5 * MEGABYTE, 150 * MEGABYTE
@@ -44,10 +46,12 @@ MOST_GROWTH_MB = 24.0
 #: Bytes a second, of the bare copy's.
 LEAST_SHARE = 0.75
 _TYPES = ("bridge", "clock", "scheduler", "send_attached")
+_TOKEN = "a-token-of-the-bench"
 _PATIENCE = timedelta(minutes=20)
 _KILL_SETTINGS: dict[str, str | int] = {
     **UNBINDING,
     "METRICS_PORT": 0,
+    "CONSOLE_TOKENS": f"bench:operator:{_TOKEN}",
     "GRAPH_TIMEOUT_SECONDS": 5,
     "LEASE_SECONDS": 20,
     "MAX_ATTEMPTS": 50,
@@ -57,6 +61,10 @@ _KILL_SETTINGS: dict[str, str | int] = {
     "IN_DOUBT_GRACE_SECONDS": 10,
 }
 _SMALLEST_MB, _LARGEST_MB = 5, 40
+_MOST_FILES = 5
+#: Of a mail, so that it is below what Exchange takes at most, in base64.
+_MOST_MAIL_MB = 100
+_STORED_SHARE = 0.5
 #: So many mails that went wrong are named.
 _NAMED = 10
 _SETTLED = "SELECT count(*) FROM incoming_emails WHERE status IN ('processed', 'failed', 'expired', 'cancelled')"
@@ -176,25 +184,97 @@ def _graph(world: World) -> GraphClient:
 def survive(world: World, servers: Servers, options: argparse.Namespace, screen: Console) -> Findings:
     """Kill the workers while files go up, wait until all is settled, and hold Graph's record against it."""
     chance = random.Random(f"{options.seed} uploads")
-    mail = [_upload(world, number, chance, options) for number in range(options.uploads)]
+    world.wait_until("the console is up", lambda: _is_up(_console(world)))
+    mail = [_mail(world, f"upload-{number}", files, chance) for number, files in enumerate(_sizes(options, chance))]
+    screen.print(f"{len(mail)} mails; killing while they go up")
     world.simulator.set_limits(requests=0, upload_bytes=0)
     hand = Hand(world, servers)
+    struck, told = 0, Counter[str]()
     began = time.monotonic()
     world.publish(*mail)
-    hand.deal([*_blows(world, options.kills, options.seconds, chance)], began)
+    for blow in _blows(world, options.kills, options.seconds, chance):
+        hand.deal([blow], began)
+        lines = world.log_lines(blow.target)
+        struck += _part_up(lines[told[blow.target] :]) > 0
+        told[blow.target] = len(lines)
     screen.print(f"{time.monotonic() - began:.0f} s: the last blow has fallen; waiting until all is settled")
     world.wait_until("all is settled", lambda: world.count(_SETTLED) >= len(mail), _PATIENCE)
     findings = judge(world, mail)
     findings.tell("kills that struck a living worker", hand.kills.total())
+    findings.at_least("kills that struck while files were part up", struck, 1)
     findings.tell("seconds", time.monotonic() - began)
     findings.tell("attempts", world.count("SELECT sum(attempt_count) FROM incoming_emails"))
-    findings.tell("MB published", sum(each["attachments"][0]["size"] for each in mail) / MEGABYTE)
+    attached = [file for each in mail for file in each["attachments"]]
+    findings.tell("files", len(attached))
+    findings.tell("of them stored with mailfleet", sum("://" not in file["urlOrId"] for file in attached))
+    findings.tell("MB published", sum(file["size"] for file in attached) / MEGABYTE)
     return findings
 
 
-def _upload(world: World, number: int, chance: random.Random, options: argparse.Namespace) -> dict[str, Any]:
-    size_bytes = round(chance.uniform(options.smallest_mb, options.largest_mb) * MEGABYTE)
-    return _email(world, f"upload-{number}", f"sender{number % 20}@contoso.example", size_bytes)
+def _sizes(options: argparse.Namespace, chance: random.Random) -> Iterator[list[int]]:
+    """Yield the sizes of each mail's files in bytes, until there are as many files as are wanted."""
+    left = options.uploads
+    while left:
+        sizes: list[int] = []
+        for _ in range(min(left, chance.randint(1, _MOST_FILES))):
+            size_bytes = round(chance.uniform(options.smallest_mb, options.largest_mb) * MEGABYTE)
+            if not sizes or sum(sizes) + size_bytes <= _MOST_MAIL_MB * MEGABYTE:
+                sizes.append(size_bytes)
+        left -= len(sizes)
+        yield sizes
+
+
+def _mail(world: World, name: str, sizes: Sequence[int], chance: random.Random) -> dict[str, Any]:
+    mail = _email(world, name, f"{name}@contoso.example", 0)
+    mail["attachments"] = [
+        {
+            "name": (file := f"{name}-{place}.bin"),
+            "size": size_bytes,
+            "urlOrId": _stored(world, file, size_bytes)
+            if chance.random() < _STORED_SHARE
+            else world.simulator.file_url(size_bytes, seed=file),
+        }
+        for place, size_bytes in enumerate(sizes)
+    ]
+    return mail
+
+
+def _stored(world: World, name: str, size_bytes: int) -> str:
+    """Store the file that the web server would give, and return its id."""
+    answer = requests.post(
+        f"{_console(world)}/api/v1/attachments",
+        params={"name": name},
+        data=files.chunks(name, size_bytes),
+        headers={"Authorization": f"Bearer {_TOKEN}"},
+        timeout=120,
+    )
+    answer.raise_for_status()
+    return str(answer.json()["id"])
+
+
+def _console(world: World) -> str:
+    return f"http://127.0.0.1:{world.fleet.ports['console.1'].port}"
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/readyz", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def _part_up(lines: Sequence[dict[str, Any]]) -> int:
+    """Return how many files were part up when a worker died that has logged these lines since it was started."""
+    under_way: dict[str, set[int]] = {}
+    for line in lines:
+        positions = under_way.setdefault(line.get("incoming_email_id", ""), set())
+        if line["event"] == Step.UPLOADING:
+            positions.add(line["position"])
+        elif line["event"] == Step.UPLOADED:
+            positions.discard(line["position"])
+        else:  # whatever else is told of a mail, its files are not being brought up
+            positions.clear()
+    return sum(map(len, under_way.values()))
 
 
 def _blows(world: World, count: int, over_seconds: float, chance: random.Random) -> Iterator[Blow]:
@@ -221,18 +301,21 @@ def judge(world: World, mail: Sequence[dict[str, Any]]) -> Findings:
 
 def _whole(world: World, ids: dict[str, str], mail: dict[str, Any]) -> bool:
     (delivery,) = world.simulator.deliveries(tag=ids[mail["publisher_message_id"]])
-    return sorted((each["name"], each["sha256"]) for each in delivery["attachments"]) == attachments(mail)
+    wanted = [(each["name"], files.sha256(each["name"], each["size"])) for each in mail["attachments"]]
+    return sorted((each["name"], each["sha256"]) for each in delivery["attachments"]) == sorted(wanted)
 
 
 # The command
 
 
 @contextmanager
-def _world(settings: dict[str, str | int], **fleet_options: Any) -> Iterator[tuple[World, Servers]]:
+def _world(
+    settings: dict[str, str | int], only: Sequence[str] = _TYPES, **fleet_options: Any
+) -> Iterator[tuple[World, Servers]]:
     with (
         tempfile.TemporaryDirectory(prefix="mailfleet-bench-") as directory,
         Servers(Path(directory), durable=False, environment={}) as servers,
-        World(servers.environment, Path(directory) / "world", settings, only=_TYPES, **fleet_options) as world,
+        World(servers.environment, Path(directory) / "world", settings, only=only, **fleet_options) as world,
     ):
         world.wait_until_ready(timedelta(seconds=90))
         yield world, servers
@@ -243,7 +326,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--times", type=int, default=3, help="how often each file is sent and copied (default: %(default)s)")
     add("--kills", type=int, default=0, help="kill the workers so often instead")
-    add("--uploads", type=int, default=60, help="mails with a file each, for --kills (default: %(default)s)")
+    add("--uploads", type=int, default=60, help="files, one to five with a mail, for --kills (default: %(default)s)")
     add("--smallest-mb", type=float, default=_SMALLEST_MB)
     add("--largest-mb", type=float, default=_LARGEST_MB)
     add("--seconds", type=float, default=120, help="over which the kills are spread (default: %(default)g)")
@@ -254,7 +337,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
     if options.kills:
-        with _world(_KILL_SETTINGS, scale={"send_attached": 2}, supervise=True) as (world, servers):
+        with _world(_KILL_SETTINGS, (*_TYPES, "console"), scale={"send_attached": 2}, supervise=True) as (
+            world,
+            servers,
+        ):
             findings = survive(world, servers, options, Console())
         return report.tell(findings, f"{options.kills} kills, seed {options.seed}", options)
     with _world(UNBINDING) as (world, _):

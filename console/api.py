@@ -86,18 +86,28 @@ def private(response: Response) -> None:
 
 #: It only tells the schema how to authenticate: `access` decides.
 _BEARER = HTTPBearer(auto_error=False, description="A token of CONSOLE_TOKENS.")
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": description,
-        "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+Problems = dict[int | str, dict[str, Any]]
+
+
+def problems(descriptions: dict[int, str]) -> Problems:
+    """Return what the schema says of the answers that are problems."""
+    return {
+        status: {
+            "description": description,
+            "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+        }
+        for status, description in descriptions.items()
     }
-    for status, description in (
-        (401, "No token, or a wrong one."),
-        (403, "A viewer's token, and this acts or takes content out."),
-        (422, "The request is not valid."),
-        (503, "A server is away: try again."),
-    )
-}
+
+
+_PROBLEMS = problems(
+    {
+        401: "No token, or a wrong one.",
+        403: "A viewer's token, and this acts or takes content out.",
+        422: "The request is not valid.",
+        503: "A server is away: try again.",
+    }
+)
 
 
 def make_router(path: str, tag: str) -> APIRouter:

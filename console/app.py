@@ -10,6 +10,7 @@ import contracts
 import operations
 from console import api_docs, attachments_api, backups_api, dead_letters_api, emails_api, limits_api
 from console.access import Access
+from console.attachments_api import PATIENCE, Patience
 from console.fleet_metrics import FleetCollector
 from console.problems import answer_problems
 from console.readiness import Readiness
@@ -17,8 +18,8 @@ from console.readiness import Readiness
 _LOOKING = ["GET", "HEAD"]
 
 
-def make_app(access: Access) -> FastAPI:
-    """Return the console for those that ``access`` lets in."""
+def make_app(access: Access, patience: Patience = PATIENCE) -> FastAPI:
+    """Return the console for those that ``access`` lets in; with those that store a file it has so much patience."""
     app = FastAPI(
         title="mailfleet",
         version=contracts.__version__,
@@ -28,6 +29,7 @@ def make_app(access: Access) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.access = access
+    app.state.patience = patience
     answer_problems(app)
     app.include_router(api_docs.router)
     app.include_router(emails_api.router)

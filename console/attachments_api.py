@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from email.message import EmailMessage
 from functools import partial
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import anyio
 import anyio.from_thread
@@ -18,17 +20,38 @@ from starlette.requests import ClientDisconnect
 
 import operations
 from console.access import Operator
-from console.api import make_router
+from console.api import make_router, problems
 
 #: How many files come in at a time; each has a thread and a few megabytes. More wait for their turn.
 MAX_AT_A_TIME = 8
-#: A client that sends nothing for so long is given up.
-PATIENCE = timedelta(seconds=60)
 
+
+class Patience(NamedTuple):
+    """How long a client is waited for, and waits."""
+
+    #: For the next bytes; and for all of them together, beside what they take at the least rate.
+    silence: timedelta = timedelta(seconds=60)
+    #: A client that drips would keep its turn from the others for ever. Half of a slow uplink's megabit a second.
+    least_bytes_per_second: int = 64 * 1024
+    #: Proxies give an answer up after a minute, as a rule.
+    turn: timedelta = timedelta(seconds=30)
+
+
+PATIENCE = Patience()
 
 router = make_router("/attachments", "attachments")
 router.route_class = APIRoute  # no bound on the body here: `operations.attach` has its own
-_turns = anyio.CapacityLimiter(MAX_AT_A_TIME)
+_turns = anyio.Semaphore(MAX_AT_A_TIME)
+#: The rest of a body is not read, however long it would go on.
+_CLOSE = {"Connection": "close"}
+_BUSY = {"Retry-After": "30", **_CLOSE}
+_PROBLEMS = problems(
+    {
+        408: "The body did not come, or too slowly.",
+        413: "The body is too large.",
+        503: "Too many files are being stored, or a server or the store is away: try again.",
+    }
+)
 _BODY = {
     "requestBody": {
         "required": True,
@@ -48,7 +71,7 @@ class AttachmentStored(BaseModel):
     expires_at: datetime
 
 
-@router.post("", status_code=201, openapi_extra=_BODY)
+@router.post("", status_code=201, openapi_extra=_BODY, responses=_PROBLEMS)
 async def store_attachment(
     who: Operator,
     request: Request,
@@ -56,32 +79,60 @@ async def store_attachment(
     expires_in: Annotated[int | None, Query(ge=1, le=3_000_000_000, description="Seconds.")] = None,
 ) -> AttachmentStored:
     """Store the body as an attachment, under the name and the Content-Type that are given."""
+    patience: Patience = request.app.state.patience
     store = partial(
         operations.attach,
-        _chunks(request.stream(), PATIENCE),
+        _chunks(request.stream(), patience),
         name=name or _disposition_name(request),
         content_type=request.headers.get("content-type", "application/octet-stream"),
         who=f"api:{who}",
         expires_in=timedelta(seconds=expires_in) if expires_in else None,
         declared_bytes=_declared_bytes(request),
     )
-    try:
-        stored = await anyio.to_thread.run_sync(store, limiter=_turns)
-    except TimeoutError:
-        raise HTTPException(408, "the body did not come") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the body broke off") from None
+    async with _turn(patience.turn):
+        try:
+            # The thread is its turn's, and none of those that the other paths share.
+            stored = await anyio.to_thread.run_sync(store, limiter=anyio.CapacityLimiter(1))
+        except TimeoutError:
+            raise HTTPException(408, "the body did not come, or too slowly", _CLOSE) from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the body broke off") from None
     return AttachmentStored(**stored._asdict())
 
 
-def _chunks(stream: AsyncIterator[bytes], patience: timedelta) -> Iterator[bytes]:
-    """Yield, in a thread, what comes to the event loop; the client is held back as the store takes it."""
+@asynccontextmanager
+async def _turn(wait: timedelta) -> AsyncIterator[None]:
+    try:
+        with anyio.fail_after(wait.total_seconds()):
+            await _turns.acquire()
+    except TimeoutError:
+        raise HTTPException(503, "too many files are being stored: try again", _BUSY) from None
+    try:
+        yield
+    finally:
+        _turns.release()
+
+
+def _chunks(stream: AsyncIterator[bytes], patience: Patience) -> Iterator[bytes]:
+    """Yield, in a thread, what comes to the event loop; the client is held back as the store takes it.
+
+    Raises:
+        TimeoutError: The client was waited for too long, at a time or in all; waiting for the store does not count.
+    """
+    silence = patience.silence.total_seconds()
+    waited, received = 0.0, 0
 
     async def following() -> bytes | None:
-        with anyio.fail_after(patience.total_seconds()):
+        with anyio.fail_after(min(silence, silence + received / patience.least_bytes_per_second - waited)):
             return await anext(stream, None)
 
-    while (chunk := anyio.from_thread.run(following)) is not None:
+    while True:
+        began = time.monotonic()
+        chunk = anyio.from_thread.run(following)
+        if chunk is None:
+            return
+        waited += time.monotonic() - began
+        received += len(chunk)
         yield chunk
 
 

@@ -5,7 +5,8 @@ file was never finished expires like any other.
 
 An attachment may go once it has expired and no email that uses it is unsettled, or once all that use it have been done
 for a while. An email's use is noted in the transaction that stores the email. Whoever deletes takes the row for itself
-first and looks at the uses then: an email that comes meanwhile waits for the row, and finds that it is gone.
+first and looks at the uses then: an email that comes meanwhile waits for the row, and finds that it is gone. From then
+on ``deleting_at`` says when its file is to be deleted: now, or later if that has failed, behind all others.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ _MAY_GO = """
 def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
     """Take at most ``batch`` attachments that may go out of use for good, and return their ids.
 
-    Those that were taken by somebody who died before `forget` are returned again.
+    Those that were taken by somebody who died before `forget` are returned again, the longest taken first; those that
+    were `put_off` when their time has come.
 
     Args:
         keep_used: How long one stays after the last of its mails is done: another may be on its way.
@@ -154,9 +156,18 @@ def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
             {**wanted, "ids": [id for (id,) in candidates]},
         )
     taken = rows(
-        "SELECT id::text FROM stored_attachments WHERE deleting_at IS NOT NULL ORDER BY id LIMIT %(batch)s", wanted
+        "SELECT id::text FROM stored_attachments WHERE deleting_at <= now() ORDER BY deleting_at, id LIMIT %(batch)s",
+        wanted,
     )
     return [id for (id,) in taken]
+
+
+def put_off(id: str, wait: timedelta) -> None:
+    """Leave the file of an attachment that was taken to be deleted later: it cannot be now."""
+    rows(
+        "UPDATE stored_attachments SET deleting_at = now() + %(wait)s WHERE id = %(id)s AND deleting_at IS NOT NULL",
+        {"id": id, "wait": wait},
+    )
 
 
 def give_up(id: str) -> None:

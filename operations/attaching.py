@@ -18,7 +18,7 @@ from pydantic import ValidationError
 import contracts
 import models
 import runtime
-from attachments import TooLarge
+from attachments import StoreUnavailable, TooLarge
 from models import audit, stored_attachments
 from models.ids import new_id
 from operations.errors import NotAttachable
@@ -126,13 +126,16 @@ class _Incoming:
 def _finish(id: str, incoming: _Incoming, keep: timedelta, who: str) -> datetime:
     with models.transaction():
         expires_at = stored_attachments.finish(id, size=incoming.size_bytes, sha256=incoming.sha256, keep=keep)
-        if expires_at is None:
-            raise NotAttachable("it took so long to arrive that it was given up")
-        audit.record(who, "attachments.store", id, size=incoming.size_bytes)
+        if expires_at is not None:
+            audit.record(who, "attachments.store", id, size=incoming.size_bytes)
+    if expires_at is None:
+        with suppress(StoreUnavailable):
+            runtime.store.delete(id)  # its row may be gone, and with it whoever would look for the file
+        raise NotAttachable("it took so long to arrive that it was given up")
     return expires_at
 
 
 def _undo(id: str) -> None:
-    """Leave it to `maintenance`: the store has deleted the file already, unless it is away."""
+    """Leave the row to `maintenance`: the file has been deleted already, unless the store is away."""
     with suppress(models.DatabaseAway):  # then the row expires
         stored_attachments.give_up(id)

@@ -27,6 +27,8 @@ class S3Server:
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.failing = False
+        #: Without it is as a cloud whose client makes no conditions.
+        self.heeds_conditions = True
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -98,7 +100,7 @@ class S3Server:
         if content is None:
             return _error(404, "NoSuchKey")
         headers = {"ETag": _etag(content), "Last-Modified": "Fri, 27 Nov 2026 10:00:00 GMT", "Accept-Ranges": "bytes"}
-        if request.headers.get("If-Match", headers["ETag"]) != headers["ETag"]:
+        if self.heeds_conditions and request.headers.get("If-Match", headers["ETag"]) != headers["ETag"]:
             return _error(412, "PreconditionFailed")
         if found := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", "")):
             first, last = int(found[1]), min(int(found[2]), len(content) - 1)

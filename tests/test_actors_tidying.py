@@ -14,6 +14,7 @@ import models
 import runtime
 from actors.budgets import keep_counts
 from actors.tidying import tidy_drafts
+from crash_points import CrashPoint
 from models import dead_letters, leftovers
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
@@ -155,6 +156,40 @@ def test_the_address_of_a_session_that_has_ended_is_forgotten_whatever_its_mail_
     rows('UPDATE file_uploads SET upload_session_info = \'{"url": "secret", "expires_at": "2020-01-01T00:00:00Z"}\'')
     tidy_drafts()
     assert {row["upload_session_info"] for row in table("file_uploads")} == {None}
+
+
+class Died(Exception):
+    """Raised in the place of a death of the process."""
+
+
+@pytest.mark.parametrize("line", [point for point in CrashPoint if point.startswith("tidying.")])
+def test_whoever_dies_while_tidying_leaves_the_rest_to_the_next_turn_and_nothing_for_ever(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, line: CrashPoint
+) -> None:
+    # Given a draft beside one with an open session, of a mail that ended without being sent
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    killed_after(fleet, id, make_draft)
+    killed_after(fleet, id, half_uploaded)
+    rows("UPDATE incoming_emails SET status = 'cancelled', next_attempt_at = NULL")
+    later()
+    assert drafts_left(fleet) == 2
+
+    def die(point: CrashPoint) -> None:
+        if point is line:
+            raise Died
+
+    # When
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "crash_point", die)
+        with pytest.raises(Died):
+            tidy_drafts()
+    assert email_row(id)["drafts_clean"] is (line is CrashPoint.TIDYING_RECORDED)
+    tidy_drafts()
+    # Then
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"], email_row(id)["draft_id"]) == (0, True, None)
+    assert {row["upload_session_info"] for row in table("file_uploads")} == {None}
+    ended = len(fleet.graph.requests(operation="cancel_upload_session"))
+    assert ended == (0 if line is CrashPoint.TIDYING_LET_GO else 1)
 
 
 REFUSALS: dict[str, Callable[[Fleet], None]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from collections import deque
 from collections.abc import Callable
 from email import message_from_bytes
 from email.message import Message
@@ -414,3 +415,45 @@ def test_the_memory_for_a_file_is_bound_by_its_ranges_and_not_by_its_length(flee
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < UPLOAD_RANGE_BYTES // 2
+
+
+# Who leaves a file to whom
+
+
+def test_a_file_is_not_left_to_an_uploader_that_has_just_found_nothing_to_do(tables: str) -> None:
+    # Given one uploader that is refused a slot at the moment when the other has looked for more and found none
+    in_hand = threading.Barrier(2)
+    found_nothing, left = threading.Event(), threading.Event()
+    holders: dict[str, int] = {}
+
+    def bring_up(upload: Upload) -> None:
+        holders[upload.filename] = threading.get_ident()
+        in_hand.wait(5)
+        if upload.filename == "refused":
+            assert found_nothing.wait(5)
+            raise exhausted(CONCURRENCY)
+
+    class Watched:
+        """The crew's lock, behind which the one that found nothing stands still until the other has left."""
+
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+            me = threading.get_ident()
+            if me == holders.get("brought up") and not found_nothing.is_set():
+                found_nothing.set()
+                left.wait(5)
+            elif me == holders.get("refused") and found_nothing.is_set():
+                left.set()
+
+    crew = uploaders._Crew([deque([upload_of("refused")]), deque([upload_of("brought up")])], bring_up)
+    crew._lock = Watched()  # type: ignore[assignment]
+    # Then the mail is told that it has to wait, and not that all its files are up
+    with pytest.raises(Exhausted):
+        crew.run(2, keep=lambda: None)
+    assert left.is_set()

@@ -649,6 +649,16 @@ def test_an_empty_attachment_is_empty(source: Source, internet: Internet, conten
     assert fetch(internet, declared_size=0) == b""
 
 
+@pytest.mark.parametrize("content", [answer(), chunked(FILE), until_close(FILE)], ids=["length", "chunked", "close"])
+def test_a_file_with_bytes_that_was_declared_empty_is_refused_before_anything_is_read(
+    source: Source, internet: Internet, content: Answer
+) -> None:
+    source.answers["/file.pdf"] = content
+
+    with pytest.raises(SizeMismatch, match="more than the 0 bytes"), opener(internet).open(URL, declared_size=0):
+        pass
+
+
 @pytest.mark.parametrize(
     ("content", "declared_size"),
     [

@@ -15,6 +15,7 @@ from attachments import (
     CloudPlace,
     InvalidSource,
     SizeMismatch,
+    SourceChanged,
     SourceForbidden,
     SourceGone,
     SourceUnavailable,
@@ -48,6 +49,7 @@ def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     server.uploads.clear()
     server.requests.clear()
     server.failing = False
+    server.heeds_conditions = True
     return server
 
 
@@ -164,6 +166,19 @@ def test_an_object_that_is_missing_or_denied_is_refused_and_a_cloud_that_fails_i
     with pytest.raises(AttachmentRefused, match="does not hand out") as refused:
         read_anew(f"{PREFIX}/a.pdf")
     assert "a.pdf" not in str(refused.value)
+
+
+def test_an_object_that_changes_while_it_is_read_is_never_put_together_of_two(s3: S3Server) -> None:
+    # Given a cloud whose client does not make the version a condition of what it reads, as Azure's does not
+    s3.heeds_conditions = False
+    source = AttachmentSource(cloud_urls=[PREFIX], max_bytes=None)
+    with source.open(f"{PREFIX}/a.pdf", declared_size=len(FILE)) as stream:
+        assert stream.read(1_000_000) == FILE[:1_000_000]
+        # When
+        s3.objects["outgoing/reports/a.pdf"] = FILE[::-1]
+        # Then the last bytes, without which no upload is complete, are not handed out
+        with pytest.raises(SourceChanged):
+            stream.read(len(FILE))
 
 
 def read_anew(url: str) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import attachments
 from bench.comparison import Comparison
 from bench.soak import Figure, Kind, growth
 from bench.sockets import connections
@@ -77,3 +78,16 @@ def test_connections_are_those_to_the_named_ports_that_the_processes_hold() -> N
         ):
             assert connections({os.getpid()}, {port: "it"}) == {"it": 2}
         assert connections({os.getpid()}, {port: "it"}) == {}
+
+
+def test_a_kill_counts_for_an_upload_only_while_a_file_is_part_up() -> None:
+    def line(event: str, position: int | None = None, email: str = "one") -> dict[str, object]:
+        return {"event": event, "incoming_email_id": email} | ({} if position is None else {"position": position})
+
+    started = [{"event": "a worker is ready"}, line("claimed"), line("drafted")]
+    assert attachments._part_up(started) == 0
+    two = [*started, line("uploading", 0), line("uploading", 1), line("uploading", 1)]
+    assert attachments._part_up(two) == 2
+    assert attachments._part_up([*two, line("uploaded", 1), line("uploading", 0, "other")]) == 2
+    assert attachments._part_up([*two, line("retried")]) == 0
+    assert attachments._part_up([*two, line("uploaded", 0), line("uploaded", 1), line("sent")]) == 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import anyio
@@ -22,6 +23,7 @@ from attachments import Store
 from console import attachments_api
 from console.access import Access, parse_tokens
 from console.app import make_app
+from console.attachments_api import Patience
 
 shared_database, tables, configure = support.shared_database, support.tables, support.configure
 pytestmark = pytest.mark.usefixtures("tables")
@@ -40,7 +42,25 @@ def post(
     app: FastAPI | None = None,
     **query: str,
 ) -> tuple[int, Any]:
-    """Send a body in pieces, the client being "gone" after some; return status and what was answered."""
+    """Send a body in pieces; return status and what was answered."""
+    said = asyncio.run(exchange(app or make_app(Access(parse_tokens(TOKENS))), pieces, headers, client, **query))
+    return said.status, said.body
+
+
+class Said(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: Any
+
+
+async def exchange(
+    app: FastAPI,
+    pieces: list[bytes | str],
+    headers: dict[str, str] | None = None,
+    client: str = "203.0.113.9",
+    **query: str,
+) -> Said:
+    """Send a body in pieces, the client being "gone" or "silent" after some, or in a "pause"; return the answer."""
     given = {"Content-Type": "application/pdf", **ANN, **(headers or {})}
     scope = {
         "type": "http",
@@ -61,6 +81,11 @@ def post(
         if not waiting:
             return {"type": "http.request", "body": b"", "more_body": False}
         piece = waiting.pop(0)
+        if piece == "silent":
+            await anyio.sleep_forever()
+        if piece == "pause":
+            await anyio.sleep(0.01)
+            piece = waiting.pop(0)
         if piece == "gone":
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": piece, "more_body": True}
@@ -68,9 +93,10 @@ def post(
     async def send(message: Any) -> None:
         said.append(message)
 
-    asyncio.run((app or make_app(Access(parse_tokens(TOKENS))))(scope, receive, send))
+    await app(scope, receive, send)
     body = b"".join(part.get("body", b"") for part in said[1:])
-    return said[0]["status"], orjson.loads(body)
+    given_back = {name.decode(): value.decode() for name, value in said[0]["headers"]}
+    return Said(said[0]["status"], given_back, orjson.loads(body))
 
 
 def test_a_file_is_stored_as_it_comes_and_can_be_sent() -> None:
@@ -154,17 +180,52 @@ def test_a_body_that_breaks_off_is_not_stored() -> None:
     assert [row for row in table("stored_attachments") if row["stored_at"]] == []
 
 
+def impatient(**patience: Any) -> FastAPI:
+    given = Patience(silence=timedelta(milliseconds=300), turn=timedelta(milliseconds=50))
+    return make_app(Access(parse_tokens(TOKENS)), given._replace(**patience))
+
+
 def test_a_client_that_says_nothing_is_given_up() -> None:
-    async def silence() -> AsyncIterator[bytes]:
-        yield b"x"
-        await anyio.sleep_forever()
+    said = asyncio.run(exchange(impatient(), [b"x", "silent"], name="a"))
+    assert (said.status, said.headers["connection"]) == (408, "close")
+    assert [row for row in table("stored_attachments") if row["stored_at"]] == []
 
-    async def take() -> list[bytes]:
-        chunks = attachments_api._chunks(silence(), timedelta(milliseconds=20))
-        return await anyio.to_thread.run_sync(list, chunks)
 
-    with pytest.raises(TimeoutError):
-        anyio.run(take)
+def test_a_client_that_drips_is_given_up_though_it_is_never_silent_for_long() -> None:
+    dripping: list[bytes | str] = ["pause", b"x"] * 200
+    assert asyncio.run(exchange(impatient(), dripping, name="a")).status == 408
+    # But one that is as fast as it must be may take its time
+    slow_enough = impatient(least_bytes_per_second=50)
+    assert asyncio.run(exchange(slow_enough, ["pause", b"xx"] * 60, name="a")).status == 201
+
+
+def test_who_is_held_back_by_the_store_is_not_given_up() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield b"x"
+
+    def store_slowly(chunks: Iterator[bytes]) -> bytes:
+        return b"".join(chunk for chunk in chunks if not time.sleep(0.05))
+
+    async def take() -> bytes:
+        chunks = attachments_api._chunks(body(), Patience(silence=timedelta(milliseconds=300)))
+        return await anyio.to_thread.run_sync(store_slowly, chunks)
+
+    assert anyio.run(take) == b"x" * 10
+
+
+def test_who_gets_no_turn_in_time_is_told_when_to_come_again() -> None:
+    async def nine_at_a_time() -> list[Said]:
+        app = impatient()
+        silent = [asyncio.ensure_future(exchange(app, ["silent"], name="a")) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        return [await exchange(app, [b"x"], name="a"), *await asyncio.gather(*silent)]
+
+    ninth, *others = asyncio.run(nine_at_a_time())
+    assert (ninth.status, ninth.headers["retry-after"], ninth.headers["connection"]) == (503, "30", "close")
+    assert {said.status for said in others} == {408}
+    # And their turns are free again
+    assert asyncio.run(exchange(impatient(), [b"x"], name="a")).status == 201
 
 
 def test_a_store_that_is_away_is_answered_with_503(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
+import os
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -262,11 +264,52 @@ def test_what_a_killed_process_left_unfinished_cannot_be_sent_and_is_deleted_wit
     assert stored_attachments.finish(id, size=1, sha256="", keep=timedelta(1)) is None
 
 
+def test_what_arrives_after_its_row_was_deleted_leaves_no_file() -> None:
+    written: list[str] = []
+
+    def late() -> Iterator[bytes]:
+        yield SMALL
+        written.extend(row["id"] for row in table("stored_attachments"))
+        rows("DELETE FROM stored_attachments")
+        yield SMALL
+
+    with pytest.raises(NotAttachable, match="given up"):
+        operations.attach(late(), name="a", content_type="a/b", who="ann")
+    (id,) = written
+    assert not file(id).exists()
+    assert audited() == []
+
+
 def test_a_store_that_cannot_be_written_is_told_without_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "store", Store("file:///proc/nowhere"))
     with pytest.raises(StoreUnavailable) as away:
         attach()
     assert "nowhere" not in str(away.value)
+
+
+def test_a_file_and_its_name_and_that_of_a_new_folder_are_flushed_before_it_counts_as_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    Store(f"file://{tmp_path}/new/folder").write("a", [b"sealed"])
+    folder = tmp_path / "new" / "folder"
+    assert flushed == [tmp_path, tmp_path / "new", folder / "a", folder]
+
+
+def test_a_shared_folder_that_does_not_flush_names_is_a_store_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Store(f"file://{tmp_path}").write("a", [b"sealed"])
+    assert (tmp_path / "a").read_bytes() == b"sealed"
 
 
 # Deleted
@@ -418,20 +461,84 @@ def test_what_is_to_be_deleted_is_taken_in_batches() -> None:
     assert table("stored_attachments") == []
 
 
-def test_while_the_store_is_away_rows_wait_for_their_files() -> None:
+def cannot_be_deleted(stored: Attached) -> None:
+    """Have a folder in the place of its file: that is not deleted as a file."""
+    expire(stored)
+    file(stored.id).unlink()
+    file(stored.id).mkdir()
+
+
+def left_alone_long_enough() -> None:
+    rows("UPDATE stored_attachments SET deleting_at = now() WHERE deleting_at IS NOT NULL")
+
+
+def test_while_its_file_cannot_be_deleted_a_row_waits_for_it() -> None:
     # Given
     stored = attach()
-    expire(stored)
-    aside = file(stored.id).with_name("aside")
-    file(stored.id).rename(aside)
-    file(stored.id).mkdir()  # a folder is not deleted as a file
+    cannot_be_deleted(stored)
+    # When
+    actors.delete_stored_attachments()
+    # Then nobody can send it, and its row is kept
+    assert [row["id"] for row in table("stored_attachments")] == [stored.id]
+    with pytest.raises(NotStored):
+        read(stored.id, len(SMALL))
+    # And when it can be deleted it is
+    file(stored.id).rmdir()
+    left_alone_long_enough()
+    assert not is_kept(stored)
+
+
+def test_files_that_cannot_be_deleted_do_not_stop_the_others() -> None:
+    # Given some that have been in the way for longest
+    bad, good = [attach() for _ in range(4)], [attach() for _ in range(3)]
+    for stored in bad:
+        cannot_be_deleted(stored)
+    stored_attachments.take_deletable(100, keep_used=timedelta(0))
+    for stored in good:
+        expire(stored)
     # When
     actors.delete_stored_attachments()
     # Then
-    assert [row["id"] for row in table("stored_attachments")] == [stored.id]
-    file(stored.id).rmdir()
-    aside.rename(file(stored.id))
-    assert not is_kept(stored)
+    assert {row["id"] for row in table("stored_attachments")} == {stored.id for stored in bad}
+    assert not any(file(stored.id).exists() for stored in good)
+
+
+def test_files_that_cannot_be_deleted_do_not_fill_the_batch_of_the_next_turn() -> None:
+    # Given
+    for stored in (attach() for _ in range(4)):
+        cannot_be_deleted(stored)
+    actors.delete_stored_attachments()
+    good = attach()
+    expire(good)
+    # Then
+    assert stored_attachments.take_deletable(4, keep_used=timedelta(0)) == [good.id]
+    # And they are tried again when their time has come, behind those that were taken before
+    left_alone_long_enough()
+    assert len(stored_attachments.take_deletable(10, keep_used=timedelta(0))) == 5
+
+
+def test_a_store_that_is_away_is_asked_for_a_few_files_and_not_for_all() -> None:
+    asked: list[str] = []
+
+    class Away(Store):
+        def delete(self, name: str) -> None:
+            asked.append(name)
+            raise StoreUnavailable("the store of attachments is not there")
+
+    for _ in range(8):
+        expire(attach())
+    whole, runtime.store = runtime.store, Away(runtime.configuration.attachment_store_url)
+    try:
+        actors.delete_stored_attachments()
+        assert len(asked) == 5
+        # The next turn begins with those that were not tried
+        actors.delete_stored_attachments()
+    finally:
+        runtime.store = whole
+    assert len({*asked}) == len(asked) == 8
+    left_alone_long_enough()
+    actors.delete_stored_attachments()
+    assert table("stored_attachments") == []
 
 
 # Keys

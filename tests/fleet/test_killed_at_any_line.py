@@ -30,6 +30,7 @@ _OF_EACH_QUEUE = (CrashPoint.MESSAGE_DONE, CrashPoint.MESSAGE_ACKNOWLEDGED)
 LINES = [point for point in CrashPoint if point not in _OF_EACH_QUEUE] + [
     f"{point}.{queue}" for point in _OF_EACH_QUEUE for queue in _CONSUMED
 ]
+TIDYING = [point for point in CrashPoint if point.startswith("tidying.")]
 
 #: How many of each kind are published.
 KINDS = {
@@ -74,6 +75,8 @@ class Aftermath(NamedTuple):
     world: World
     never_reached: set[str]
     stories: list[Story]
+    #: Mails that were given up before, with a draft and an open upload session each.
+    left_behind: list[dict[str, Any]]
 
     def of(self, *kinds: str) -> list[Story]:
         return [story for story in self.stories if story.kind in kinds]
@@ -89,6 +92,8 @@ def aftermath(worlds: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings |= dict.fromkeys(("SEND_PLAIN_THREADS", "SEND_ATTACHED_THREADS", "BACKUP_THREADS"), 1)
     world = worlds.get(settings, supervise=True)
     _leave_something_to_purge(world)
+    left_behind = _leave_something_to_tidy(world)
+    _die_while_tidying(world, armed, left_behind)
     published = _publish_every_kind(world, armed)
     put(world, "maintenance", _message("maintenance", "purge_expired"))
     _wait_until_all_were_met(world, armed)
@@ -100,7 +105,7 @@ def aftermath(worlds: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             ),
             PATIENCE,
         )
-    yield Aftermath(world, {path.name for path in armed.iterdir()}, _stories(world, published))
+    yield Aftermath(world, {path.name for path in armed.iterdir()}, _stories(world, published), left_behind)
     worlds.close()
 
 
@@ -109,6 +114,41 @@ def _leave_something_to_purge(world: World) -> None:
     world.publish(email)
     settled_one(world, email)
     world.rows("UPDATE email_backups SET expires_at = now()")
+
+
+def _leave_something_to_tidy(world: World) -> list[dict[str, Any]]:
+    """Leave drafts and sessions of two mails: whoever dies over the first may leave no session of it."""
+    left_behind = []
+    for _ in range(2):
+        shorter = an_attachment(world.simulator, 5_000_000)
+        email = an_email(a_mailbox("given-up"), attachments=[shorter | {"size": 5_000_001}])
+        world.publish(email)
+        settled_one(world, email)
+        assert [draft["isDraft"] for draft in world.simulator.messages(email["from"], "drafts")] == [True]
+        left_behind.append(email)
+    world.rows("UPDATE incoming_emails SET updated_at = updated_at - interval '2 days' WHERE status = 'failed'")
+    return left_behind
+
+
+def _die_while_tidying(world: World, armed: Path, left_behind: list[dict[str, Any]]) -> None:
+    """Have it over before any budget has to be restored: a mailbox that is refused a slot is tidied a day later."""
+    for line in TIDYING:
+        (armed / line).touch()
+    put(world, "maintenance", _message("maintenance", "tidy_drafts"))
+    with suppress(Overdue):  # which line was not met is for the tests to say
+        world.wait_until("all is tidied", lambda: not _untidy(world, left_behind))
+
+
+def _untidy(world: World, left_behind: list[dict[str, Any]]) -> list[Any]:
+    return world.rows(
+        """
+        SELECT publisher_message_id, drafts_clean, draft_id
+        FROM incoming_emails e LEFT JOIN file_uploads u ON u.incoming_email_id = e.id
+        WHERE publisher_message_id = ANY(%(ids)s)
+          AND (drafts_clean IS NOT TRUE OR draft_id IS NOT NULL OR upload_session_info IS NOT NULL)
+        """,
+        {"ids": [email["publisher_message_id"] for email in left_behind]},
+    )
 
 
 def _publish_every_kind(world: World, armed: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -135,7 +175,8 @@ def _publish_every_kind(world: World, armed: Path) -> list[tuple[str, dict[str, 
                     graph.fail(400, code="ErrorInvalidRecipients", mailbox=mailbox, operation=operation, times=None)
             published.append((kind, an_email(mailbox, **changes)))
     for line in LINES:
-        (armed / line).touch()
+        if line not in TIDYING:
+            (armed / line).touch()
     for _, email in published:
         world.publish(email)  # one by one: the bridge, too, meets its lines at different moments
     return published
@@ -258,6 +299,13 @@ def _times(mail: Story, *lines: str) -> int:
 def test_what_became_of_the_mail_in_hand_at(line: CrashPoint, aftermath: Aftermath) -> None:
     (mail,) = [story for story in aftermath.stories if line in story.deaths]
     assert OUTCOMES[line](mail), mail
+
+
+def test_what_mails_that_ended_had_left_is_gone_whoever_died_over_it(aftermath: Aftermath) -> None:
+    assert len(aftermath.left_behind) == 2
+    assert _untidy(aftermath.world, aftermath.left_behind) == []
+    for email in aftermath.left_behind:
+        assert aftermath.world.simulator.messages(email["from"], "drafts") == []
 
 
 def test_each_email_was_sent_exactly_once(aftermath: Aftermath) -> None:

@@ -13,8 +13,8 @@ from support import email_row, rows, send_email, store, table
 import operations
 import runtime
 from actors.ingest import Delivery, ingest
-from models import backups, payload_keys, rewrapping
-from operations import Fault, rotation
+from models import backups, counting, payload_keys, rewrapping
+from operations import Fault, health, rotation
 from payloads import Payloads
 from vault import HEADER_BYTES, Keyring, Vault
 
@@ -154,6 +154,27 @@ def test_a_key_change_is_audited_with_what_was_and_what_is_left(ring: Ring) -> N
     (begun, ended) = [detail for (detail,) in rows("SELECT detail FROM audit_log ORDER BY id")]
     assert begun == {"older": {"old": 1}}
     assert ended == {"backups": 1, "payload_keys": 0, "attachments": 0, "stuck": 0, "left": {}}
+
+
+@pytest.mark.parametrize("there", [0, 3, 4, 5])
+def test_however_many_there_are_they_are_counted_a_page_at_a_time(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch, there: int
+) -> None:
+    monkeypatch.setattr(counting, "PAGE", 2)
+    for number in range(there):
+        archive(f"order-{number}")
+    ring(new=NEW, old=OLD)
+    assert (operations.count_to_verify(), operations.older_keys().get("old", 0)) == (there, there)
+
+
+def test_the_doctor_counts_no_further_than_is_worth_knowing(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "MOST_COUNTED", 2)
+    for number in range(5):
+        archive(f"order-{number}")
+    ring(new=NEW, old=OLD)
+    assert operations.older_keys(at_most=2) == {"old": 2}
+    (finding,) = [found for found in operations.doctor() if found.subject == "Archive"]
+    assert (finding.fine, "; at least 2 under older keys" in finding.detail) == (True, True)
 
 
 # Verification

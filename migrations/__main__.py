@@ -2,13 +2,22 @@
 
 Two may start at once: PostgreSQL's advisory lock lets one through, the other then finds nothing to do. yoyo's own lock
 is a row that a killed process leaves behind; under the advisory lock such a row is nobody's, and is broken.
+
+An index of a table that may be large is built beside the fleet that runs, ``CONCURRENTLY``. A release that is killed
+meanwhile leaves an index that serves nobody and is not built again; the next one drops it first.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 from yoyo import get_backend, read_migrations
@@ -18,28 +27,71 @@ import settings
 log = logging.getLogger("migrations")
 
 _LOCK = 0x6D6967726174
+#: How often a release looks whether another has ended.
+_PAUSE = timedelta(milliseconds=200)
+_BUILT_BESIDE_THE_FLEET = re.compile(r"CREATE INDEX CONCURRENTLY IF NOT EXISTS (\w+)")
 
 
 def migrate(database_url: str) -> list[str]:
     """Bring the database up to date and return the ids of the migrations that were applied."""
+    with _alone(database_url) as cursor:
+        return _apply(database_url, cursor)
+
+
+@contextmanager
+def _alone(database_url: str) -> Iterator[Any]:
+    """Hold the advisory lock for the length of the block; PostgreSQL ends it with the connection.
+
+    It is asked for again and again: who waits within one statement is waited for by an index that is being built, and
+    that index by who waits.
+    """
     connection = psycopg2.connect(database_url)
+    connection.autocommit = True
     try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-            return _apply(database_url)
+        with connection.cursor() as cursor:
+            while not _locked(cursor):
+                time.sleep(_PAUSE.total_seconds())
+            yield cursor
     finally:
         connection.close()
 
 
-def _apply(database_url: str) -> list[str]:
+def _locked(cursor: Any) -> bool:
+    cursor.execute("SELECT pg_try_advisory_lock(%s)", (_LOCK,))
+    return bool(cursor.fetchone()[0])
+
+
+def _apply(database_url: str, cursor: Any) -> list[str]:
     with get_backend(database_url) as backend:
         backend.break_lock()
         # yoyo takes every module of the directory for a migration, this one too.
         written = read_migrations(str(Path(__file__).parent)).filter(lambda migration: migration.path.endswith(".sql"))
         missing = backend.to_apply(written)
+        for migration in missing:
+            _drop_unfinished(cursor, _BUILT_BESIDE_THE_FLEET.findall(Path(migration.path).read_text("utf-8")))
         with backend.lock():
             backend.apply_migrations(missing)
         return [migration.id for migration in missing]
+
+
+def _drop_unfinished(cursor: Any, indexes: list[str]) -> None:
+    for index, table in _unfinished(cursor, indexes):
+        # PostgreSQL goes on building for a client that was killed: nobody else can have this lock meanwhile.
+        cursor.execute(f"BEGIN; LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE; COMMIT")
+        if _unfinished(cursor, [index]):
+            log.info("the index %s was not built to its end: dropped", index)
+            cursor.execute(f"DROP INDEX CONCURRENTLY {index}")
+
+
+def _unfinished(cursor: Any, indexes: list[str]) -> list[tuple[str, str]]:
+    cursor.execute(
+        """
+        SELECT indexrelid::regclass::text, indrelid::regclass::text FROM pg_index
+        WHERE NOT indisvalid AND indexrelid IN (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
+        """,
+        (indexes,),
+    )
+    return list(cursor.fetchall())
 
 
 def main() -> None:

@@ -20,11 +20,14 @@ def count(table: str, where: str = "true", parameters: Mapping[str, Any] | None 
         at_most: So many are enough to know of; 0: all are counted.
     """
     page = min(PAGE, at_most) if at_most else PAGE
-    behind = f"FROM {table} WHERE {where} AND id > %(after)s"
+    behind = f"FROM {table} counted WHERE {where} AND id > %(after)s"
     given = {**(parameters or {}), "after": _FIRST}
     counted = 0
     while not at_most or counted < at_most:
-        last = rows(f"SELECT id::text {behind} ORDER BY id OFFSET %(others)s LIMIT 1", {**given, "others": page - 1})
+        # A bare "id" would be the text, and every row behind be sorted by it.
+        last = rows(
+            f"SELECT id::text {behind} ORDER BY counted.id OFFSET %(others)s LIMIT 1", {**given, "others": page - 1}
+        )
         if not last:
             return counted + int(rows(f"SELECT count(*) {behind}", given)[0][0])
         counted, given["after"] = counted + page, last[0][0]

@@ -122,7 +122,7 @@ BACKUPS = Store(
         """
         SELECT id::text, key_id, substring(compressed_blob FROM 1 FOR 92), compressed_size, incoming_email_id::text,
                graph_message_id
-        FROM email_backups WHERE key_id = %(key_id)s AND id > %(after)s ORDER BY id LIMIT %(batch)s
+        FROM email_backups WHERE key_id = %(key_id)s AND id > %(after)s ORDER BY email_backups.id LIMIT %(batch)s
         FOR UPDATE SKIP LOCKED
         """,
         f"""
@@ -138,7 +138,7 @@ ATTACHMENTS = Store(
     _Statements(
         """
         SELECT id::text, key_id, header, 0 FROM stored_attachments WHERE key_id = %(key_id)s AND id > %(after)s
-        ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        ORDER BY stored_attachments.id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
         """,
         f"""
         UPDATE stored_attachments a SET header = new.wrapped, key_id = new.key_id
@@ -151,7 +151,7 @@ PAYLOAD_KEYS = Store(
     _Statements(
         """
         SELECT id::text, key_id, wrapped, 0 FROM payload_keys WHERE key_id = %(key_id)s AND id > %(after)s
-        ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        ORDER BY payload_keys.id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
         """,
         f"""
         UPDATE payload_keys k SET wrapped = new.wrapped, key_id = new.key_id

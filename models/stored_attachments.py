@@ -154,7 +154,8 @@ def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
             {**wanted, "ids": [id for (id,) in candidates]},
         )
     taken = rows(
-        "SELECT id::text FROM stored_attachments WHERE deleting_at IS NOT NULL ORDER BY id LIMIT %(batch)s", wanted
+        "SELECT s.id::text FROM stored_attachments s WHERE s.deleting_at IS NOT NULL ORDER BY s.id LIMIT %(batch)s",
+        wanted,
     )
     return [id for (id,) in taken]
 

@@ -179,7 +179,7 @@ def _archive(copies: Sequence[Copy]) -> None:
 def _copy_known(backup: ClaimedBackup) -> Copy | None:
     """Copy the message under the id that is known, if there is one and Graph still knows it."""
     if backup.attempt > runtime.configuration.max_attempts:
-        raise AttemptsUsedUp("every attempt ended with the worker")
+        raise AttemptsUsedUp("every attempt ended with the worker, or is used up")
     if backup.graph_message_id is None:
         return None
     try:
@@ -229,7 +229,8 @@ def _record(backup: ClaimedBackup, error: Exception, *, together: bool = False) 
     """Record why there is no copy and when to try again; what is everyone's to wait for spends no attempt.
 
     Args:
-        together: It was tried with others, whose message may not be dead-lettered for it.
+        together: It was tried with others, whose message may not be dead-lettered for it: if its attempts are used up,
+            which is so only to a worker with a lower ``MAX_ATTEMPTS`` than the scheduler's, the next one gives it up.
     """
     with _told_of(backup):
         _record_why(backup, error, together=together)
@@ -269,7 +270,7 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception, wait: timedelta | No
         log.exception("unforeseen %s", type(error).__name__)
         error = RuntimeError(type(error).__name__)
     final = isinstance(error, PermanentError) and not isinstance(error, ItemNotFound)
-    if (together or not final) and backup.attempt < runtime.configuration.max_attempts:
+    if together or (not final and backup.attempt < runtime.configuration.max_attempts):
         backup.retry(wait or backoff(backup.attempt), str(error))
         mail_log(
             Step.BACKUP_RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error)

@@ -67,7 +67,7 @@ GIVEN_UP = (PermanentError, NotInMailbox, AttemptsUsedUp)
 
 
 @dramatiq.actor(queue_name="backup", throws=GIVEN_UP)
-def backup_email(incoming_email_id: str, attempt: int) -> None:
+def backup_email(incoming_email_id: str, attempt: int, **_dispatch: Any) -> None:
     """Store the mail's MIME, sealed, or record why not and when to try again. Safe to repeat."""
     for backup in _claimed([(incoming_email_id, attempt)]):
         note_ids(**_ids(backup))
@@ -82,16 +82,16 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
 
 
 @dramatiq.actor(queue_name="backup", throws=GIVEN_UP)
-def backup_emails(backups: list[list[Any]]) -> None:
+def backup_emails(backups: list[list[Any]], **_dispatch: Any) -> None:
     """Store the MIMEs of several mails of one mailbox: one look finds them, under one slot. Safe to repeat.
 
     What cannot be made here is made alone the next time, where it may also be given up. If the trouble is not one
     mail's, those behind it are put back.
 
     Args:
-        backups: Pairs of an email's id and the attempt.
+        backups: Of each the email's id and the attempt.
     """
-    claimed = _claimed([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt in backups])
+    claimed = _claimed([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt, *_ in backups])
     if not claimed:
         return
     left, copies = deque(claimed), list[Copy]()

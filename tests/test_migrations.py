@@ -179,7 +179,8 @@ def test_an_index_of_a_table_that_may_be_large_is_built_beside_the_fleet(path: P
 #: What the version before may not bear: something gone, renamed, of another type, or asked for that it does not write.
 TAKES_AWAY = re.compile(
     r"DROP\s+(TABLE|COLUMN|SCHEMA|TYPE|VIEW)|RENAME\s+(TO|COLUMN|CONSTRAINT)|ALTER\s+(COLUMN\s+)?\w+\s+(SET\s+DATA\s+)?TYPE"
-    r"|SET\s+NOT\s+NULL|DROP\s+DEFAULT|TRUNCATE|DELETE\s+FROM"
+    r"|SET\s+NOT\s+NULL|DROP\s+DEFAULT|TRUNCATE|DELETE\s+FROM|CREATE\s+(UNIQUE\s+INDEX|TRIGGER|RULE)"
+    r"|ADD\s+(CONSTRAINT|CHECK|UNIQUE|FOREIGN\s+KEY|PRIMARY\s+KEY|EXCLUDE)"
     r"|ADD\s+COLUMN\s+(IF\s+NOT\s+EXISTS\s+)?\w+[^,;]*NOT\s+NULL(?![^,;]*\b(DEFAULT|GENERATED)\b)(?<!DEFAULT)",
     re.IGNORECASE,
 )
@@ -204,6 +205,8 @@ def test_migrations_only_add() -> None:
         "ALTER TABLE dlq ALTER COLUMN attempts TYPE bigint",
         "ALTER TABLE dlq ALTER COLUMN reason SET NOT NULL",
         "ALTER TABLE dlq ADD COLUMN IF NOT EXISTS cause text NOT NULL",
+        "ALTER TABLE dlq ADD CONSTRAINT dlq_reason CHECK (reason <> '')",
+        "CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS dlq_once ON dlq (incoming_email_id)",
     ],
 )
 def test_a_migration_that_takes_something_away_would_be_found(sql: str) -> None:

@@ -13,8 +13,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,53 +33,47 @@ _BUILT_BESIDE_THE_FLEET = re.compile(r"CREATE INDEX CONCURRENTLY IF NOT EXISTS (
 
 def migrate(database_url: str) -> list[str]:
     """Bring the database up to date and return the ids of the migrations that were applied."""
-    with _alone(database_url) as cursor:
-        return _apply(database_url, cursor)
+    with closing(psycopg2.connect(database_url)) as connection:
+        while not _has_lock(connection):
+            connection.rollback()
+            time.sleep(_PAUSE.total_seconds())
+        return _apply(database_url)
 
 
-@contextmanager
-def _alone(database_url: str) -> Iterator[Any]:
-    """Hold the advisory lock for the length of the block; PostgreSQL ends it with the connection.
+def _has_lock(connection: Any) -> bool:
+    """Ask for the lock once, for the length of the transaction that this begins.
 
-    It is asked for again and again: who waits within one statement is waited for by an index that is being built, and
-    that index by who waits.
+    Who waits for it within one statement is waited for by an index that is being built, and that index by who waits.
     """
-    connection = psycopg2.connect(database_url)
-    connection.autocommit = True
-    try:
-        with connection.cursor() as cursor:
-            while not _locked(cursor):
-                time.sleep(_PAUSE.total_seconds())
-            yield cursor
-    finally:
-        connection.close()
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", (_LOCK,))
+        return bool(cursor.fetchone()[0])
 
 
-def _locked(cursor: Any) -> bool:
-    cursor.execute("SELECT pg_try_advisory_lock(%s)", (_LOCK,))
-    return bool(cursor.fetchone()[0])
-
-
-def _apply(database_url: str, cursor: Any) -> list[str]:
+def _apply(database_url: str) -> list[str]:
     with get_backend(database_url) as backend:
         backend.break_lock()
         # yoyo takes every module of the directory for a migration, this one too.
         written = read_migrations(str(Path(__file__).parent)).filter(lambda migration: migration.path.endswith(".sql"))
         missing = backend.to_apply(written)
-        for migration in missing:
-            _drop_unfinished(cursor, _BUILT_BESIDE_THE_FLEET.findall(Path(migration.path).read_text("utf-8")))
+        texts = [Path(migration.path).read_text("utf-8") for migration in missing]
+        _drop_unfinished(database_url, _BUILT_BESIDE_THE_FLEET.findall("".join(texts)))
         with backend.lock():
             backend.apply_migrations(missing)
         return [migration.id for migration in missing]
 
 
-def _drop_unfinished(cursor: Any, indexes: list[str]) -> None:
-    for index, table in _unfinished(cursor, indexes):
-        # PostgreSQL goes on building for a client that was killed: nobody else can have this lock meanwhile.
-        cursor.execute(f"BEGIN; LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE; COMMIT")
-        if _unfinished(cursor, [index]):
-            log.info("the index %s was not built to its end: dropped", index)
-            cursor.execute(f"DROP INDEX CONCURRENTLY {index}")
+def _drop_unfinished(database_url: str, indexes: list[str]) -> None:
+    with closing(psycopg2.connect(database_url)) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        for index, table in _unfinished(cursor, indexes):
+            # PostgreSQL goes on building for a client that was killed: nobody else can have this lock meanwhile.
+            cursor.execute(f"BEGIN; LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE; COMMIT")
+            if _unfinished(cursor, [index]):
+                log.info("the index %s was not built to its end: dropped", index)
+                cursor.execute(f"DROP INDEX CONCURRENTLY {index}")
 
 
 def _unfinished(cursor: Any, indexes: list[str]) -> list[tuple[str, str]]:

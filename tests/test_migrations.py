@@ -111,7 +111,7 @@ def test_a_release_that_is_killed_while_it_waits_hinders_nobody(empty_database: 
     with connection, connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (0x6D6967726174,))
         waiting = release(empty_database)
-        support.wait_until("it waits", lambda: asks(empty_database, "%pg_try_advisory_lock%"))
+        support.wait_until("it waits", lambda: asks(empty_database, "ROLLBACK"))
         waiting.send_signal(signal.SIGKILL)
         waiting.communicate(timeout=10)
     connection.close()

@@ -67,7 +67,7 @@ GIVEN_UP = (PermanentError, NotInMailbox, AttemptsUsedUp)
 
 
 @dramatiq.actor(queue_name="backup", throws=GIVEN_UP)
-def backup_email(incoming_email_id: str, attempt: int) -> None:
+def backup_email(incoming_email_id: str, attempt: int, **_dispatch: Any) -> None:
     """Store the mail's MIME, sealed, or record why not and when to try again. Safe to repeat."""
     for backup in _claimed([(incoming_email_id, attempt)]):
         note_ids(**_ids(backup))
@@ -82,16 +82,16 @@ def backup_email(incoming_email_id: str, attempt: int) -> None:
 
 
 @dramatiq.actor(queue_name="backup", throws=GIVEN_UP)
-def backup_emails(backups: list[list[Any]]) -> None:
+def backup_emails(backups: list[list[Any]], **_dispatch: Any) -> None:
     """Store the MIMEs of several mails of one mailbox: one look finds them, under one slot. Safe to repeat.
 
     What cannot be made here is made alone the next time, where it may also be given up. If the trouble is not one
     mail's, those behind it are put back.
 
     Args:
-        backups: Pairs of an email's id and the attempt.
+        backups: Of each the email's id and the attempt.
     """
-    claimed = _claimed([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt in backups])
+    claimed = _claimed([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt, *_ in backups])
     if not claimed:
         return
     left, copies = deque(claimed), list[Copy]()
@@ -179,7 +179,7 @@ def _archive(copies: Sequence[Copy]) -> None:
 def _copy_known(backup: ClaimedBackup) -> Copy | None:
     """Copy the message under the id that is known, if there is one and Graph still knows it."""
     if backup.attempt > runtime.configuration.max_attempts:
-        raise AttemptsUsedUp("every attempt ended with the worker")
+        raise AttemptsUsedUp("every attempt ended with the worker, or is used up")
     if backup.graph_message_id is None:
         return None
     try:
@@ -229,7 +229,8 @@ def _record(backup: ClaimedBackup, error: Exception, *, together: bool = False) 
     """Record why there is no copy and when to try again; what is everyone's to wait for spends no attempt.
 
     Args:
-        together: It was tried with others, whose message may not be dead-lettered for it.
+        together: It was tried with others, whose message may not be dead-lettered for it: if its attempts are used up,
+            which is so only to a worker with a lower ``MAX_ATTEMPTS`` than the scheduler's, the next one gives it up.
     """
     with _told_of(backup):
         _record_why(backup, error, together=together)
@@ -269,7 +270,7 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception, wait: timedelta | No
         log.exception("unforeseen %s", type(error).__name__)
         error = RuntimeError(type(error).__name__)
     final = isinstance(error, PermanentError) and not isinstance(error, ItemNotFound)
-    if (together or not final) and backup.attempt < runtime.configuration.max_attempts:
+    if together or (not final and backup.attempt < runtime.configuration.max_attempts):
         backup.retry(wait or backoff(backup.attempt), str(error))
         mail_log(
             Step.BACKUP_RETRIED, incoming_email_id=backup.incoming_email_id, attempt=backup.attempt, why=str(error)

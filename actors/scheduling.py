@@ -326,9 +326,10 @@ def acknowledge_receipt(receipts: list[list[Any]]) -> None:
     Nothing makes up for a message that is lost, and nothing needs to: the receipt only stays unacknowledged in its row.
 
     Args:
-        receipts: Pairs of an email's id and the attempt.
+        receipts: Of each the email's id and the attempt.
     """
-    scheduling.acknowledge_receipts([(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt in receipts])
+    taken = [(str(incoming_email_id), int(attempt)) for incoming_email_id, attempt, *_ in receipts]
+    scheduling.acknowledge_receipts(taken)
     runtime.crash_point(CrashPoint.RECEIPTS_NOTED)
 
 

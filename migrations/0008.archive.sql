@@ -1,6 +1,7 @@
 -- The archive: sealed payloads, legal holds, retention, and what is under which key.
 -- Every statement may run twice: yoyo marks a migration in a transaction of its own.
 -- depends: 0006.stored
+-- transactional: false
 
 -- The data keys that payloads are sealed with, each wrapped by the key of BACKUP_KEYS that key_id names. A process makes
 -- one an hour, so that a key change writes these rows and not the payloads.
@@ -22,12 +23,12 @@ CREATE TABLE IF NOT EXISTS holds (
 
 -- When the content was deleted at the end of its retention; the rest of the row stays, so that the id stays known.
 ALTER TABLE incoming_emails ADD COLUMN IF NOT EXISTS payload_purged_at timestamptz;
-CREATE INDEX IF NOT EXISTS incoming_emails_payload_kept ON incoming_emails (updated_at)
+CREATE INDEX CONCURRENTLY IF NOT EXISTS incoming_emails_payload_kept ON incoming_emails (updated_at)
     WHERE status IN ('processed', 'failed', 'cancelled', 'expired') AND payload_purged_at IS NULL;
 -- When the backup was deleted at the end of its retention: by this a backup that is missing is told from one that is not.
 ALTER TABLE sent_emails ADD COLUMN IF NOT EXISTS backup_purged_at timestamptz;
-CREATE INDEX IF NOT EXISTS dlq_resolved ON dlq (resolved_at) WHERE status <> 'open';
+CREATE INDEX CONCURRENTLY IF NOT EXISTS dlq_resolved ON dlq (resolved_at) WHERE status <> 'open';
 
 -- What is under which key, and what a key change has left.
-CREATE INDEX IF NOT EXISTS stored_attachments_wrapping_key ON stored_attachments (key_id, id);
-CREATE INDEX IF NOT EXISTS email_backups_wrapping_key ON email_backups (key_id, id);
+CREATE INDEX CONCURRENTLY IF NOT EXISTS stored_attachments_wrapping_key ON stored_attachments (key_id, id);
+CREATE INDEX CONCURRENTLY IF NOT EXISTS email_backups_wrapping_key ON email_backups (key_id, id);

@@ -1,10 +1,11 @@
 -- Notices: new dead letters are told of, once a minute, on mail.events and to the operator's webhook.
 -- Every statement may run twice: yoyo marks a migration in a transaction of its own.
 -- depends: 0005.upkeep
+-- transactional: false
 
 -- When a notice told of the dead letter; NULL: none has.
 ALTER TABLE dlq ADD COLUMN IF NOT EXISTS noticed_at timestamptz;
-CREATE INDEX IF NOT EXISTS dlq_unnoticed ON dlq (created_at) WHERE noticed_at IS NULL AND status = 'open';
+CREATE INDEX CONCURRENTLY IF NOT EXISTS dlq_unnoticed ON dlq (created_at) WHERE noticed_at IS NULL AND status = 'open';
 
 CREATE TABLE IF NOT EXISTS dead_letter_notices (
     id             uuid PRIMARY KEY,

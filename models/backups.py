@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+from models import counting
 from models.database import rows
 from models.dead_letters import RECORD
 from models.ids import as_uuid, new_id
@@ -262,8 +263,8 @@ def stored_after(backup_id: str | None, *, limit: int) -> list[StoredBackup]:
 
 
 def count() -> int:
-    """Return how many backups there are, by an index."""
-    return int(rows("SELECT count(*) FROM email_backups")[0][0])
+    """Return how many backups there are."""
+    return counting.count("email_backups")
 
 
 class Archived(NamedTuple):

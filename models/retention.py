@@ -199,7 +199,8 @@ def _lock(due: list[tuple[str, str | None]]) -> list[str]:
     locked = {None} | {
         id
         for (id,) in rows(
-            "SELECT id::text FROM incoming_emails WHERE id = ANY(%(ids)s::uuid[]) ORDER BY id FOR UPDATE SKIP LOCKED",
+            "SELECT e.id::text FROM incoming_emails e WHERE e.id = ANY(%(ids)s::uuid[]) ORDER BY e.id"
+            " FOR UPDATE SKIP LOCKED",
             {"ids": ids},
         )
     }

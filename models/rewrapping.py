@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from models.counting import count
 from models.database import rows, transaction
 
 _FIRST = "00000000-0000-0000-0000-000000000000"
@@ -52,8 +53,8 @@ class Store:
     def __init__(self, table: str, statements: _Statements) -> None:
         self.table, self._statements = table, statements
 
-    def counts(self, *, but: str) -> dict[str, int]:
-        """Return how many rows are wrapped under each key but that one, by an index."""
+    def key_ids(self, *, but: str) -> list[str]:
+        """Return the keys but that one that something is wrapped under."""
         # Each step jumps to the next key: there are a few, and there may be millions of rows.
         found = rows(
             f"""
@@ -63,12 +64,22 @@ class Store:
                 SELECT (SELECT t.key_id FROM {self.table} t WHERE t.key_id > key.key_id ORDER BY t.key_id LIMIT 1)
                 FROM key WHERE key.key_id IS NOT NULL
             )
-            SELECT key_id, (SELECT count(*) FROM {self.table} t WHERE t.key_id = key.key_id) FROM key
-            WHERE key_id <> %(but)s
+            SELECT key_id FROM key WHERE key_id <> %(but)s
             """,
             {"but": but},
         )
-        return dict(found)
+        return [key_id for (key_id,) in found]
+
+    def counts(self, *, but: str, at_most: int = 0) -> dict[str, int]:
+        """Return how many rows are wrapped under each key but that one.
+
+        Args:
+            at_most: Of each key so many are enough to know of; 0: all are counted.
+        """
+        return {
+            key_id: count(self.table, "key_id = %(key_id)s", {"key_id": key_id}, at_most=at_most)
+            for key_id in self.key_ids(but=but)
+        }
 
     def exchange(self, key_id: str, *, after: str | None, batch: int, rewrap: Rewrap) -> Batch:
         """Exchange the wrapped keys of up to ``batch`` rows under a key, behind the row ``after``, in one transaction.
@@ -111,7 +122,7 @@ BACKUPS = Store(
         """
         SELECT id::text, key_id, substring(compressed_blob FROM 1 FOR 92), compressed_size, incoming_email_id::text,
                graph_message_id
-        FROM email_backups WHERE key_id = %(key_id)s AND id > %(after)s ORDER BY id LIMIT %(batch)s
+        FROM email_backups WHERE key_id = %(key_id)s AND id > %(after)s ORDER BY email_backups.id LIMIT %(batch)s
         FOR UPDATE SKIP LOCKED
         """,
         f"""
@@ -127,7 +138,7 @@ ATTACHMENTS = Store(
     _Statements(
         """
         SELECT id::text, key_id, header, 0 FROM stored_attachments WHERE key_id = %(key_id)s AND id > %(after)s
-        ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        ORDER BY stored_attachments.id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
         """,
         f"""
         UPDATE stored_attachments a SET header = new.wrapped, key_id = new.key_id
@@ -140,7 +151,7 @@ PAYLOAD_KEYS = Store(
     _Statements(
         """
         SELECT id::text, key_id, wrapped, 0 FROM payload_keys WHERE key_id = %(key_id)s AND id > %(after)s
-        ORDER BY id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
+        ORDER BY payload_keys.id LIMIT %(batch)s FOR UPDATE SKIP LOCKED
         """,
         f"""
         UPDATE payload_keys k SET wrapped = new.wrapped, key_id = new.key_id

@@ -42,11 +42,17 @@ class Rotation(NamedTuple):
     stuck: list[Stuck]
 
 
-def older_keys() -> dict[str, int]:
-    """Return how many rows of all tables with wrapped keys are under each key but the newest."""
+def older_keys(*, at_most: int = 0) -> dict[str, int]:
+    """Return how many rows of all tables with wrapped keys are under each key but the newest.
+
+    Counting millions takes seconds.
+
+    Args:
+        at_most: Of each key and table so many are enough to know of; 0: all are counted.
+    """
     counts = Counter[str]()
     for store in (rewrapping.PAYLOAD_KEYS, rewrapping.ATTACHMENTS, rewrapping.BACKUPS):
-        counts.update(store.counts(but=runtime.vault.keyring.newest_id))
+        counts.update(store.counts(but=runtime.vault.keyring.newest_id, at_most=at_most))
     return dict(counts)
 
 
@@ -72,7 +78,7 @@ def _exchange(
     store: Store, rewrap: Callable[[Wrapped], Wrapped], stuck: list[Stuck], on_batch: Callable[[int], None]
 ) -> int:
     changed = 0
-    for key_id in sorted(store.counts(but=runtime.vault.keyring.newest_id)):
+    for key_id in sorted(store.key_ids(but=runtime.vault.keyring.newest_id)):
         after = None
         while True:
             each = partial(_rewrap_all, store.table, rewrap, stuck)

@@ -432,6 +432,25 @@ def test_one_that_can_never_be_made_is_given_up_alone(fleet: Fleet) -> None:
     assert {row["reason"] for row in table("dlq")} == {"backup_failed"}
 
 
+def test_what_a_worker_with_fewer_attempts_than_the_scheduler_cannot_make_together_is_given_up_alone(
+    fleet: Fleet, configure: Callable[..., None]
+) -> None:
+    # Given several that were dispatched together to a worker whose first attempt is its last
+    ids = sent_together(fleet)
+    fleet.graph.break_mime(times=None)
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
+    configure(max_attempts=1)
+    # When
+    assert fleet.run("backup") == ["done"]
+    assert table("dlq") == []
+    while fleet.backup() not in ([], ["dead-lettered"] * 3):
+        pass
+    # Then each has a dead letter with a message of its own
+    assert {str(row["incoming_email_id"]) for row in table("dlq")} == set(ids)
+    assert {(row["actor_name"], row["reason"]) for row in table("dlq")} == {("backup_email", "backup_failed")}
+
+
 def test_a_worker_that_dies_with_several_in_hand_leaves_them_to_the_next(fleet: Fleet) -> None:
     ids = sent_together(fleet)
     rows("UPDATE sent_emails SET backup_due_at = now()")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,8 @@ import runtime
 from broker import DEAD_LETTER_EXCHANGE, MIRROR_QUEUE, DeadLettering, FleetBroker, FleetConsumer
 from crash_points import CrashPoints
 from models import DatabaseAway
+
+UNLIMITED = (runtime.SEND_QUEUE, runtime.REJECTED_QUEUE, MIRROR_QUEUE)
 
 
 class Failing:
@@ -168,6 +171,36 @@ def test_a_periodic_actors_message_is_never_dead_lettered(failing: Failing, how:
     wait_until("both are done", lambda: failing.seen == [how, "well"])
     failing.broker.join(failing.queue, timeout=10_000)
     assert (failing.taken(failing.queue), failing.mirrored(), failing.dead_letters) == ([], [], [])
+
+
+def test_what_must_not_be_lost_may_come_back_more_often_than_rabbitmq_4_bears_by_itself(failing: Failing) -> None:
+    # Given the queues of mail, of what was refused of it and of dead letters, made anew
+    for queue in UNLIMITED:
+        failing.channel.queue_delete(queue)
+    runtime.declare(failing.channel)
+    channel = failing.connection.channel()
+    channel.confirm_delivery()
+    for queue in UNLIMITED:
+        channel.basic_publish("", queue, b"a mail")
+    # When each process that has them in hand dies
+    for _ in range(25):
+        with closing(pika.BlockingConnection(failing.connection._impl.params)) as dying:
+            taking = dying.channel()
+            for queue in UNLIMITED:
+                wait_until("it is there", lambda: taking.basic_get(queue)[0])  # noqa: B023
+    # Then
+    for queue in UNLIMITED:
+        left = wait_until("it is there", lambda: channel.basic_get(queue, auto_ack=True)[2])  # noqa: B023
+        assert left == b"a mail"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"x-queue-type": "quorum"}, {"x-max-length": 1000}])
+def test_a_queue_that_a_publisher_has_made_stays_as_it_is(failing: Failing, arguments: dict[str, Any]) -> None:
+    failing.channel.queue_delete(runtime.SEND_QUEUE)
+    failing.channel.queue_declare(runtime.SEND_QUEUE, durable=True, arguments=arguments)
+    runtime.declare(failing.channel)
+    failing.channel.queue_declare(runtime.SEND_QUEUE, durable=True, arguments=arguments)
+    failing.channel.queue_delete(runtime.SEND_QUEUE)
 
 
 FORGED = {

@@ -27,7 +27,14 @@ PROCESS_TYPES = set(read_procfile(ROOT / "Procfile")) - {"release"}
 
 EVERYTHING: dict[str, Any] = {
     "image": {"digest": f"sha256:{'0' * 64}", "pullSecrets": ["registry"]},
-    "settings": {"MAX_ATTEMPTS": 1_234_567, "INTERNAL_DOMAINS": "contoso.com", "BACKUP_KEYS_FILE": "/keys/archive"},
+    "settings": {
+        "MAX_ATTEMPTS": 1_234_567,
+        "INTERNAL_DOMAINS": "contoso.com",
+        "BACKUP_KEYS_FILE": "/keys/archive",
+        "SECRETS_FROM": "vault://vault.example:8200/secret/mailfleet",
+        "VAULT_KUBERNETES_ROLE": "mailfleet",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://otel:4318",
+    },
     "graphCertificate": {"existingSecret": "graph"},
     "attachments": {"existingClaim": "attachments"},
     "autoscaling": {"by": "queue"},
@@ -35,8 +42,9 @@ EVERYTHING: dict[str, Any] = {
     "networkPolicy": {
         "consoleFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}],
         "serverPeers": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+        "instanceMetadata": True,
     },
-    "serviceAccount": {"annotations": {"azure.workload.identity/client-id": "x"}},
+    "serviceAccount": {"annotations": {"azure.workload.identity/client-id": "x"}, "vaultAudience": "vault"},
     "podAnnotations": {"a": "b"},
     "podLabels": {"c": "d"},
     "nodeSelector": {"kubernetes.io/arch": "amd64"},
@@ -138,9 +146,49 @@ def test_migrations_run_before_installation_and_upgrade_and_need_nothing_of_the_
     documents = rendered(chart, EVERYTHING)
     [job] = of_kind(documents, "Job").values()
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
-    pod = job["spec"]["template"]["spec"]
-    assert "serviceAccountName" not in pod
+    account = of_kind(documents, "ServiceAccount")[job["spec"]["template"]["spec"]["serviceAccountName"]]["metadata"]
+    assert account["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    assert int(account["annotations"]["helm.sh/hook-weight"]) < int(
+        job["metadata"]["annotations"]["helm.sh/hook-weight"]
+    )
+    assert account["annotations"]["azure.workload.identity/client-id"] == "x"
     assert "ConfigMap" not in {document["kind"] for document in documents}
+
+
+def test_every_pod_runs_as_an_account_that_is_there(chart: helm_python.Chart) -> None:
+    documents = rendered(chart)
+    used = {pod["serviceAccountName"] for pod in pods(documents).values()}
+    assert used == set(of_kind(documents, "ServiceAccount")) == {"mail-mailfleet", "mail-mailfleet-release"}
+    assert all(
+        account["automountServiceAccountToken"] is False for account in of_kind(documents, "ServiceAccount").values()
+    )
+    given = rendered(chart, {"serviceAccount": {"existing": "sending"}})
+    assert {pod["serviceAccountName"] for pod in pods(given).values()} == {"sending"}
+    assert not of_kind(given, "ServiceAccount")
+
+
+def test_a_pod_has_a_token_only_to_log_in_to_vault_with(chart: helm_python.Chart) -> None:
+    assert not any(tokens(pod) for pod in pods(rendered(chart)).values())
+    for pod in pods(rendered(chart, EVERYTHING)).values():
+        assert tokens(pod) == [{"path": "token", "expirationSeconds": 3600, "audience": "vault"}]
+        [mount] = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "vault-token"]
+        assert environment(pod)["VAULT_KUBERNETES_TOKEN_PATH"] == f"{mount['mountPath']}/token"
+    [backup] = [
+        name
+        for name, pod in pods(
+            rendered(chart, {"processes": {"backup": {"settings": {"VAULT_KUBERNETES_ROLE": "archive"}}}})
+        ).items()
+        if tokens(pod)
+    ]
+    assert backup == "backup"
+    elsewhere = {"VAULT_KUBERNETES_ROLE": "mailfleet", "VAULT_KUBERNETES_TOKEN_PATH": "/mine/token"}
+    for pod in pods(rendered(chart, {"settings": elsewhere})).values():
+        assert (tokens(pod), environment(pod)["VAULT_KUBERNETES_TOKEN_PATH"]) == ([], "/mine/token")
+
+
+def tokens(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    projected = [volume["projected"]["sources"] for volume in pod["volumes"] if "projected" in volume]
+    return [source["serviceAccountToken"] for sources in projected for source in sources]
 
 
 def test_the_chart_makes_no_secret_and_a_value_that_is_one_is_refused(chart: helm_python.Chart) -> None:
@@ -179,12 +227,19 @@ def test_settings_and_secrets_reach_the_processes_that_they_are_for(chart: helm_
         assert secrets == (["sending"] if name == "send_plain" else ["mailfleet"])
 
 
+def test_where_a_store_gives_every_secret_kubernetes_has_none(chart: helm_python.Chart) -> None:
+    documents = rendered(chart, {"settings": VAULT, "existingSecrets": []})
+    for document in documents:
+        kubernetes_validate.validate(document, NEWEST, strict=True)
+    assert not any("envFrom" in pod["containers"][0] for pod in pods(documents).values())
+
+
 def test_every_mount_has_its_volume(chart: helm_python.Chart) -> None:
     for name, pod in pods(rendered(chart, EVERYTHING)).items():
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
         graph = {"graph-certificate"} if name in {"send_plain", "send_attached", "backup", "maintenance"} else set()
-        assert mounted == {"tmp", "attachments", "keys"} | graph
+        assert mounted == {"tmp", "attachments", "keys", "vault-token"} | graph
 
 
 def test_scaling_follows_queues_that_exist_and_leaves_the_number_of_replicas_alone(chart: helm_python.Chart) -> None:
@@ -229,6 +284,37 @@ def test_pods_are_closed_but_for_metrics_and_the_console(chart: helm_python.Char
     assert [rule["ports"] for rule in every["ingress"]] == [[{"protocol": "TCP", "port": 9191}]]
     assert [rule["ports"] for rule in console["ingress"]] == [[{"protocol": "TCP", "port": 8000}]]
     assert all(rule["from"] == [{"podSelector": {}}] for rule in [*every["ingress"], *console["ingress"]])
+
+
+SERVERS, HTTPS, METADATA = {5432, 5671, 5672, 6379}, {443}, {80}
+VAULT = {"SECRETS_FROM": "vault://vault.example:8200/secret/mailfleet"}
+AZURE = {"SECRETS_FROM": "azure-key-vault://name.vault.azure.net"}
+
+
+@pytest.mark.parametrize(
+    ("values", "servers", "metadata"),
+    [
+        ({}, set(), False),
+        ({"settings": VAULT}, {8200}, False),
+        ({"processes": {"backup": {"settings": VAULT}}}, {8200}, False),
+        ({"migrations": {"settings": VAULT}}, {8200}, False),
+        ({"settings": {"SECRETS_FROM": "vault://vault.example/secret/mailfleet"}}, {443}, False),
+        ({"settings": {"SECRETS_FROM": "vault+http://localhost:8100/secret/mailfleet"}}, set(), False),
+        ({"settings": {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://otel:4318"}}, {4318}, False),
+        ({"settings": {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://otel.example/v1/traces"}}, {443}, False),
+        ({"settings": AZURE}, set(), True),
+        ({"settings": AZURE, "podLabels": {"azure.workload.identity/use": "true"}}, set(), False),
+        ({"networkPolicy": {"instanceMetadata": True}}, set(), True),
+    ],
+)
+def test_pods_reach_what_the_settings_name_and_nothing_else(
+    chart: helm_python.Chart, values: dict[str, Any], servers: set[int], metadata: bool
+) -> None:
+    rules = of_kind(rendered(chart, values), "NetworkPolicy")["mail-mailfleet"]["spec"]["egress"]
+    reached = [{port["port"] for port in rule["ports"]} for rule in rules]
+    assert reached == [{53}, SERVERS | servers, HTTPS, *([METADATA] if metadata else [])]
+    if metadata:
+        assert [peer["ipBlock"]["cidr"] for peer in rules[-1]["to"]] == ["169.254.169.254/32", "169.254.170.23/32"]
 
 
 def test_the_fleets_own_metrics_are_collected_with_a_viewers_token_only(chart: helm_python.Chart) -> None:

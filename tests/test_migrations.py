@@ -111,7 +111,7 @@ def test_a_release_that_is_killed_while_it_waits_hinders_nobody(empty_database: 
     with connection, connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (0x6D6967726174,))
         waiting = release(empty_database)
-        support.wait_until("it waits", lambda: waits(empty_database))
+        support.wait_until("it waits", lambda: asks(empty_database, "ROLLBACK"))
         waiting.send_signal(signal.SIGKILL)
         waiting.communicate(timeout=10)
     connection.close()
@@ -119,8 +119,59 @@ def test_a_release_that_is_killed_while_it_waits_hinders_nobody(empty_database: 
     assert FIRST in migrate(empty_database)
 
 
-def waits(url: str) -> bool:
-    return bool(ask(url, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+def asks(url: str, statement: str) -> bool:
+    """Whether somebody's last statement was like that."""
+    like = f"query ILIKE '{statement}' AND pid <> pg_backend_pid() AND datname = current_database()"
+    return bool(ask(url, f"SELECT 1 FROM pg_stat_activity WHERE {like}"))
+
+
+# Beside a fleet that runs
+
+#: A migration that builds an index of a table which may be large, and the index.
+INDEXING, INDEX = "0012.finding", "incoming_emails_outcomes"
+STORE = """
+    INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, route, mailbox, recipient_count)
+    VALUES (gen_random_uuid(), gen_random_uuid()::text, '{}', '', 'attachment', 'ann@example.com', 1)
+"""
+
+
+def test_mail_is_stored_while_an_index_is_built(empty_database: str) -> None:
+    # Given a database that lacks an index, and a transaction that has stored a mail and goes on
+    migrate(empty_database)
+    ask(empty_database, f"DELETE FROM _yoyo_migration WHERE migration_id = '{INDEXING}'; DROP INDEX {INDEX}")
+    connection = psycopg2.connect(empty_database)
+    with connection, connection.cursor() as cursor:
+        cursor.execute(STORE)
+        # When the index is built
+        building = release(empty_database)
+        support.wait_until("it is built", lambda: asks(empty_database, "CREATE INDEX%"))
+        # Then others store mail
+        ask(empty_database, f"SET lock_timeout = '2s'; {STORE}")
+    connection.close()
+    assert (building.communicate(timeout=60)[1], building.returncode) == (f"applied {INDEXING}\n", 0)
+    assert valid(empty_database)
+
+
+def test_an_index_whose_building_was_broken_off_is_built_anew(empty_database: str) -> None:
+    migrate(empty_database)
+    ask(empty_database, f"DELETE FROM _yoyo_migration WHERE migration_id = '{INDEXING}'")
+    ask(empty_database, f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{INDEX}'::regclass")
+    assert migrate(empty_database) == [INDEXING]
+    assert valid(empty_database)
+
+
+def valid(url: str) -> bool:
+    return ask(url, f"SELECT indisvalid FROM pg_index WHERE indexrelid = '{INDEX}'::regclass") == [(True,)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "migrations").glob("*.sql"))[5:], ids=lambda path: path.name)
+def test_an_index_of_a_table_that_may_be_large_is_built_beside_the_fleet(path: Path) -> None:
+    sql = path.read_text()
+    new = set(re.findall(r"CREATE TABLE IF NOT EXISTS (\w+)", sql))
+    indexes = re.findall(r"CREATE (?:UNIQUE )?INDEX (.*?)IF NOT EXISTS \w+ ON (\w+)", sql)
+    beside = [table for how, table in indexes if how == "CONCURRENTLY "]
+    assert {table for _, table in indexes} - new == set(beside)
+    assert ("-- transactional: false" in sql) == bool(beside)
 
 
 # Old and new versions side by side
@@ -128,7 +179,8 @@ def waits(url: str) -> bool:
 #: What the version before may not bear: something gone, renamed, of another type, or asked for that it does not write.
 TAKES_AWAY = re.compile(
     r"DROP\s+(TABLE|COLUMN|SCHEMA|TYPE|VIEW)|RENAME\s+(TO|COLUMN|CONSTRAINT)|ALTER\s+(COLUMN\s+)?\w+\s+(SET\s+DATA\s+)?TYPE"
-    r"|SET\s+NOT\s+NULL|DROP\s+DEFAULT|TRUNCATE|DELETE\s+FROM"
+    r"|SET\s+NOT\s+NULL|DROP\s+DEFAULT|TRUNCATE|DELETE\s+FROM|CREATE\s+(UNIQUE\s+INDEX|TRIGGER|RULE)"
+    r"|ADD\s+(CONSTRAINT|CHECK|UNIQUE|FOREIGN\s+KEY|PRIMARY\s+KEY|EXCLUDE)"
     r"|ADD\s+COLUMN\s+(IF\s+NOT\s+EXISTS\s+)?\w+[^,;]*NOT\s+NULL(?![^,;]*\b(DEFAULT|GENERATED)\b)(?<!DEFAULT)",
     re.IGNORECASE,
 )
@@ -153,6 +205,8 @@ def test_migrations_only_add() -> None:
         "ALTER TABLE dlq ALTER COLUMN attempts TYPE bigint",
         "ALTER TABLE dlq ALTER COLUMN reason SET NOT NULL",
         "ALTER TABLE dlq ADD COLUMN IF NOT EXISTS cause text NOT NULL",
+        "ALTER TABLE dlq ADD CONSTRAINT dlq_reason CHECK (reason <> '')",
+        "CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS dlq_once ON dlq (incoming_email_id)",
     ],
 )
 def test_a_migration_that_takes_something_away_would_be_found(sql: str) -> None:

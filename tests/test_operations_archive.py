@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import orjson
 import pytest
@@ -13,14 +15,15 @@ from support import email_row, rows, send_email, store, table
 import operations
 import runtime
 from actors.ingest import Delivery, ingest
-from models import backups, payload_keys, rewrapping
-from operations import Fault, rotation
+from models import backups, counting, payload_keys, rewrapping
+from operations import Fault, health, rotation
 from payloads import Payloads
 from vault import HEADER_BYTES, Keyring, Vault
 
 shared_database, tables = support.shared_database, support.tables
 pytestmark = pytest.mark.usefixtures("tables")
 
+ROOT = Path(__file__).resolve().parent.parent
 WHO = "cli:ann"
 OLD, NEW = bytes(range(32)), bytes(range(32, 64))
 Ring = Callable[..., None]
@@ -154,6 +157,42 @@ def test_a_key_change_is_audited_with_what_was_and_what_is_left(ring: Ring) -> N
     (begun, ended) = [detail for (detail,) in rows("SELECT detail FROM audit_log ORDER BY id")]
     assert begun == {"older": {"old": 1}}
     assert ended == {"backups": 1, "payload_keys": 0, "attachments": 0, "stuck": 0, "left": {}}
+
+
+@pytest.mark.parametrize(
+    "store", [rewrapping.BACKUPS, rewrapping.ATTACHMENTS, rewrapping.PAYLOAD_KEYS], ids=lambda store: store.table
+)
+def test_a_batch_of_a_key_change_is_read_from_an_index_in_its_order(store: rewrapping.Store) -> None:
+    wanted = {"key_id": "old", "after": "00000000-0000-0000-0000-000000000000", "batch": 200}
+    plan = "\n".join(line for (line,) in rows("EXPLAIN " + store._statements.take, wanted))
+    assert ("Sort" in plan, f"{store.table}_wrapping_key" in plan) == (False, True)
+
+
+def test_no_statement_sorts_all_rows_by_the_text_of_their_ids() -> None:
+    for path in (ROOT / "models").glob("*.py"):
+        for statement in re.findall(r"SELECT id::text[^()]*?ORDER BY \w+", path.read_text()):
+            assert not statement.endswith(" id"), (path.name, statement)
+
+
+@pytest.mark.parametrize("there", [0, 3, 4, 5])
+def test_however_many_there_are_they_are_counted_a_page_at_a_time(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch, there: int
+) -> None:
+    monkeypatch.setattr(counting, "PAGE", 2)
+    for number in range(there):
+        archive(f"order-{number}")
+    ring(new=NEW, old=OLD)
+    assert (operations.count_to_verify(), operations.older_keys().get("old", 0)) == (there, there)
+
+
+def test_the_doctor_counts_no_further_than_is_worth_knowing(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "MOST_COUNTED", 2)
+    for number in range(5):
+        archive(f"order-{number}")
+    ring(new=NEW, old=OLD)
+    assert operations.older_keys(at_most=2) == {"old": 2}
+    (finding,) = [found for found in operations.doctor() if found.subject == "Archive"]
+    assert (finding.fine, "; at least 2 under older keys" in finding.detail) == (True, True)
 
 
 # Verification

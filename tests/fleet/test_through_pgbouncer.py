@@ -10,14 +10,17 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
-from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, settled
+import requests
+from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, put, settled
 from worlds import SETTINGS, Worlds
 
+from sandbox.fleet import read_procfile
 from sandbox.processes import free_port, wait_until
 from sandbox.programs import START_LIMIT
 from sandbox.world import ROOT, World
@@ -25,6 +28,7 @@ from sandbox.world import ROOT, World
 MAILFLEET = ROOT / ".venv" / "bin" / "mailfleet"
 CONNECT_QUERY = re.findall(r"connect_query='([^']+)'", (ROOT / "docs" / "deploy.md").read_text())
 CONNECTIONS = 2
+PROCESS_TYPES = set(read_procfile(ROOT / "Procfile")) - {"release"}
 
 
 @contextmanager
@@ -79,6 +83,18 @@ def answers(url: str) -> bool:
     return True
 
 
+def connections(url: str, world: World) -> int:
+    """How many connections to the world's database there are at the server of a URL."""
+    direct = psycopg2.connect(url)
+    try:
+        with direct.cursor() as cursor:
+            name = urlsplit(world.environment["DATABASE_URL"]).path.lstrip("/")
+            cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", (name,))
+            return int(cursor.fetchone()[0])  # type: ignore[index]
+    finally:
+        direct.close()
+
+
 def doctors_word(world: World, **changes: str) -> str:
     """What the doctor says of PostgreSQL."""
     environment = {**world.environment, **changes}
@@ -110,6 +126,36 @@ if PGBOUNCER := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"
         assert {each.status for each in known.values()} == {"processed"}
         assert_each_left_once(world, known.values())
         assert all(each.archived for each in known.values())
+
+    def test_every_process_type_and_the_command_line_work_through_it(world: World, servers: dict[str, str]) -> None:
+        # Given a mail that is archived, and a message that no actor can work on
+        (email,) = given = emails(1, a_mailbox("pooled"))
+        world.publish(email)
+        settled(world, given)
+        put(world, "maintenance", b"hello")
+        # Then maintenance, which the clock wakes if nothing else does, keeps that
+        world.wait_until("it is kept", lambda: world.count("SELECT count(*) FROM dlq"), timedelta(seconds=75))
+        # the console shows it
+        console = f"http://127.0.0.1:{world.fleet.ports['console.1'].port}"
+        assert requests.get(f"{console}/readyz", timeout=10).status_code == 200
+        assert len(requests.get(f"{console}/api/v1/dead-letters", timeout=10).json()["dead_letters"]) == 1
+        # an operator's commands have their transactions
+        id = email["publisher_message_id"]
+        for command in (
+            ("limits", "set", email["from"], "sends=60"),
+            ("hold", id),
+            ("release", id),
+            ("backups", "verify"),
+            ("backups", "rotate-keys"),
+            ("dlq", "discard", "--reason", "unreadable"),
+        ):
+            ended = subprocess.run(
+                [MAILFLEET, *command], env=world.environment, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert ended.returncode == 0, (command, ended.stdout, ended.stderr)
+        # and PostgreSQL has had no connection but those of the pool
+        assert {name.partition(".")[0] for name in world.fleet.ports} == PROCESS_TYPES
+        assert connections(servers["DATABASE_URL"], world) <= CONNECTIONS
 
     def test_the_doctor_is_content_with_a_pooler_that_is_set_up_as_documented(world: World) -> None:
         assert doctors_word(world).startswith("ok")

@@ -58,10 +58,56 @@ yes
 {{- end -}}
 {{- end -}}
 
+{{/* The account that a type's pods run as: the migrations run before there is anything else of the release. */}}
+{{- define "mailfleet.serviceAccount" -}}
+{{- if .root.Values.serviceAccount.existing -}}
+{{- .root.Values.serviceAccount.existing -}}
+{{- else -}}
+{{- include "mailfleet.name" .root }}{{ eq .type "release" | ternary "-release" "" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether a pod logs in to Vault with a token of its account, and has no other place for it. Takes root and process. */}}
+{{- define "mailfleet.vaultToken" -}}
+{{- $settings := mergeOverwrite (dict) .root.Values.settings (.process.settings | default dict) -}}
+{{- if and $settings.VAULT_KUBERNETES_ROLE (not $settings.VAULT_KUBERNETES_TOKEN_PATH) -}}
+yes
+{{- end -}}
+{{- end -}}
+
+{{/* What the settings of any pod name besides the servers: the ports of Vault and of the receiver of traces, and whether
+instance metadata is asked for a token. As JSON. */}}
+{{- define "mailfleet.reached" -}}
+{{- $ports := list -}}
+{{- $metadata := .Values.networkPolicy.instanceMetadata -}}
+{{- $every := list (.Values.migrations.settings | default dict) -}}
+{{- range .Values.processes -}}
+{{- $every = append $every (.settings | default dict) -}}
+{{- end -}}
+{{- $identity := get .Values.podLabels "azure.workload.identity/use" -}}
+{{- range $every -}}
+{{- $settings := mergeOverwrite (dict) $.Values.settings . -}}
+{{- $store := $settings.SECRETS_FROM | default "" -}}
+{{- range list (hasPrefix "vault://" $store | ternary $store "") ($settings.OTEL_EXPORTER_OTLP_ENDPOINT | default "") -}}
+{{- if . -}}
+{{- $named := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}
+{{- $ports = append $ports ($named | default (hasPrefix "http://" . | ternary "80" "443") | int) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (hasPrefix "azure-key-vault://" $store) (not $settings.AZURE_FEDERATED_TOKEN_FILE) (ne $identity "true") -}}
+{{- $metadata = true -}}
+{{- end -}}
+{{- end -}}
+{{- dict "ports" ($ports | uniq) "metadata" $metadata | toJson -}}
+{{- end -}}
+
 {{/* The variables of a container. Takes root, type, and process, the values of the type. */}}
 {{- define "mailfleet.environment" -}}
 env:
 {{- $fixed := dict "PORT" "8000" "METRICS_PORT" "9191" -}}
+{{- if eq (include "mailfleet.vaultToken" .) "yes" -}}
+{{- $_ := set $fixed "VAULT_KUBERNETES_TOKEN_PATH" "/var/run/secrets/vault/token" -}}
+{{- end -}}
 {{- if eq (include "mailfleet.graphCertificate" .) "yes" -}}
 {{- $_ := set $fixed "GRAPH_CLIENT_CERTIFICATE" "/etc/mailfleet/graph/certificate.pem" -}}
 {{- end -}}
@@ -70,18 +116,23 @@ env:
   - name: {{ $name }}
     value: {{ kindIs "float64" $value | ternary (printf "%v" (int64 $value)) (toString $value) | quote }}
 {{- end }}
+{{- with .process.existingSecrets | default .root.Values.existingSecrets }}
 envFrom:
-{{- range .process.existingSecrets | default .root.Values.existingSecrets }}
+{{- range . }}
   - secretRef: {name: {{ . }}}
+{{- end }}
 {{- end }}
 {{- end -}}
 
-{{/* Both take root and type. */}}
+{{/* Both take root, type and process. */}}
 {{- define "mailfleet.mounts" -}}
 volumeMounts:
   - {name: tmp, mountPath: /tmp}
 {{- if eq (include "mailfleet.graphCertificate" .) "yes" }}
   - {name: graph-certificate, mountPath: /etc/mailfleet/graph, readOnly: true}
+{{- end }}
+{{- if eq (include "mailfleet.vaultToken" .) "yes" }}
+  - {name: vault-token, mountPath: /var/run/secrets/vault, readOnly: true}
 {{- end }}
 {{- if .root.Values.attachments.existingClaim }}
   - {name: attachments, mountPath: /var/lib/mailfleet}
@@ -102,6 +153,19 @@ volumes:
       secretName: {{ .root.Values.graphCertificate.existingSecret }}
       defaultMode: 0440
       items: [{key: {{ .root.Values.graphCertificate.key }}, path: certificate.pem}]
+{{- end }}
+{{- if eq (include "mailfleet.vaultToken" .) "yes" }}
+  # Kubernetes renews it; Vault alone is shown it.
+  - name: vault-token
+    projected:
+      defaultMode: 0440
+      sources:
+        - serviceAccountToken:
+            path: token
+            expirationSeconds: 3600
+            {{- with .root.Values.serviceAccount.vaultAudience }}
+            audience: {{ . }}
+            {{- end }}
 {{- end }}
 {{- with .root.Values.attachments.existingClaim }}
   - name: attachments

@@ -1,0 +1,148 @@
+"""What versions of mailfleet say to each other over RabbitMQ: neither what is older nor what is newer is misread.
+
+The messages stand here as the first version sends them. Whoever changes what is sent leaves them as they are, and sees
+that they are still understood. `tests/fleet/test_an_earlier_version_runs_beside.py` runs an earlier version itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dramatiq
+import orjson
+import pytest
+import support
+from support import Fleet, email_row, rows, sending, store, table, work
+
+import runtime
+from models import Route
+from outbox import connect
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
+
+PLAIN = {"subject": "Hello"}
+ATTACHED = {"attachments": [{"name": "a.txt", "size": 5, "contentBytes": "aGVsbG8="}]}
+#: What a later version may add to the arguments of an actor that there is.
+LATER: dict[str, Any] = {"tenant": "contoso", "not_before": None}
+
+
+def message(actor_name: str, queue_name: str, *args: Any, **kwargs: Any) -> dramatiq.Message[Any]:
+    """A message as it lies in RabbitMQ."""
+    body = {
+        "queue_name": queue_name,
+        "actor_name": actor_name,
+        "args": args,
+        "kwargs": kwargs,
+        "options": {},
+        "message_id": "0199e0a4-0000-7000-8000-000000000001",
+        "message_timestamp": 1_760_000_000_000,
+    }
+    return dramatiq.Message.decode(orjson.dumps(body))
+
+
+@pytest.mark.parametrize("later", [{}, LATER], ids=["first", "later"])
+@pytest.mark.parametrize(("route", "queue"), [(Route.PLAIN, "send_plain"), (Route.ATTACHED, "send_attached")])
+def test_a_dispatch_is_understood(fleet: Fleet, route: Route, queue: str, later: dict[str, Any]) -> None:
+    # Given
+    id = store(**(PLAIN if route is Route.PLAIN else ATTACHED))
+    support.dispatch(route)
+    dispatch = {"incoming_email_id": id, "publisher_message_id": "order-1", "route": route.value, "attempt": 1}
+    # When
+    assert work(message(queue, queue, **dispatch, **later)) == "done"
+    # Then
+    assert (sending(id), email_row(id)["status"]) == ("sent", "processed")
+
+
+def sent_and_leased(fleet: Fleet, count: int) -> list[str]:
+    """Mails that are sent, whose backups have been dispatched."""
+    ids = [store(publisher_message_id=f"order-{number}") for number in range(count)]
+    fleet.send()
+    rows("UPDATE sent_emails SET backup_due_at = now()")
+    fleet.schedule()
+    fleet.take("backup")
+    return ids
+
+
+@pytest.mark.parametrize("later", [{}, LATER], ids=["first", "later"])
+def test_the_dispatch_of_a_backup_is_understood(fleet: Fleet, later: dict[str, Any]) -> None:
+    (id,) = sent_and_leased(fleet, 1)
+    assert work(message("backup_email", "backup", incoming_email_id=id, attempt=1, **later)) == "done"
+    assert [str(row["incoming_email_id"]) for row in table("email_backups")] == [id]
+
+
+@pytest.mark.parametrize("later", [{}, LATER], ids=["first", "later"])
+def test_the_dispatch_of_several_backups_is_understood(fleet: Fleet, later: dict[str, Any]) -> None:
+    ids = sent_and_leased(fleet, 2)
+    backups = [[id, 1, *later.values()] for id in ids]
+    assert work(message("backup_emails", "backup", backups, **later)) == "done"
+    assert {str(row["incoming_email_id"]) for row in table("email_backups")} == set(ids)
+
+
+@pytest.mark.parametrize("later", [{}, LATER], ids=["first", "later"])
+def test_receipts_are_understood(fleet: Fleet, later: dict[str, Any]) -> None:
+    id = store()
+    support.claim(id)
+    assert work(message("acknowledge_receipt", "scheduler", [[id, 1, *later.values()]])) == "done"
+    assert [row["acknowledged_at"] is not None for row in table("worker_receipts")] == [True]
+
+
+def test_a_producers_emails_are_understood(fleet: Fleet) -> None:
+    email = support.send_email(publisher_message_id="order-1")
+    delivery = {"email": email, "correlation_id": "c-1", "reply_to": None, "traceparent": None}
+    assert work(message("ingest_emails", "ingest", deliveries=[delivery])) == "done"
+    assert [row["publisher_message_id"] for row in table("incoming_emails")] == ["order-1"]
+
+
+@pytest.mark.parametrize(
+    ("actor_name", "queue"),
+    [
+        ("schedule_emails", "scheduler"),
+        ("mirror_dead_letters", "maintenance"),
+        ("notify_dead_letters", "maintenance"),
+        ("purge_expired", "maintenance"),
+        ("delete_stored_attachments", "maintenance"),
+        ("tidy_drafts", "maintenance"),
+    ],
+)
+def test_a_wake_up_is_understood(fleet: Fleet, actor_name: str, queue: str) -> None:
+    with connect(runtime.rabbitmq) as connection:
+        runtime.declare(connection.channel())
+    assert work(message(actor_name, queue)) == "done"
+
+
+def test_every_actor_that_this_version_can_send_to_is_one_of_the_first_or_named_here(fleet: Fleet) -> None:
+    """An earlier worker dead-letters what is for an actor that it does not know.
+
+    So a new actor of an old queue is sent to by the version after the one whose workers know it, or the changelog says
+    that workers are replaced first.
+    """
+    assert set(runtime.fleet_broker.actors) == {
+        "acknowledge_receipt",
+        "backup_email",
+        "backup_emails",
+        "delete_stored_attachments",
+        "ingest_emails",
+        "mirror_dead_letters",
+        "notify_dead_letters",
+        "purge_expired",
+        "schedule_emails",
+        "send_attached",
+        "send_plain",
+        "tidy_drafts",
+    }
+
+
+def test_what_a_worker_did_not_know_comes_again_with_its_lease(fleet: Fleet) -> None:
+    # Given backups and a mail whose dispatches an earlier worker has dead-lettered
+    ids = sent_and_leased(fleet, 2)
+    late = store(publisher_message_id="late")
+    fleet.schedule()
+    fleet.take("send_plain")
+    # When their leases have run out
+    rows("UPDATE sent_emails SET backup_lease_until = now()")
+    support.make_due(late)
+    # Then
+    assert fleet.backup() == ["done"]
+    assert fleet.send() == ["done"]
+    assert {str(row["incoming_email_id"]) for row in table("email_backups")} == set(ids)
+    assert sending(late) == "sent"

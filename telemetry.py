@@ -329,6 +329,9 @@ UPLOADED_BYTES = Counter(
 )
 ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
 SPANS_LOST = Counter("mailfleet_spans_lost", "Spans of traces that could not be delivered.")
+CONSOLE_REFUSALS = Counter(
+    "mailfleet_console_refusals", "Requests to the console that were refused for who asked.", ["reason"]
+)
 ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
 ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
 

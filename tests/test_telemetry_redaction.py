@@ -180,6 +180,16 @@ def test_settings_that_are_refused_are_not_quoted(tmp_path: Path) -> None:
         "GRAPH_CLIENT_CERTIFICATE": str(tmp_path / "none.pem"),
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://pl4nted:pl4nted@host",
         "OTEL_EXPORTER_OTLP_HEADERS": "pl4nted",
+        "GRAPH_BASE_URL": "http://pl4nted:pl4nted@host/?pl4nted",
+        "GRAPH_AUTHORITY": "http://pl4nted:pl4nted@host/?pl4nted",
+        "ATTACHMENT_ALLOWED_HOSTS": "https://pl4nted:pl4nted@host",
+        "ATTACHMENT_CLOUD_URLS": "https://pl4nted:pl4nted@host/?sig=pl4nted",
+        "ATTACHMENT_STORE_URL": "ftp://pl4nted:pl4nted@host/?sig=pl4nted",
+        "DEAD_LETTER_WEBHOOK_URL": "http://host/pl4nted",
+        "DEAD_LETTER_WEBHOOK_SECRET": "pl4nted",
+        "ALLOWED_SENDERS": "pl4nted=",
+        "RECIPIENT_FIREWALL": "redirect:pl4nted",
+        "LOG_LEVEL": "pl4nted",
     }
     ended = subprocess.run(
         [sys.executable, "-c", "import runtime"], cwd=ROOT, env=os.environ | refused, capture_output=True, check=False

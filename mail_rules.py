@@ -124,6 +124,16 @@ class RecipientFirewall(NamedTuple):
         given = {field: list(payload.get(field) or ()) for field in _FIELDS}
         return {field: [each for each in given[field] if self._passes(each)] for field in _FIELDS}
 
+    def replied_to(self, payload: Mapping[str, Any]) -> list[str]:
+        """Return the addresses that replies to a ``SendEmail`` go to; none: to the mailbox that sends it.
+
+        Who tests and answers a mail reaches no more people than the mail itself may.
+        """
+        given = payload.get("reply_to") or ()
+        if self.redirect_to:
+            return [self.redirect_to] if given else []
+        return [each for each in given if self._passes(each)]
+
     def headers(self, payload: Mapping[str, Any]) -> dict[str, str]:
         """Return the x- headers of the mail: the publisher's, and whom a redirected mail was for.
 
@@ -132,7 +142,8 @@ class RecipientFirewall(NamedTuple):
         given: dict[str, str] = dict(payload.get("headers") or {})
         if not self.redirect_to:
             return given
-        named = {f"x-original-{field}": _listed(payload[field]) for field in _FIELDS if payload.get(field)}
+        told = {field: f"x-original-{field.replace('_', '-')}" for field in (*_FIELDS, "reply_to")}
+        named = {header: _listed(payload[field]) for field, header in told.items() if payload.get(field)}
         kept = [name for name in given if name.lower() not in named][: _MAX_HEADERS - len(named)]
         return {**{name: given[name] for name in kept}, **named}
 

@@ -103,14 +103,28 @@ def deliver(url: str, secret: str | None, notice_id: str, content: bytes, at: da
         headers["webhook-signature"] = signature(secret, notice_id, at, content)
     try:
         # What it answers besides is not read: it may be of any length.
-        with requests.post(
-            url, content, headers=headers, timeout=_PATIENCE_SECONDS, allow_redirects=False, stream=True
-        ) as response:
+        with (
+            _session(url) as session,
+            session.post(
+                url, content, headers=headers, timeout=_PATIENCE_SECONDS, allow_redirects=False, stream=True
+            ) as response,
+        ):
             status = response.status_code
     except (requests.RequestException, OSError, ValueError) as error:
         raise NotDelivered(f"no answer ({type(error).__name__})") from None  # its text quotes the address
     if not 200 <= status < 300:
         raise NotDelivered(f"answered {status}")
+
+
+def _session(url: str) -> requests.Session:
+    """Return a session that reaches what is in plain http, which is this machine, without the environment's proxy."""
+    session = requests.Session()
+    surroundings = session.merge_environment_settings(url, {}, None, None, None)
+    session.verify = surroundings["verify"]
+    if url.startswith("https:"):
+        session.proxies = surroundings["proxies"]
+    session.trust_env = False  # nor is a login of a .netrc sent along
+    return session
 
 
 def wait_before(attempt: int) -> timedelta:

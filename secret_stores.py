@@ -51,6 +51,9 @@ CREDENTIALS = (
 )
 
 
+_NO_TOKEN = "the token to log in with cannot be read from its file"  # noqa: S105  a sentence
+
+
 class StoreFailed(Exception):
     """Raised when a secret store cannot be reached, refuses us, or answers something else than a secret."""
 
@@ -73,7 +76,8 @@ class SecretStore(Protocol):
 def open_store(address: str, credentials: Mapping[str, str]) -> SecretStore:
     """Return the store at ``vault://host:port/mount/path`` or ``azure-key-vault://name.vault.azure.net``.
 
-    Nothing is contacted yet. A host on loopback is spoken to in plain http if ``+http`` follows the scheme.
+    Nothing is contacted yet. A host on loopback is spoken to in plain http if ``+http`` follows the scheme. A
+    credential is looked up whenever it is used: it may be another by then.
 
     Raises:
         ValueError: The address is of no such form, or the credentials are not those of one way to log in.
@@ -98,25 +102,41 @@ class _Answer(NamedTuple):
 def _ask(what: str, method: str, url: str, headers: Mapping[str, str], **given: Any) -> _Answer:
     """Make one request and return its JSON.
 
+    This machine and its metadata are asked directly: a proxy of the environment would get to read tokens that are in
+    plain http. Nor does a ``.netrc`` replace what logs us in.
+
     Raises:
         StoreFailed: No answer came, or it is too large or no JSON. Its text holds nothing that was sent or received.
     """
     try:
-        with requests.request(
-            method,
-            url,
-            headers=dict(headers),
-            timeout=_PATIENCE.total_seconds(),
-            allow_redirects=False,
-            stream=True,
-            **given,
-        ) as response:
+        with (
+            _session(url) as session,
+            session.request(
+                method,
+                url,
+                headers=dict(headers),
+                timeout=_PATIENCE.total_seconds(),
+                allow_redirects=False,
+                stream=True,
+                **given,
+            ) as response,
+        ):
             body = response.raw.read(_MAX_ANSWER_BYTES + 1, decode_content=True)
             if len(body) > _MAX_ANSWER_BYTES:
                 raise StoreFailed(f"{what} answers more than a secret can have")
             return _Answer(response.status_code, json.loads(body) if body else None)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise StoreFailed(f"{what} does not answer as it should ({type(error).__name__})") from None
+
+
+def _session(url: str) -> requests.Session:
+    session = requests.Session()
+    surroundings = session.merge_environment_settings(url, {}, None, None, None)
+    session.verify = surroundings["verify"]
+    if url.startswith("https:") and urlsplit(url).hostname not in LOOPBACK_HOSTS:
+        session.proxies = surroundings["proxies"]
+    session.trust_env = False
+    return session
 
 
 def _insist(what: str, answer: _Answer) -> Any:
@@ -173,12 +193,15 @@ class _HashiCorpVault:
             raise ValueError("needs exactly one of VAULT_TOKEN, VAULT_ROLE_ID and VAULT_KUBERNETES_ROLE")
         if ways == ["VAULT_ROLE_ID"] and not credentials.get("VAULT_SECRET_ID"):
             raise ValueError("VAULT_ROLE_ID needs VAULT_SECRET_ID")
+        (self._way,) = ways
 
     def read(self, name: str) -> str | None:
-        answer = self._get(name)
-        if answer.status == 403 and not self._credentials.get("VAULT_TOKEN"):
-            self._token.drop()  # it may have been revoked
-            answer = self._get(name)
+        token = self._logged_in()
+        answer = self._get(name, token)
+        if answer.status == 403:
+            self._token.drop()  # it may have been revoked, or replaced in its file
+            if (another := self._logged_in()) != token:
+                answer = self._get(name, another)
         if answer.status == 404:
             return None
         if answer.status == 403:
@@ -189,18 +212,21 @@ class _HashiCorpVault:
             raise StoreFailed(f"Vault has {name} without a field named value") from None
         return str(value)
 
-    def _get(self, name: str) -> _Answer:
-        headers = {**self._headers, "X-Vault-Token": self._logged_in()}
+    def _get(self, name: str, token: str) -> _Answer:
+        headers = {**self._headers, "X-Vault-Token": token}
         return _ask("Vault", "GET", f"{self._origin}/v1/{self._folder}/{quote(name, safe='')}", headers)
 
     def _logged_in(self) -> str:
-        if token := self._credentials.get("VAULT_TOKEN"):
-            return token
+        if self._way == "VAULT_TOKEN":
+            if token := self._credentials.get("VAULT_TOKEN"):
+                return token
+            raise StoreFailed(_NO_TOKEN)
         if self._token.serves:
             return str(self._token.text)
-        if role := self._credentials.get("VAULT_KUBERNETES_ROLE"):
+        if self._way == "VAULT_KUBERNETES_ROLE":
             path = self._credentials.get("VAULT_KUBERNETES_TOKEN_PATH") or _KUBERNETES_TOKEN
-            return self._log_in("kubernetes", {"role": role, "jwt": _text_of(path)})
+            given = {"role": self._credentials["VAULT_KUBERNETES_ROLE"], "jwt": _text_of(path)}
+            return self._log_in("kubernetes", given)
         return self._log_in(
             "approle",
             {"role_id": self._credentials["VAULT_ROLE_ID"], "secret_id": self._credentials["VAULT_SECRET_ID"]},
@@ -294,7 +320,7 @@ def _text_of(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        raise StoreFailed("the token to log in with cannot be read from its file") from None
+        raise StoreFailed(_NO_TOKEN) from None
 
 
 _STORES = {"vault": _HashiCorpVault, "azure-key-vault": _AzureKeyVault}

@@ -57,8 +57,17 @@ def _of(unit: timedelta) -> BeforeValidator:
 
 
 def comma_separated(value: Any) -> Any:
-    """Return the parts of a text that are not empty, and whatever else is given as it is."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    """Return the parts of a text that are not empty, and whatever else is given as it is.
+
+    Raises:
+        ValueError: There is a text and no part: what was meant to restrict something would restrict nothing.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if value and not parts:
+        raise ValueError("has commas or spaces and nothing between them")
+    return parts
 
 
 def _readable(path: Path) -> Path:
@@ -284,13 +293,14 @@ class Settings(settings_sources.StoreSettings):
     message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
     allowed_senders: Annotated[Names, AfterValidator(SenderRule.check)] = _setting(
         "ALLOWED_SENDERS",
-        "Mailboxes that may be sent from, as patterns, comma-separated; `user=pattern`: only by that user of RabbitMQ.",
+        "Mailboxes that may be sent from, as patterns, comma-separated; `user=pattern`: only by that user of RabbitMQ."
+        " Given, it must not be empty.",
         default="*",
     )
     recipient_firewall: Annotated[Names, AfterValidator(RecipientFirewall.check)] = _setting(
         "RECIPIENT_FIREWALL",
         "Not for production: patterns of the recipients that mail may reach, comma-separated; or `redirect:address`,"
-        " to which all mail goes, with its recipients in x- headers. Empty: none.",
+        " to which all mail goes, with its recipients in x- headers. It holds for `reply_to` too. Empty: none.",
         default="",
     )
 
@@ -389,7 +399,7 @@ def load(checks: Mapping[str, Callable[[str], object]] | None = None) -> Setting
     """
     settings_sources.withhold()
     settings_sources.forget_stored()
-    problems = [*_unreadable_files(), *_unclear_credential()]
+    problems = [*_unreadable_files(), *_unclear_credential(), *_nobody_allowed()]
     if problem := settings_sources.store_problem(Settings):
         # What it would have given is not missing as well.
         raise SettingsInvalid([problem, *problems])
@@ -426,6 +436,12 @@ def _unclear_credential() -> Iterator[str]:
     stored = "GRAPH_CLIENT_SECRET" in settings_sources.stored_secrets(Settings) and given == 0
     if is_needed("GRAPH_CLIENT_SECRET") and given + stored != 1:
         yield "GRAPH_CLIENT_SECRET or GRAPH_CLIENT_CERTIFICATE: exactly one must be given"
+
+
+def _nobody_allowed() -> Iterator[str]:
+    """Of an empty variable the default counts; here that is everybody, which whoever gives nothing may not mean."""
+    if os.environ.get("ALLOWED_SENDERS") == "":
+        yield "ALLOWED_SENDERS is empty: leave it out, or give *, to let every mailbox send"
 
 
 def _sentences(details: Any) -> list[str]:

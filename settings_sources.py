@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -174,8 +174,20 @@ def _store() -> SecretStore | None:
         ValueError: Its address or credentials are not usable.
     """
     address = os.environ.get("SECRETS_FROM")
-    given = {name: os.environ.get(name) or _in_file(name) or "" for name in CREDENTIALS}
-    return open_store(address, given) if address else None
+    return open_store(address, _Credentials()) if address else None
+
+
+class _Credentials(Mapping[str, str]):
+    """What logs in to the store, as it is now: whoever keeps it in a file, as an agent of Vault, may renew it."""
+
+    def __getitem__(self, name: str) -> str:
+        return os.environ.get(name) or _in_file(name) or ""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CREDENTIALS)
+
+    def __len__(self) -> int:
+        return len(CREDENTIALS)
 
 
 def stored_secrets(settings: type[BaseSettings]) -> dict[str, str]:

@@ -20,9 +20,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import date, timedelta
 from enum import StrEnum
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import dramatiq
 import orjson
@@ -216,11 +218,13 @@ _TELLING = (
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?([^\s/?#'\"<>]*)[^\s'\"<>]*", re.IGNORECASE), r"\1\2/…"),
     (re.compile(r"(?<=[ '\"=(:,])/[^\s'\"]*(?:@|%40|[Tt]oken|\?)[^\s'\"]*"), "/…"),
     (re.compile(r"[^\s@'\"<>(),;:=/]+(?:@|%40)[^\s@'\"<>(),;:/]+", re.IGNORECASE), "…@…"),
-    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]+", re.IGNORECASE), r"\1 …"),
-    (re.compile(r"\beyJ[\w-]{8,}(?:\.[\w-]*)*"), "…"),
+    (re.compile(r"\b(authorization['\"]?\s*[=:]\s*['\"]?)[^'\"]+", re.IGNORECASE), r"\1…"),
+    (re.compile(r"\b(bearer|basic|sharedkey|sharedkeylite|sharedaccesssignature)\s+[\w.~+/=:-]+", re.I), r"\1 …"),
+    (re.compile(r"\b(?:eyJ[\w-]{8,}(?:\.[\w-]*)*|hv[sbr]\.[\w-]+|whsec_[\w+/=-]+)"), "…"),
     (
         re.compile(
-            r"\b(\w*(?:password|passwd|secret|token|signature|sig|key))(['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,;]+", re.I
+            r"\b(\w*(?:password|passwd|secret|token|signature|sig|key|credential))(['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,;]+",
+            re.IGNORECASE,
         ),
         r"\1\2…",
     ),
@@ -230,8 +234,11 @@ _LONGEST_CHARACTERS = 1000
 
 
 def _redacted(_logger: Any, _method: str, line: Any) -> Any:
-    """Take out of a line of `logging` what looks like an address, a URL's path, a token or a password."""
-    text = str(line["event"])[:_LONGEST_CHARACTERS]
+    """Take out of a line of `logging` what looks like an address, a URL's path, a token or a password.
+
+    Of several lines the first is kept: asyncio and others put whole objects into those behind it.
+    """
+    text = str(line["event"]).partition("\n")[0][:_LONGEST_CHARACTERS]
     for telling, kept in _TELLING:
         text = telling.sub(kept, text)
     return {**line, "event": text}
@@ -260,9 +267,11 @@ def _named(argument: Any) -> Any:
         return f"{argument.actor_name}[{argument.message_id}]"
     if isinstance(argument, BaseException):
         return type(argument).__name__
-    if isinstance(argument, bytes | bytearray | memoryview | dict | list):
-        return f"({type(argument).__name__})"
-    return argument
+    return argument if isinstance(argument, _PLAIN) else f"({type(argument).__name__})"
+
+
+#: What a line may show; anything else is told by its kind, for it may hold a mail.
+_PLAIN = (str, int, float, type(None), type, date, timedelta, UUID, FunctionType)
 
 
 # --- metrics
@@ -329,6 +338,9 @@ UPLOADED_BYTES = Counter(
 )
 ARCHIVED_BYTES = Counter("mailfleet_archived_bytes", "MIME bytes archived, before compression.")
 SPANS_LOST = Counter("mailfleet_spans_lost", "Spans of traces that could not be delivered.")
+CONSOLE_REFUSALS = Counter(
+    "mailfleet_console_refusals", "Requests to the console that were refused for who asked.", ["reason"]
+)
 ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
 ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
 

@@ -100,6 +100,8 @@ def backup_emails(backups: list[list[Any]], **_dispatch: Any) -> None:
         try:
             _copy_all(left, copies, spans)
         except Exception as error:
+            for backup in left:
+                spans[backup.incoming_email_id].fail(error)
             _record(left.popleft(), error, together=True)
             for backup in left:
                 backup.snooze(timedelta(), "put back: another of its mailbox met trouble")

@@ -19,7 +19,7 @@ def graph_message(incoming_email_id: str, payload: dict[str, Any]) -> dict[str, 
     """Return the message without its attachments, tagged so that it can be found by the email's id.
 
     The sender is the mailbox that the request names; ``from`` is left out, so that no send-as right is asked for.
-    It goes to whom the firewall lets it reach.
+    It, and what is replied to it, goes to whom the firewall lets it reach.
 
     Raises:
         StoppedByFirewall: It reaches nobody.
@@ -48,7 +48,8 @@ def _behind(firewall: RecipientFirewall, payload: dict[str, Any]) -> dict[str, A
     reached = firewall.reached(payload)
     if not any(reached.values()):
         raise StoppedByFirewall("RECIPIENT_FIREWALL lets the mail reach none of its recipients")
-    return {**payload, "to": [], "cc": [], "bcc": [], **reached, "headers": firewall.headers(payload)}
+    answered = {"reply_to": firewall.replied_to(payload), "headers": firewall.headers(payload)}
+    return {**payload, "to": [], "cc": [], "bcc": [], **reached, **answered}
 
 
 #: Joiners that scripts and emoji need; the other invisible characters only make a name look like another.

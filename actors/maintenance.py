@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import time
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -36,6 +36,8 @@ from tracing import trace_id
 log = logging.getLogger(__name__)
 
 _BATCH = 100
+#: A batch is closed at this, too.
+_BATCH_BYTES = 8 * 1024 * 1024
 #: RabbitMQ moves a dead letter a moment after it was refused.
 _QUIET = timedelta(seconds=1)
 #: Of what nobody can read, more is of no use to anybody.
@@ -53,7 +55,6 @@ def mirror_dead_letters() -> None:
         try:
             channel = connection.channel()
             runtime.declare(channel)
-            channel.basic_qos(prefetch_count=_BATCH)
             earlier = _EarlierRows(models.now())
             while _mirror_batch(channel, earlier):
                 pass
@@ -65,7 +66,7 @@ def mirror_dead_letters() -> None:
 
 def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
     """Mirror what is there, at most a batch; return whether there may be more."""
-    taken = list(_take(channel))
+    taken, more = _take(channel)
     if not taken:
         return False
     runtime.crash_point(CrashPoint.MIRROR_CONSUMED)
@@ -90,19 +91,26 @@ def _mirror_batch(channel: Any, earlier: _EarlierRows) -> bool:
             reason=copy.reason,
             queue=copy.queue_name,
         )
-    return len(taken) == _BATCH
+    return more
 
 
-def _take(channel: Any) -> Iterator[tuple[Any, Any, bytes]]:
-    """Yield what is there, at most a batch, until nothing more comes for a moment."""
-    for count, (method, properties, body) in enumerate(
-        channel.consume(MIRROR_QUEUE, inactivity_timeout=_QUIET.total_seconds()), 1
-    ):
+def _take(channel: Any) -> tuple[list[tuple[Any, Any, bytes]], bool]:
+    """Take what is there, at most a batch, until nothing more comes for a moment; say whether there may be more.
+
+    One at a time: what RabbitMQ would hand out ahead is bounded by its number only, and a copy may have megabytes.
+    """
+    taken: list[tuple[Any, Any, bytes]] = []
+    held_bytes, quiet_since = 0, time.monotonic()
+    while time.monotonic() - quiet_since < _QUIET.total_seconds():
+        method, properties, body = channel.basic_get(MIRROR_QUEUE)
         if method is None:
-            return
-        yield method, properties, body
-        if count == _BATCH:
-            return
+            channel.connection.sleep(_QUIET.total_seconds() / 10)
+            continue
+        taken.append((method, properties, body))
+        held_bytes, quiet_since = held_bytes + len(body), time.monotonic()
+        if len(taken) == _BATCH or held_bytes >= _BATCH_BYTES:
+            return taken, True
+    return taken, False
 
 
 def _mirror_alone(copy: Copy) -> list[Copy]:

@@ -249,7 +249,7 @@ def _learn(mailbox: str, wait: timedelta, throttled: Throttled, budget: str) -> 
     if slowed:
         record_slowed(mailbox, blamed, slowed.as_row())
         LOWERED.labels(blamed).inc()
-        log.warning("%s of the mailbox: %s", blamed, slowed)
+        log.warning("%s of the mailbox: %s", blamed, str(slowed))
     if everybody:
         mailboxes.pause(EVERY, wait, why="asked many mailboxes to wait")
 

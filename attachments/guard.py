@@ -56,10 +56,11 @@ class HostPattern:
 
     @classmethod
     def parse(cls, text: str) -> HostPattern:
-        """Raises ValueError when it is neither form."""
+        """Raises ValueError when it is neither form; what could hold a password is not quoted."""
         match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<host>[^\s:/@\[\]]+))(?::(?P<port>\d+|\*))?", text.lower())
         if match is None:
-            raise ValueError(f"{text!r} is not a host or host:port")
+            shown = repr(text) if re.fullmatch(r"[\w.*: -]*", text) else "an entry"
+            raise ValueError(f"{shown} is not a host or host:port")
         host = str(ip_address(match["v6"])) if match["v6"] else match["host"].rstrip(".")
         if not host.isascii():
             host = idna.encode(host, uts46=True).decode()

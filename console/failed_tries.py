@@ -28,14 +28,19 @@ class FailedTries:
         self._tries: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def note(self, address: str) -> None:
-        """Count one wrong token. The address that has been quiet for longest is forgotten for one too many."""
+    def note(self, address: str) -> int:
+        """Count one wrong token; return how many the address has had within the minute.
+
+        The address that has been quiet for longest is forgotten for one too many.
+        """
         network, now = _network(address), self._clock()
         with self._lock:
             began_at, count = self._tries.pop(network, (now, 0))
-            self._tries[network] = (now, 1) if now - began_at >= _MINUTE else (began_at, count + 1)
+            began_at, count = (now, 1) if now - began_at >= _MINUTE else (began_at, count + 1)
+            self._tries[network] = began_at, count
             if len(self._tries) > MAX_ADDRESSES:
                 self._tries.popitem(last=False)
+        return count
 
     def wait(self, address: str) -> int:
         """Return for how many seconds the address is refused; 0: it is not."""

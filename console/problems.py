@@ -1,6 +1,6 @@
 """Whatever cannot be answered is said in one shape, ``application/problem+json`` (RFC 9457).
 
-``detail`` is a sentence for people; nothing in it repeats what was given in a body or a header.
+``detail`` is a sentence for people. Nothing repeats what was given in a body or a header, but for the name of a field.
 """
 
 from __future__ import annotations

@@ -156,7 +156,10 @@ def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
             {**wanted, "ids": [id for (id,) in candidates]},
         )
     taken = rows(
-        "SELECT s.id::text FROM stored_attachments s WHERE s.deleting_at <= now() ORDER BY s.deleting_at, s.id LIMIT %(batch)s",
+        """
+        SELECT s.id::text FROM stored_attachments s
+        WHERE s.deleting_at <= now() ORDER BY s.deleting_at, s.id LIMIT %(batch)s
+        """,
         wanted,
     )
     return [id for (id,) in taken]

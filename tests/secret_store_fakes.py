@@ -23,11 +23,15 @@ class Reply(NamedTuple):
 
 
 class Fake:
-    """A store on loopback. ``secrets`` may be changed while it runs; ``asked`` has every path in order."""
+    """A store on loopback. ``secrets`` may be changed while it runs; ``asked`` has every path in order.
+
+    Of a proxy it has only that it is asked: ``connects`` has where to.
+    """
 
     def __init__(self) -> None:
         self.secrets: dict[str, str] = {}
         self.asked: list[str] = []
+        self.connects: list[str] = []
         self.tokens: set[str] = set()
         self.logins = 0
         self.instead: Reply | None = None
@@ -51,6 +55,10 @@ class Fake:
 
             def do_POST(self) -> None:
                 self._reply(self.rfile.read(int(self.headers["Content-Length"])))
+
+            def do_CONNECT(self) -> None:
+                fake.connects.append(self.path)
+                self.send_error(403)
 
             def log_message(self, *_: object) -> None:
                 pass

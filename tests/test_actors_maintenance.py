@@ -12,8 +12,11 @@ from support import Fleet, rows, store, table, wait_until
 
 import actors
 import runtime
+from actors import maintenance
 from broker import MIRROR_QUEUE
 from crash_points import CrashPoint
+from models import dead_letters
+from models.dead_letters import Copy
 from outbox import Unconfirmed
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
@@ -89,6 +92,27 @@ def test_whatever_was_dead_lettered_is_kept_and_does_not_stop_the_mirror(fleet: 
     kept = {bytes.fromhex(letter["body"][2:]) for letter in letters}
     assert kept == {body[:1_000_000] for body in POISON.values()}
     assert waiting(fleet) == 0
+
+
+def test_copies_are_read_in_batches_that_are_bounded_by_bytes_too(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    sizes, store_copies = [], dead_letters.mirror
+
+    def mirror(copies: list[Copy]) -> list[Copy]:
+        sizes.append(len(copies))
+        return store_copies(copies)
+
+    monkeypatch.setattr(maintenance, "_BATCH_BYTES", 250_000)
+    monkeypatch.setattr(dead_letters, "mirror", mirror)
+    for n in range(5):
+        dead_letter(fleet, bytes([n]) * 100_000)
+    # When
+    actors.mirror_dead_letters()
+    # Then
+    assert sizes == [3, 2]
+    assert len(table("dlq")) == 5
 
 
 class Died(Exception):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import orjson
 import pika
@@ -26,9 +27,9 @@ shared_database, tables, fleet = support.shared_database, support.tables, suppor
 
 
 @contextmanager
-def running() -> Iterator[None]:
+def running(held_bytes: int = bridge.HELD_BYTES) -> Iterator[None]:
     """Let a bridge consume for the length of the block; at its end it has finished what it had in hand."""
-    consuming = bridge.Bridge()
+    consuming = bridge.Bridge(held_bytes)
 
     def run() -> None:
         consuming.run()
@@ -51,6 +52,18 @@ def publish(fleet: Fleet, *bodies: bytes, **properties: object) -> None:
 
 def waiting(fleet: Fleet, queue: str) -> int:
     return int(fleet.channel.queue_declare(queue, passive=True).method.message_count)
+
+
+def consumers(fleet: Fleet) -> int:
+    """How many consume, none if there is no queue: asked over a channel that RabbitMQ may close."""
+    channel = fleet.channel.connection.channel()
+    try:
+        return int(channel.queue_declare(runtime.SEND_QUEUE, passive=True).method.consumer_count)
+    except pika.exceptions.ChannelClosedByBroker:
+        return 0
+    finally:
+        if channel.is_open:
+            channel.close()
 
 
 def emails(count: int) -> list[bytes]:
@@ -139,6 +152,56 @@ def test_in_an_outage_a_batch_is_kept_and_not_handed_back_and_forth(
     assert len(connections) == 1
 
 
+def test_in_an_outage_large_mail_is_held_up_to_a_bound_and_handed_back_once(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given mail of 100 KB each, of which three are a batch and as many more may be held, and an outage of PostgreSQL
+    inboxes, held, redelivered, back = [], [], [], threading.Event()
+
+    class Watched(bridge.Inbox):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            inboxes.append(self)
+
+        def take(self, patience: timedelta) -> Any:
+            if (delivery := super().take(patience)) and delivery[0].redelivered:
+                redelivered.append(delivery[2])
+            return delivery
+
+    def ingest(deliveries: list[Delivery]) -> None:
+        held.append(inboxes[0].held_bytes)
+        if not back.is_set():
+            raise models.DatabaseAway("away")
+        actors.ingest.ingest(deliveries)
+
+    monkeypatch.setattr(bridge, "Inbox", Watched)
+    monkeypatch.setattr(bridge, "BATCH_BYTES", 250_000)
+    monkeypatch.setattr(bridge, "ingest", ingest)
+    content = {"contentType": "text", "content": "x" * 99_000}
+    publish(fleet, *(orjson.dumps(send_email(publisher_message_id=f"large-{n}", body=content)) for n in range(20)))
+    with running(held_bytes=350_000):
+        # When all have been handed out, and were tried more than once
+        wait_until("all are handed out", lambda: waiting(fleet, runtime.SEND_QUEUE) == 0 and len(held) > 2)
+        back.set()
+        wait_until("all are stored", lambda: count("incoming_emails") == 20)
+    # Then
+    assert waiting(fleet, runtime.SEND_QUEUE) == 0
+    assert 250_000 < max(held) <= 350_000
+    assert len(redelivered) == len(set(redelivered)) == 14
+    assert len(inboxes) == 1
+
+
+def test_a_queue_that_is_deleted_is_declared_and_consumed_again(fleet: Fleet) -> None:
+    with running():
+        wait_until("it consumes", lambda: consumers(fleet) == 1)
+        # When
+        fleet.channel.queue_delete(runtime.SEND_QUEUE)
+        wait_until("it is back", lambda: consumers(fleet) == 1)
+        publish(fleet, *emails(2))
+        # Then
+        wait_until("both are stored", lambda: count("incoming_emails") == 2)
+
+
 def test_nothing_is_acknowledged_before_its_event_is_confirmed(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a RabbitMQ that takes connections for consuming only
     publish(fleet, *emails(3))
@@ -204,10 +267,7 @@ def test_properties_that_nobody_expects_do_not_stop_the_line(fleet: Fleet, what:
 
 def test_a_bridge_stops_promptly_with_nothing_to_do(fleet: Fleet) -> None:
     with running():
-        wait_until(
-            "it consumes",
-            lambda: fleet.channel.queue_declare(runtime.SEND_QUEUE, passive=True).method.consumer_count == 1,
-        )
+        wait_until("it consumes", lambda: consumers(fleet) == 1)
 
 
 def test_a_bridge_that_is_up_before_the_tables_waits_for_them(fleet: Fleet) -> None:
@@ -230,23 +290,26 @@ def test_a_bridge_that_is_up_before_the_tables_waits_for_them(fleet: Fleet) -> N
 
 
 class Scripted:
-    """A channel that hands out given bodies, then nothing, and notes how long it was waited for each."""
+    """An inbox that hands out given bodies, then nothing, and notes how long it was waited for each."""
 
     def __init__(self, bodies: list[bytes]) -> None:
         self.bodies = bodies
-        self.waits: list[float] = []
+        self.waits: list[timedelta] = []
 
-    def consume(self, _queue: str, inactivity_timeout: float) -> Iterator[tuple[object, object, bytes]]:
-        self.waits.append(inactivity_timeout)
-        yield ("method", "properties", self.bodies.pop(0)) if self.bodies else (None, None, b"")
+    def take(self, patience: timedelta) -> tuple[object, object, bytes] | None:
+        self.waits.append(patience)
+        return ("method", "properties", self.bodies.pop(0)) if self.bodies else None
+
+    def hand_back(self) -> None:
+        pass
 
 
-def batches(channel: Scripted) -> list[int]:
+def batches(inbox: Scripted) -> list[int]:
     consuming = bridge.Bridge()
     sizes = []
-    for batch in consuming._batches(channel):
+    for batch in consuming._batches(inbox):
         sizes.append(len(batch))
-        if not channel.bodies:
+        if not inbox.bodies:
             consuming.stop()
     return sizes
 
@@ -258,12 +321,12 @@ def test_a_batch_is_bounded_by_its_bytes_as_well_as_by_its_deliveries() -> None:
 
 
 def test_a_mail_that_comes_singly_is_not_held_back() -> None:
-    channel = Scripted([b"x"])
-    assert batches(channel) == [1]
-    assert channel.waits == [bridge.IDLE.total_seconds(), 0]
+    inbox = Scripted([b"x"])
+    assert batches(inbox) == [1]
+    assert inbox.waits == [bridge.IDLE, timedelta()]
 
 
 def test_mail_that_follows_soon_is_gathered_for_a_moment() -> None:
-    channel = Scripted([b"x"] * 101)
-    assert batches(channel) == [100, 1]
-    assert channel.waits[-2:] == [bridge.IDLE.total_seconds(), bridge.LINGER.total_seconds()]
+    inbox = Scripted([b"x"] * 101)
+    assert batches(inbox) == [100, 1]
+    assert inbox.waits[-2:] == [bridge.IDLE, bridge.LINGER]

@@ -140,6 +140,33 @@ def test_what_a_proxy_on_this_machine_passes_on_does_not_come_from_this_machine(
     assert ask("/metrics", **{header: "127.0.0.1"}).status == 401
 
 
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]"])
+def test_where_no_token_is_configured_this_machine_is_called_by_its_own_names(host: str) -> None:
+    assert ask("/metrics", Host=host).status == 200
+    assert ask("/api/v1/emails", Host=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "localhost@evil", ""]
+)
+def test_a_page_of_another_name_that_leads_to_this_machine_sees_nothing(host: str) -> None:
+    """DNS rebinding: the browser of who works here asks in the name of somebody else's page."""
+    assert ask("/metrics", Host=host).status == 403
+    assert ask("/api/v1/emails", Host=host).status == 403
+    assert ask("/metrics", Host=host, tokens=GUARDED, Authorization=f"Bearer {SECRET}").status == 200
+
+
+def test_a_page_of_another_origin_gets_no_leave_to_ask_with_a_token_or_to_read_the_answer() -> None:
+    asked = {"Origin": "https://evil.example", "Access_Control_Request_Method": "POST"}
+    asked |= {"Access_Control_Request_Headers": "authorization,content-type"}
+    for tokens in ("", GUARDED):
+        for answer in (
+            ask("/api/v1/pauses/a@example.com", method="OPTIONS", tokens=tokens, **asked),
+            ask("/api/v1/emails", tokens=tokens, Authorization=f"Bearer {SECRET}", **asked),
+        ):
+            assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
 def test_tokens_are_read_and_never_shown() -> None:
     first, second = parse_tokens(GUARDED)
     assert first == Token("grafana", "viewer", SECRET)  # type: ignore[arg-type]

@@ -6,8 +6,9 @@ import pytest
 from fastapi import HTTPException, Request
 from test_console import GUARDED, SECRET, STRANGER
 
+import telemetry
 from console import failed_tries
-from console.access import Access, parse_tokens
+from console.access import Access, Refusal, parse_tokens
 from console.failed_tries import FailedTries
 
 
@@ -46,6 +47,50 @@ def test_after_too_many_wrong_tokens_an_address_is_refused_for_a_minute_whatever
     assert status(access, SECRET, client="198.51.100.1") == 200
     clock.seconds += 60
     assert status(access, SECRET) == 200
+
+
+def counted(reason: str) -> float:
+    value = telemetry.CONSOLE_REFUSALS.labels(reason)._value.get()
+    return float(value)
+
+
+def test_refusals_are_counted_and_wrong_tokens_logged_twice_a_minute_without_a_token(
+    access: Access, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Given
+    before = {reason: counted(reason) for reason in Refusal}
+    # When
+    for token in ("wrong-token-of-mine",) * 5 + (None,):
+        status(access, token)
+    status(access, None, client="198.51.100.1")
+    # Then
+    new = {reason: counted(reason) - before[reason] for reason in Refusal}
+    assert {reason: count for reason, count in new.items() if count} == {
+        "wrong_token": 3,
+        "too_many_tries": 3,
+        "no_token": 1,
+    }
+    assert caplog.messages == [
+        f"a wrong token from {STRANGER}",
+        f"3 wrong tokens from {STRANGER} in a minute: it is refused for the rest of it",
+    ]
+    # When the minute is over
+    clock.seconds += 60
+    status(access, "wrong-token-of-mine")
+    assert caplog.messages[2:] == [f"a wrong token from {STRANGER}"]
+
+
+def test_a_viewer_who_wants_to_act_is_counted_and_logged_by_name(
+    access: Access, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = counted("not_an_operator")
+    request = Request(
+        {"type": "http", "headers": [(b"authorization", f"Bearer {SECRET}".encode())], "client": (STRANGER, 1)}
+    )
+    with pytest.raises(HTTPException):
+        access.operator(request)
+    assert counted("not_an_operator") == before + 1
+    assert caplog.messages == ["grafana asked for what only an operator may"]
 
 
 def test_who_gives_no_token_guesses_nothing(access: Access) -> None:

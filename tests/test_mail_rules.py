@@ -71,6 +71,15 @@ def test_a_redirect_sends_all_to_one_address_and_names_the_recipients_in_headers
     assert "@" not in str(firewall)
 
 
+def test_replies_reach_nobody_whom_the_mail_may_not_reach() -> None:
+    mail = {**MAIL, "reply_to": ["sales@customer.example", "qa@test.example"]}
+    assert RecipientFirewall.parse(("*@test.example",)).replied_to(mail) == ["qa@test.example"]
+    redirect = RecipientFirewall.parse(("redirect:team@test.example",))
+    assert redirect.replied_to(mail) == ["team@test.example"]
+    assert redirect.headers(mail)["x-original-reply-to"] == "sales@customer.example, qa@test.example"
+    assert redirect.replied_to(MAIL) == []
+
+
 def test_of_more_headers_than_graph_takes_the_publishers_last_give_way() -> None:
     firewall = RecipientFirewall.parse(("redirect:qa@test.example",))
     given = {f"x-{n}": str(n) for n in range(4)} | {"X-Original-To": "forged"}

@@ -85,6 +85,17 @@ def make_due() -> None:
     rows("UPDATE dead_letter_notices SET deliver_at = now() WHERE deliver_at IS NOT NULL")
 
 
+def test_a_webhook_on_this_machine_is_told_without_the_environments_proxy(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    notices.deliver(receiver.url, None, "n-1", b"{}", datetime.now(UTC))
+    assert [post.content for post in receiver.posts] == [b"{}"]
+
+
 def test_what_came_since_the_last_turn_is_one_notice_with_counts_and_ids(fleet: Fleet, receiver: Receiver) -> None:
     # Given
     ids = [give_up("order-1"), give_up("order-2"), give_up("order-3", reason="mailbox_full")]

@@ -45,6 +45,32 @@ def test_a_redirected_mail_reaches_one_address_and_says_whom_it_was_for(
     assert operations.status(id)["recipient_firewall"] == "all mail goes to one address"
 
 
+@pytest.mark.parametrize("route", ["send_plain", "send_attached"])
+def test_replies_to_a_redirected_mail_go_where_it_went(
+    fleet: Fleet, configure: Callable[..., None], route: str
+) -> None:
+    # Given
+    configure(recipient_firewall=("redirect:qa@test.example",))
+    files = attached(fleet) if route == "send_attached" else None
+    store(reply_to=["sales@customer.example"], attachments=files)
+    # When
+    fleet.schedule()
+    assert fleet.run(route) == ["done"]
+    # Then
+    (mail,) = fleet.graph.messages(SENDER)
+    assert [each["emailAddress"]["address"] for each in mail["replyTo"]] == ["qa@test.example"]
+    with runtime.graph.fetch_mime(SENDER, mail["id"]) as chunks:
+        assert b"x-original-reply-to: sales@customer.example" in b"".join(chunks)
+
+
+def test_who_is_not_on_the_list_is_not_replied_to(fleet: Fleet, configure: Callable[..., None]) -> None:
+    configure(recipient_firewall=("*@example.org",))
+    store(reply_to=["sales@customer.example"])
+    fleet.send()
+    (mail,) = fleet.graph.messages(SENDER)
+    assert mail["replyTo"] == []
+
+
 def test_who_is_not_on_the_list_gets_nothing(fleet: Fleet, configure: Callable[..., None]) -> None:
     configure(recipient_firewall=("*@example.org",))
     store(to=["bob@example.org", "real@customer.example"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from secret_store_fakes import FakeAzure, FakeVault, Reply
 
+import secret_stores
 from secret_stores import SecretStore, StoreFailed, open_store
 
 SECRET = "hunter2-hunter2"
@@ -120,6 +122,66 @@ def test_whatever_is_no_secret_is_an_error_and_shows_nothing(vault: FakeVault, a
             with pytest.raises(StoreFailed) as failed:
                 store.read("REDIS_URL")
             assert SECRET not in str(failed.value)
+
+
+def test_a_token_that_was_replaced_while_it_was_used_is_looked_up_again(vault: FakeVault) -> None:
+    class Renewed(dict[str, str]):
+        """A file whose token is another once it has been read for a request."""
+
+        def get(self, name: str, default: Any = None) -> Any:
+            if name == "VAULT_TOKEN" and "waiting" in self:
+                self["VAULT_TOKEN"] = self.pop("waiting")
+                return "ended"
+            return super().get(name, default)
+
+    credentials = Renewed(VAULT_TOKEN="first")
+    store = open_store(vault.address, credentials)
+    vault.tokens.add("second")
+    credentials["waiting"] = "second"
+    assert store.read("REDIS_URL") == SECRET
+    # When it is gone altogether
+    credentials["VAULT_TOKEN"] = ""
+    with pytest.raises(StoreFailed, match="cannot be read from its file"):
+        store.read("REDIS_URL")
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeVault]:
+    """What the environment names as proxy, and a file that knows another login for this machine."""
+    fake = FakeVault()
+    with fake.running():
+        for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{fake.port}")
+            monkeypatch.setenv(variable.lower(), f"http://127.0.0.1:{fake.port}")
+        for variable in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login ann password another\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        yield fake
+
+
+def test_this_machine_is_asked_without_a_proxy_and_with_the_login_that_was_given(
+    vault: FakeVault, azure: FakeAzure, proxy: FakeVault
+) -> None:
+    assert approle(vault).read("REDIS_URL") == SECRET
+    assert identity(azure).read("REDIS_URL") == SECRET
+    assert proxy.asked == []
+
+
+def test_the_machines_metadata_is_asked_without_a_proxy_and_a_store_elsewhere_through_it(
+    monkeypatch: pytest.MonkeyPatch, proxy: FakeVault
+) -> None:
+    # Given no network, in which requests would wait for the address of the metadata
+    monkeypatch.setattr(secret_stores, "_PATIENCE", timedelta(milliseconds=50))
+    for store in (
+        open_store("azure-key-vault://v.vault.azure.net", {}),
+        open_store("vault://vault.example/kv/x", {"VAULT_TOKEN": "t"}),
+    ):
+        before = len(proxy.connects)
+        with pytest.raises(StoreFailed):
+            store.read("REDIS_URL")
+    assert proxy.asked == []
+    assert (before, len(proxy.connects)) == (0, 1)
 
 
 def test_what_a_policy_forbids_is_named(vault: FakeVault) -> None:

@@ -181,6 +181,23 @@ def test_the_stores_own_credential_may_be_in_a_file(
     assert load().redis_url.get_secret_value() == COMPLETE["REDIS_URL"]
 
 
+def test_a_token_for_the_store_that_an_agent_renews_in_its_file_costs_no_restart(
+    vault: FakeVault, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Given
+    (tmp_path / "token").write_text("root\n")
+    environment.delenv("VAULT_TOKEN")
+    environment.setenv("VAULT_TOKEN_FILE", str(tmp_path / "token"))
+    load()
+    # When the token ends, and so does Redis's password
+    vault.tokens = {"renewed"}
+    vault.secrets["REDIS_URL"] = "redis://new/0"
+    assert current_secret("REDIS_URL") is None
+    (tmp_path / "token").write_text("renewed\n")
+    # Then
+    assert current_secret("REDIS_URL") == "redis://new/0"
+
+
 def test_a_certificate_is_not_joined_by_a_secret_of_the_store(
     vault: FakeVault, environment: pytest.MonkeyPatch
 ) -> None:

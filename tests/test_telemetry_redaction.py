@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLANTED = "pl4nted"
 #: A line may be cut off, but what is planted must not be what was cut off.
 BEGIN = """
-    import logging, os, sys, threading, warnings
+    import collections, logging, os, sys, threading, warnings
     import telemetry
     telemetry.configure_logging({level!r})
     BODY = "Dear pl4nted, " + "your order is on its way. " * 20
@@ -67,6 +67,25 @@ VALUES = """
         log.error("told besides", extra={"body": secret})
         log.error("where", stack_info=True)
     log.error("\\ud800 %s", PASSWORD)
+    class Mail:
+        def __repr__(self): return BODY
+    for value in (Mail(), (BODY,), {BODY}, frozenset([BODY]), collections.deque([BODY]), memoryview(BODY.encode())):
+        log.error("%s %r", "it was", value)
+        log.error(value)
+    """
+OBJECTS_OF_ASYNCIO = """
+    import asyncio, gc
+    async def fail():
+        raise ValueError(BODY)
+    async def leave_alone():
+        task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0); await asyncio.sleep(0)
+        del task
+        gc.collect()
+        for what in ({"exception": ValueError(BODY)}, {"future": BODY}, {"handle": BODY}, {"mail": BODY}):
+            asyncio.get_running_loop().call_exception_handler({"message": "unhandled", **what})
+    for _ in range(2):
+        asyncio.run(leave_alone())
     """
 FOREIGN_LINES = """
     warnings.warn(f"cannot reach {UPLOAD}")
@@ -80,6 +99,13 @@ FOREIGN_LINES = """
     log.warning("cannot reach amqp://user:%s@localhost:5672/vhost", PASSWORD)
     log.warning("dsn: host=localhost password=%s dbname=a", PASSWORD)
     log.warning("{'client_secret': '%s'}", PASSWORD)
+    log.warning("headers: {'Authorization': 'AWS4-HMAC-SHA256 %s, %s'}", PASSWORD, PASSWORD)
+    log.warning("AWS4-HMAC-SHA256 Credential=%s/2026/s3", PASSWORD)
+    log.warning("sent with SharedKey account:%s", PASSWORD)
+    log.warning("connect: AccountKey=%s;EndpointSuffix=core", PASSWORD)
+    log.warning("refused: X-Vault-Token: %s", PASSWORD); log.warning("hvs.%s and whsec_%s", PASSWORD, PASSWORD)
+    log.warning("?sv=2026&sig=%s&se=1", PASSWORD); log.warning("of s3://bucket/%s.pdf", PASSWORD)
+    log.warning("several lines\\n  %s", BODY)
     log.warning("%s", "x" * 990 + BODY)
     for name in ("urllib3", "requests", "msal", "redis", "botocore.auth", "azure.core", "aiohttp", "opentelemetry"):
         logging.getLogger(name).info("sent %s", BODY); logging.getLogger(name).debug(BODY)
@@ -115,7 +141,7 @@ MAIL_LOG = """
     """
 
 
-@pytest.mark.parametrize("attempts", [ERRORS, VALUES, FOREIGN_LINES, MAIL_LOG])
+@pytest.mark.parametrize("attempts", [ERRORS, VALUES, OBJECTS_OF_ASYNCIO, FOREIGN_LINES, MAIL_LOG])
 def test_nothing_that_people_write_and_nothing_that_opens_doors_becomes_part_of_a_line(attempts: str) -> None:
     status, lines, everything = tried(attempts)
     assert status == 0
@@ -154,6 +180,16 @@ def test_settings_that_are_refused_are_not_quoted(tmp_path: Path) -> None:
         "GRAPH_CLIENT_CERTIFICATE": str(tmp_path / "none.pem"),
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://pl4nted:pl4nted@host",
         "OTEL_EXPORTER_OTLP_HEADERS": "pl4nted",
+        "GRAPH_BASE_URL": "http://pl4nted:pl4nted@host/?pl4nted",
+        "GRAPH_AUTHORITY": "http://pl4nted:pl4nted@host/?pl4nted",
+        "ATTACHMENT_ALLOWED_HOSTS": "https://pl4nted:pl4nted@host",
+        "ATTACHMENT_CLOUD_URLS": "https://pl4nted:pl4nted@host/?sig=pl4nted",
+        "ATTACHMENT_STORE_URL": "ftp://pl4nted:pl4nted@host/?sig=pl4nted",
+        "DEAD_LETTER_WEBHOOK_URL": "http://host/pl4nted",
+        "DEAD_LETTER_WEBHOOK_SECRET": "pl4nted",
+        "ALLOWED_SENDERS": "pl4nted=",
+        "RECIPIENT_FIREWALL": "redirect:pl4nted",
+        "LOG_LEVEL": "pl4nted",
     }
     ended = subprocess.run(
         [sys.executable, "-c", "import runtime"], cwd=ROOT, env=os.environ | refused, capture_output=True, check=False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -112,6 +114,23 @@ def test_no_line_of_this_run_tells_what_people_write_to_each_other(world: World,
         if secret.search(line)
     ]
     assert leaks == []
+
+
+def _command_lines(world: World) -> list[bytes]:
+    """The command line of every process of the fleet, whoever started it."""
+    database = world.environment["DATABASE_URL"].encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if database in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes())
+    return found
+
+
+def test_no_command_line_of_a_process_tells_a_secret(world: World, email: dict[str, Any]) -> None:
+    lines = _command_lines(world)
+    assert len(lines) >= len(world.fleet.logs)
+    assert [(what, line) for line in lines for what, secret in _secrets(world).items() if secret.search(line)] == []
 
 
 def _metrics(world: World, name: str) -> str:

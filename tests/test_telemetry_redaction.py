@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 import orjson
 import pytest
+from support import wait_until
+
+from sandbox.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Part of everything that must not be seen.
@@ -197,3 +201,39 @@ def test_settings_that_are_refused_are_not_quoted(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert all(name.encode() in ended.stderr for name in refused)
     assert PLANTED.encode() not in ended.stderr
+
+
+def test_a_console_tells_nothing_of_what_it_is_asked_at_any_level(servers: dict[str, str], tmp_path: Path) -> None:
+    # Given
+    port, right = free_port(), "right-pl4nted-token"
+    settings = {"LOG_LEVEL": "DEBUG", "PORT": str(port), "CONSOLE_TOKENS": f"ann:operator:{right}"}
+    with (tmp_path / "log").open("wb") as log:
+        console = subprocess.Popen([sys.executable, "-m", "console"], cwd=ROOT, env=os.environ | settings, stderr=log)
+    try:
+        wait_until("it answers", lambda: ask(port, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"), 30)
+        # When
+        for token in ("wrong-pl4nted-token", right):
+            for target in ("/metrics?token=pl4nted", "/api/v1/emails/pl4nted%40example.org", "/pl4nted"):
+                for method in ("GET", "POST"):
+                    head = f"{method} {target} HTTP/1.1\r\nHost: pl4nted\r\nCookie: pl4nted\r\nContent-Length: 7\r\n"
+                    assert ask(port, f"{head}Authorization: Bearer {token}\r\n\r\npl4nted".encode())
+        ask(port, b"pl4nted\r\n\r\n")
+        ask(port, b"GET /pl4nted HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: pl4nted\r\n\r\n")
+        ask(port, b"POST /api/v1/emails HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\npl4nted\r\n")
+    finally:
+        console.terminate()
+        console.wait(20)
+    # Then
+    told = (tmp_path / "log").read_text()
+    assert "a wrong token from 127.0.0.1" in told
+    assert PLANTED not in told
+
+
+def ask(port: int, request: bytes) -> bytes:
+    """Send what is no proper request, perhaps, and return what is answered, nothing if nobody listens."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(request)
+            return connection.recv(1000)
+    except OSError:
+        return b""

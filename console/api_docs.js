@@ -37,14 +37,14 @@ function fields(schema, all) {
 function shown(path, method, operation, all) {
   const sections = [element("p", operation.description ?? "")];
   if (operation.parameters?.length) {
-    sections.push(element("h4", "Parameters"));
+    sections.push(element("h3", "Parameters"));
     sections.push(rows(operation.parameters.map((each) => [
       element("code", each.name), each.in, typeOf(each.schema, all), each.description ?? each.schema.description ?? "",
     ])));
   }
   for (const [title, part] of [["Body", operation.requestBody], ["Answer", operation.responses["200"]]]) {
     const schema = part?.content?.["application/json"]?.schema;
-    if (schema) sections.push(element("h4", `${title}: ${typeOf(schema, all)}`), rows(fields(schema, all)));
+    if (schema) sections.push(element("h3", `${title}: ${typeOf(schema, all)}`), rows(fields(schema, all)));
   }
   const data = operation.requestBody ? " --json '{…}'" : "";
   const curl = `curl -H "Authorization: Bearer $TOKEN" -X ${method.toUpperCase()}${data} ${location.origin}${path}`;
@@ -68,16 +68,20 @@ function show(schema) {
   for (const [tag, operations] of groups) place.append(element("h2", tag), ...operations);
 }
 
+function complain(text) {
+  document.getElementById("problem").textContent = text;
+}
+
 async function load() {
   const token = document.getElementById("token").value;
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
   const answer = await fetch("openapi.json", { headers });
   const told = await answer.json();
-  document.getElementById("problem").textContent = answer.ok ? "" : told.detail;
+  complain(answer.ok ? "" : told.detail);
   if (answer.ok) show(told);
 }
 
 document.getElementById("access").addEventListener("submit", (event) => {
   event.preventDefault();
-  load();
+  load().catch(() => complain("The console does not answer."));
 });

@@ -143,7 +143,7 @@ def _first_draft(email: ClaimedEmail, begun_before: bool) -> str:
 
 def _another_draft(email: ClaimedEmail, given_up: str) -> str:
     """Make a draft in the place of one on which a file may still appear; nobody sends that one."""
-    draft_id = _recorded(email, _create_draft(email), email.replace_draft)
+    draft_id = _recorded(email, _create_draft(email), email.start_over)
     with suppress(GraphError, Refused), graph_call(email):  # or it is tidied away later
         runtime.graph.delete_message(email.mailbox, given_up)
     return draft_id

@@ -271,7 +271,7 @@ def pause_mailbox(mailbox: str, error: MailboxUnavailable) -> timedelta:
 def _wait_for_draft(email: ClaimedEmail, error: ItemNotFound) -> None:
     """Give a draft that Graph does not find the time to appear, then start over with another."""
     if email.attempt >= _DRAFT_ATTEMPTS:
-        email.forget_draft()
+        email.start_over(None)
     _retry(email, error, _DRAFT_LAG + backoff(email.attempt))
 
 

@@ -206,32 +206,18 @@ class ClaimedEmail:
         )
         self.draft_id = draft_id
 
-    def replace_draft(self, draft_id: str) -> None:
-        """Start over with this draft in the place of the other: nothing is on it yet."""
+    def start_over(self, draft_id: str | None) -> None:
+        """Begin anew with this draft, or with none yet: what was brought up to another counts no more."""
         self.write(
             """
             WITH email AS (
                 UPDATE incoming_emails SET draft_id = %(draft_id)s, updated_at = now() WHERE {held} RETURNING id
-            ), uploads AS (
-                UPDATE file_uploads SET status = 'pending', uploaded_bytes = 0, upload_session_info = NULL
-                WHERE incoming_email_id IN (SELECT id FROM email)
-            )
+            ), uploads AS (DELETE FROM file_uploads WHERE incoming_email_id IN (SELECT id FROM email))
             SELECT 1 FROM email
             """,
             draft_id=draft_id,
         )
         self.draft_id = draft_id
-
-    def forget_draft(self) -> None:
-        """Start over with a new draft: Graph no longer has this one."""
-        self.write(
-            """
-            WITH email AS (UPDATE incoming_emails SET draft_id = NULL, updated_at = now() WHERE {held} RETURNING id),
-            uploads AS (DELETE FROM file_uploads WHERE incoming_email_id IN (SELECT id FROM email))
-            SELECT 1 FROM email
-            """
-        )
-        self.draft_id = None
 
     def record_intent(self, lease: timedelta, draft_id: str) -> None:
         """Commit the intent to send this draft, and renew the lease for the call that follows."""

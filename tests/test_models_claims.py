@@ -49,7 +49,7 @@ def fail(email: ClaimedEmail, **given: Any) -> Any:
 OUTCOMES: dict[str, Callable[[ClaimedEmail], Any]] = {
     "renew": lambda email: email.renew(LEASE),
     "record_draft": lambda email: email.record_draft("draft-1"),
-    "forget_draft": lambda email: email.forget_draft(),
+    "start_over": lambda email: email.start_over("another"),
     "record_intent": lambda email: email.record_intent(LEASE, "draft-1"),
     "record_sent": lambda email: record_sent(email),
     "mark_in_doubt": lambda email: email.mark_in_doubt(look_again_in=MINUTE, evidence={"seen": "timeout"}),
@@ -459,7 +459,7 @@ def test_a_draft_that_is_forgotten_takes_its_uploads_along() -> None:
     assert again.draft_id == "draft-1"
     (known,) = uploads.plan(again, [FILE])
     assert (known.session_url, known.uploaded_bytes, known.uploaded) == ("https://graph.example/session", 3, False)
-    again.forget_draft()
+    again.start_over(None)
     assert (email_row(id)["draft_id"], table("file_uploads")) == (None, [])
 
 

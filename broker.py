@@ -181,7 +181,7 @@ class FleetBroker(RabbitmqBroker):
 
     def _declare_dead_letters(self, channel: Any) -> None:
         channel.exchange_declare(DEAD_LETTER_EXCHANGE, "topic", durable=True)
-        channel.queue_declare(MIRROR_QUEUE, durable=True, arguments={"x-queue-type": self._queue_type})
+        declare_if_missing(channel.connection, MIRROR_QUEUE, self._queue_type)
         channel.queue_bind(MIRROR_QUEUE, DEAD_LETTER_EXCHANGE, "#")
 
     def _dead_letter_arguments(self) -> dict[str, Any]:
@@ -202,6 +202,46 @@ class FleetBroker(RabbitmqBroker):
         )
         self.channel.queue_bind(xq_name(queue_name), DEAD_LETTER_EXCHANGE, xq_name(queue_name))
         return declared
+
+
+def declare_if_missing(connection: Any, queue_name: str, queue_type: str) -> None:
+    """Declare a durable queue that loses no message however often it comes back, unless there is one of the name.
+
+    RabbitMQ 4 drops what comes back to a quorum queue more than twenty times, as all does that a process has in hand
+    when it dies. To versions before it, which have no such limit, the word for none is one for dropping at once. A
+    queue that others have made keeps its arguments.
+    """
+    if _exists(connection, queue_name):
+        return
+    arguments: dict[str, Any] = {"x-queue-type": queue_type}
+    if queue_type == "quorum" and _major_version(connection) >= 4:
+        arguments["x-delivery-limit"] = -1
+    channel = connection.channel()
+    try:
+        channel.queue_declare(queue_name, durable=True, arguments=arguments)
+        channel.close()
+    except pika.exceptions.ChannelClosedByBroker:
+        if not _exists(connection, queue_name):  # others may have been faster
+            raise
+
+
+def _exists(connection: Any, queue_name: str) -> bool:
+    channel = connection.channel()
+    try:
+        channel.queue_declare(queue_name, passive=True)
+    except pika.exceptions.ChannelClosedByBroker as closed:
+        if closed.reply_code != 404:
+            raise
+        return False
+    channel.close()
+    return True
+
+
+def _major_version(connection: Any) -> int:
+    """Return the first number of the server's version: what it says of itself is at no public place of pika's."""
+    told = connection._impl.server_properties.get("version", b"")
+    major = (told.decode() if isinstance(told, bytes) else str(told)).partition(".")[0]
+    return int(major) if major.isdecimal() else 0
 
 
 class DeadLettering(Middleware):

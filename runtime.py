@@ -42,7 +42,7 @@ from attachments import (
     StoredAttachment,
     check_store_url,
 )
-from broker import MIRROR_QUEUE, DeadLettering, FleetBroker
+from broker import MIRROR_QUEUE, DeadLettering, FleetBroker, declare_if_missing
 from contracts import Event, __version__
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
@@ -207,21 +207,7 @@ def declare(channel: Any) -> None:
     channel.exchange_declare(outbox.EXCHANGE, "topic", durable=True)
     fleet_broker.declare_all(channel)
     for queue_name in (SEND_QUEUE, REJECTED_QUEUE):
-        declare_if_missing(channel.connection, queue_name)
-
-
-def declare_if_missing(connection: Any, queue_name: str) -> None:
-    """Declare a queue that publishers may have made already, with arguments of their own."""
-    probe = connection.channel()
-    try:
-        probe.queue_declare(queue_name, passive=True)
-        probe.close()
-    except pika.exceptions.ChannelClosedByBroker as closed:
-        if closed.reply_code != 404:
-            raise
-        maker = connection.channel()
-        maker.queue_declare(queue_name, durable=True, arguments={"x-queue-type": configuration.rabbitmq_queue_type})
-        maker.close()
+        declare_if_missing(channel.connection, queue_name, configuration.rabbitmq_queue_type)
 
 
 def enqueue(messages: Sequence[dramatiq.Message[Any]]) -> Future[None]:

@@ -167,18 +167,29 @@ def test_a_periodic_actors_message_is_never_dead_lettered(failing: Failing, how:
     assert (failing.taken(failing.queue), failing.mirrored(), failing.dead_letters) == ([], [], [])
 
 
-def test_what_must_not_be_lost_may_come_back_more_often_than_rabbitmq_4_bears_by_itself(failing: Failing) -> None:
-    # Given the queues of mail, of what was refused of it and of dead letters, made anew
-    for queue in UNLIMITED:
-        failing.channel.queue_delete(queue)
-    runtime.declare(failing.channel)
-    channel = failing.connection.channel()
+@pytest.fixture
+def connection(servers: dict[str, str]) -> Iterator[pika.BlockingConnection]:
+    """A connection to a RabbitMQ that lacks the queues which have no limit."""
+    with closing(pika.BlockingConnection(pika.URLParameters(servers["RABBITMQ_URL"]))) as connection:
+        for queue in UNLIMITED:
+            connection.channel().queue_delete(queue)
+        yield connection
+        for queue in UNLIMITED:
+            connection.channel().queue_delete(queue)
+
+
+def test_what_must_not_be_lost_may_come_back_more_often_than_rabbitmq_4_bears_by_itself(
+    connection: pika.BlockingConnection, servers: dict[str, str]
+) -> None:
+    # Given a message in the queues of mail, of what was refused of it and of dead letters
+    channel = connection.channel()
+    runtime.declare(channel)
     channel.confirm_delivery()
     for queue in UNLIMITED:
         channel.basic_publish("", queue, b"a mail")
     # When each process that has them in hand dies
     for _ in range(25):
-        with closing(pika.BlockingConnection(failing.connection._impl.params)) as dying:
+        with closing(pika.BlockingConnection(pika.URLParameters(servers["RABBITMQ_URL"]))) as dying:
             taking = dying.channel()
             for queue in UNLIMITED:
                 wait_until("it is there", lambda: taking.basic_get(queue)[0])  # noqa: B023
@@ -189,12 +200,13 @@ def test_what_must_not_be_lost_may_come_back_more_often_than_rabbitmq_4_bears_by
 
 
 @pytest.mark.parametrize("arguments", [{}, {"x-queue-type": "quorum"}, {"x-max-length": 1000}])
-def test_a_queue_that_a_publisher_has_made_stays_as_it_is(failing: Failing, arguments: dict[str, Any]) -> None:
-    failing.channel.queue_delete(runtime.SEND_QUEUE)
-    failing.channel.queue_declare(runtime.SEND_QUEUE, durable=True, arguments=arguments)
-    runtime.declare(failing.channel)
-    failing.channel.queue_declare(runtime.SEND_QUEUE, durable=True, arguments=arguments)
-    failing.channel.queue_delete(runtime.SEND_QUEUE)
+def test_a_queue_that_a_publisher_has_made_stays_as_it_is(
+    connection: pika.BlockingConnection, arguments: dict[str, Any]
+) -> None:
+    channel = connection.channel()
+    channel.queue_declare(runtime.SEND_QUEUE, durable=True, arguments=arguments)
+    runtime.declare(channel)
+    channel.queue_declare(runtime.SEND_QUEUE, durable=True, arguments=arguments)
 
 
 FORGED = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -186,8 +187,15 @@ def asked(content: bytes) -> Mail:
         hashlib.sha256(email["body"]["content"].encode()).hexdigest(),
         email.get("headers", {}),
         email.get("importance", "normal"),
-        [(each["name"], each["size"]) for each in email.get("attachments", [])],
+        [(shown(each["name"]), each["size"]) for each in email.get("attachments", [])],
     )
+
+
+def shown(name: str) -> str:
+    """A file's name as recipients see it: what is behind the last slash, and nothing in it that is invisible."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    visible = [each for each in last if unicodedata.category(each) not in ("Cc", "Cf") or each in "\u200c\u200d"]
+    return "".join(visible) if set(visible) - {".", " "} else "attachment"
 
 
 def sent_mails(world: World, mailboxes: Iterable[str]) -> dict[str, list[Mail]]:

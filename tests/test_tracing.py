@@ -85,8 +85,9 @@ def test_one_trace_leads_from_the_publisher_to_the_archive_copy(
     parents = [span.parent_id for span in (receive, dispatch, send, backup)]
     assert parents == [PUBLISHER, receive.id, dispatch.id, receive.id]
     calls = [(span.name, span.parent_id) for span in receiver.spans if span.name.startswith("graph ")]
-    assert calls[:3] == [(f"graph {name}", send.id) for name in ("create_draft", "attach", "send_draft")]
-    assert {parent for _, parent in calls[3:]} == {backup.id}
+    of_send = ("create_draft", "attach", "attachments", "send_draft")
+    assert calls[:4] == [(f"graph {name}", send.id) for name in of_send]
+    assert {parent for _, parent in calls[4:]} == {backup.id}
     assert ("graph fetch_mime", backup.id) in calls
     # And each span of the mail's tells its ids
     (row,) = table("incoming_emails")

@@ -39,9 +39,10 @@ _REFUSED_OPTIONS = {"eta", "throws", "time_limit"}
 _NO_QUEUE = 404
 #: A consumer that has had nothing to do for so long consumes anew: a few frames a minute for each queue.
 RENEWAL_AFTER = timedelta(minutes=1)
-#: How long an acknowledgement may wait for others while a consumer has messages in hand. Longer, and workers would wait
-#: for what RabbitMQ holds back; shorter, and fewer share a turn of the connection.
-_SETTLE_EVERY = timedelta(milliseconds=20)
+#: How long an acknowledgement may wait for others. More than a part of the prefetched messages never wait: the workers
+#: would run out of work that RabbitMQ holds back until it hears of them.
+_SETTLE_EVERY = timedelta(milliseconds=100)
+_PART_OF_PREFETCH = 4
 
 
 class FleetConsumer(_RabbitmqConsumer):
@@ -175,19 +176,26 @@ class FleetConsumer(_RabbitmqConsumer):
         self._busy_at = time.monotonic()
         if message.came_over is self:
             self.broker.crash_point(CrashPoint.MESSAGE_DONE, self.queue_name)
-            self._let_go(message, self._done)
+            self._let_go(message, given_up=False)
 
     def nack(self, message: Any) -> None:
         """Have the message dead-lettered in a moment, if RabbitMQ waits for it."""
         self._busy_at = time.monotonic()
         if message.came_over is self:
-            self._let_go(message, self._given_up)
+            self._let_go(message, given_up=True)
 
-    def _let_go(self, message: Any, settled: list[int]) -> None:
+    def _let_go(self, message: Any, *, given_up: bool) -> None:
         with self._lock:
-            if message._tag in self.known_tags:
-                settled.append(message._tag)
-                self.known_tags.discard(message._tag)
+            if message._tag not in self.known_tags:
+                return
+            self.known_tags.discard(message._tag)
+            settled = self._given_up if given_up else self._done
+            settled.append(message._tag)
+            due = len(settled) == max(1, self._prefetch // _PART_OF_PREFETCH)
+        if due:
+            # It wakes the connection; and a connection that is closed has nothing to settle.
+            with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
+                self.connection.add_callback_threadsafe(lambda: None)
 
     def _nack(self, tag: int) -> None:
         with self._lock:

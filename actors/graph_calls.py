@@ -104,12 +104,14 @@ def backup_call(mailbox: str, *, requests: int = 1) -> Iterator[Renewing]:
         Refused: The limiter says not now; nothing was charged.
     """
     with runtime.limiter.slot(mailbox, requests=requests, wait=SLOT_WAIT) as slot:
-        admitted_at = time.monotonic()
+        looked_at = admitted_at = time.monotonic()
         LIMITER_ADMITTED.labels("call").inc()
 
         def look() -> None:
-            if time.monotonic() - admitted_at > _FRESH.total_seconds():
+            nonlocal looked_at
+            if (now := time.monotonic()) - looked_at > _FRESH.total_seconds():
                 _look_at_pauses(mailbox)
+                looked_at = now
 
         with looking_first(look):
             yield partial(_renewing, slot, admitted_at)

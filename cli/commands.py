@@ -9,7 +9,7 @@ from __future__ import annotations
 import getpass
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial, wraps
@@ -361,13 +361,20 @@ def settings_command(as_json: bool) -> None:
 
 
 @main.command()
+@click.option(
+    "--mailbox",
+    "mailboxes",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Try also whether Graph lets us work in it, by a draft that is deleted again.",
+)
 @json_option
 @connected
-def doctor(as_json: bool) -> None:
+def doctor(mailboxes: Sequence[str], as_json: bool) -> None:
     """Check everything that the fleet needs. Exit status 1: something is not well."""
     import operations
 
-    findings = operations.doctor()
+    findings = operations.doctor(mailboxes)
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:

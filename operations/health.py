@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import models
 import runtime
 from broker import MIRROR_QUEUE
 from graph_client.errors import GraphError
-from limiter import Unavailable
+from limiter import Refused
 from models import Route, inspection
 from models.database import unkept_settings
 from models.inspection import Backlog
@@ -90,13 +91,20 @@ _PATIENCE = timedelta(seconds=10)
 #: Whoever asks how it stands wants to know at once: of what is under an older key no more is counted.
 MOST_COUNTED = 10_000
 
+#: What mailfleet needs of Graph.
+_PERMISSIONS = {"Mail.Send", "Mail.ReadWrite"}
+
 #: Long enough to have a new certificate or secret issued.
 CREDENTIAL_NOTICE = timedelta(days=14)
 
 
-def doctor() -> list[Finding]:
-    """Check everything that the fleet needs, within `_PATIENCE` whatever is broken."""
-    return _check_all(_CHECKS)
+def doctor(mailboxes: Sequence[str] = ()) -> list[Finding]:
+    """Check everything that the fleet needs, within `_PATIENCE` whatever is broken.
+
+    Args:
+        mailboxes: Try in each, by a draft that is deleted again, whether Graph lets us work in it.
+    """
+    return _check_all(_CHECKS | {mailbox: partial(_try_mailbox, mailbox) for mailbox in mailboxes})
 
 
 def ready() -> list[Finding]:
@@ -124,7 +132,7 @@ def _check_all(checks: Mapping[str, Callable[[], str]]) -> list[Finding]:
 def _check(subject: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(subject, True, check())
-    except (_Unwell, models.DatabaseAway, GraphError, Unavailable) as unwell:
+    except (_Unwell, models.DatabaseAway, GraphError, Refused) as unwell:
         return Finding(subject, False, str(unwell))
     except Exception as error:  # its text may quote a secret
         return Finding(subject, False, f"away, or refuses us ({type(error).__name__})")
@@ -200,11 +208,22 @@ def _check_graph() -> str:
     roles = runtime.graph.ping()
     if roles is None:
         return f"gives a token{expiry}"
-    if missing := {"Mail.Send", "Mail.ReadWrite"} - roles:
-        raise _Unwell(
-            f"gives a token without {', '.join(sorted(missing))}; fine if RBAC for Applications grants them instead"
-        )
+    missing = _PERMISSIONS - roles
+    if missing == _PERMISSIONS:
+        # What RBAC for Applications grants no token names.
+        return f"gives a token that names neither permission, as where Exchange grants them: try --mailbox{expiry}"
+    if missing:
+        raise _Unwell(f"gives a token without {', '.join(sorted(missing))}")
     return f"gives a token with {', '.join(sorted(roles))}{expiry}"
+
+
+def _try_mailbox(mailbox: str) -> str:
+    """Make a draft in the mailbox and delete it: all but the send itself, which cannot be tried without a mail."""
+    draft = {"subject": "mailfleet doctor", "body": {"contentType": "text", "content": "Made to be deleted."}}
+    with runtime.limiter.slot(mailbox, requests=2, wait=timedelta(seconds=1)):
+        made = runtime.graph.create_draft(mailbox, draft)
+        runtime.graph.delete_message(mailbox, made.id)
+    return "lets drafts be made and deleted; whether it lets mail be sent shows the first mail"
 
 
 def _check_credential() -> str:

@@ -20,6 +20,7 @@ import operations
 import runtime
 from broker import MIRROR_QUEUE
 from contracts import Unacceptable
+from graph_client import GraphClient, TokenSource
 from models import dead_letters, inspection
 from models.dead_letters import Filter, Letter
 from operations import NotCancellable, NotFound
@@ -308,6 +309,35 @@ def test_the_doctor_finds_nothing_where_all_is_well(graph: Simulator) -> None:
         ["PostgreSQL", "RabbitMQ", "Redis", "Graph", "Archive", "Recipients", "Backlog"], True
     )
     assert findings[-1].detail == "1 received"
+
+
+def test_the_doctor_tries_a_mailbox_and_leaves_no_draft(fleet: Fleet) -> None:
+    # Given
+    fleet.graph.deny("ceo@example.com")
+    # When
+    found = {finding.subject: finding for finding in operations.doctor(["ann@example.com", "ceo@example.com"])}
+    # Then
+    assert found["ann@example.com"].fine
+    assert not found["ceo@example.com"].fine
+    assert "403" in found["ceo@example.com"].detail
+    assert fleet.graph.messages("ann@example.com", "drafts") == []
+
+
+@pytest.mark.parametrize(
+    ("roles", "fine"), [({"Mail.Send", "Mail.ReadWrite"}, True), ({"User.Read.All"}, True), ({"Mail.Send"}, False)]
+)
+def test_permissions_that_exchange_grants_show_in_no_token_and_are_no_problem(
+    graph: Simulator, monkeypatch: pytest.MonkeyPatch, roles: set[str], fine: bool
+) -> None:
+    graph.register_app("other", secret="secret", roles=roles)
+    tokens = TokenSource(
+        runtime.configuration.graph_authority, runtime.configuration.graph_tenant_id, "other", secret="secret"
+    )
+    other = GraphClient(runtime.configuration.graph_base_url, tokens, timeout=support.WITHIN, tag_id=runtime.TAG)
+    monkeypatch.setattr(runtime, "graph", other)
+    (finding,) = [found for found in operations.doctor() if found.subject == "Graph"]
+    assert finding.fine is fine
+    assert ("--mailbox" in finding.detail) == ("Mail.Send" not in roles)
 
 
 def test_the_doctor_names_the_queues_that_nobody_works_on(graph: Simulator) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,12 +98,17 @@ class CloudFetcher:
                 stack.callback(_close, file)
                 if file.details.get("type") != "file":
                     raise SourceGone(f"{origin} has a folder there, no file")
-                found = file.details.get("ETag") or file.details.get("etag")
+                found = _version(file.details)
                 if version and found and version != found:
                     raise SourceChanged(f"{origin} has changed the attachment since its first bytes were read")
                 file.seek(offset)
+
+            def look() -> None:
+                if found and _version(filesystem.info(path)) != found:
+                    raise SourceChanged(f"{origin} has changed the attachment while it was read")
+
             # What fails in the block is not the cloud's: only its reads are.
-            pieces = _pieces(file, origin, ends_at)
+            pieces = _pieces(file, origin, ends_at, look)
             yield PiecewiseContent(origin, pieces, position=offset, total_bytes=file.size, version=found)
 
     def _find(self, origin: str, scheme: str, names: tuple[str, ...]) -> tuple[Any, str]:
@@ -119,12 +124,22 @@ def _close(file: Any) -> None:
         file.close()
 
 
-def _pieces(file: Any, origin: str, ends_at: float) -> Iterator[bytes]:
+def _version(details: Mapping[str, Any]) -> str | None:
+    return details.get("ETag") or details.get("etag")
+
+
+def _pieces(file: Any, origin: str, ends_at: float, look: Callable[[], None]) -> Iterator[bytes]:
+    """Yield the rest of the file; ``look`` is asked before the last of it whether it was the same file all the time.
+
+    S3's client makes the version a condition of each read, Azure's does not, and mixes the two.
+    """
     while True:
         if time.monotonic() > ends_at:
             raise SourceUnavailable(f"{origin} took too long")
         with failures_of(origin):
             piece = file.read(_PIECE_BYTES)
+            if piece and file.tell() >= file.size:
+                look()
         if not piece:
             return
         yield piece

@@ -59,7 +59,7 @@ from telemetry import UPLOADED_BYTES, Step, mail_log, note_ids
 _PIECE_BYTES = 64 * 1024
 #: Of one mail; a mailbox has four slots, and other mail and its backups need one.
 _FILES_AT_A_TIME = 3
-#: 502 and 504 tell that a gateway got no answer, not that there will be none.
+#: 502 and 504 tell that a gateway got no answer, not that there will be none; 500 and 503 come from who has ended.
 _GATEWAYS = (502, 504)
 
 
@@ -339,10 +339,11 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
         with graph_call(email, upload_bytes=len(content)):
             following = runtime.graph.upload_range(session, upload.uploaded_bytes, content, upload.size)
         runtime.crash_point(CrashPoint.RANGE_UPLOADED)
-        if following is None:
+        sent = upload.uploaded_bytes + len(content)
+        if following is None and sent == upload.size:
             UPLOADED_BYTES.labels("range").inc(len(content))
             return
-        if following != upload.uploaded_bytes + len(content):
+        if following != sent:
             raise UploadOutOfOrder("Graph expects another range than the next")
         upload.uploaded_bytes = following
         uploads.record_progress(email, upload, lease=runtime.configuration.lease)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from models.database import rows
 
 _SETTLED = "status IN ('processed', 'failed', 'cancelled', 'expired')"
+#: How long a session is kept of which Graph did not say when it ends.
+_UNKNOWN_END = timedelta(days=7)
 #: That of the index ``incoming_emails_leftovers``.
 _MAY_HAVE_LEFT = f"""
     drafts_clean IS NOT TRUE AND {_SETTLED} AND (
@@ -112,17 +114,20 @@ def record_look(leftover: Leftover, *, clean: bool) -> None:
 
 
 def forget_ended_sessions(limit: int) -> int:
-    """Delete the addresses of upload sessions that have ended, at most so many; return how many there were."""
+    """Delete the addresses of upload sessions that have ended, at most so many; return how many there were.
+
+    Their files begin anew, if anyone goes on with them.
+    """
     return len(
         rows(
             """
-            UPDATE file_uploads SET upload_session_info = NULL WHERE id IN (
+            UPDATE file_uploads SET status = 'pending', uploaded_bytes = 0, upload_session_info = NULL WHERE id IN (
                 SELECT id FROM file_uploads
                 WHERE upload_session_info IS NOT NULL
-                  AND coalesce((upload_session_info->>'expires_at')::timestamptz, updated_at) < now()
+                  AND coalesce((upload_session_info->>'expires_at')::timestamptz, updated_at + %(unknown)s) < now()
                 ORDER BY id LIMIT %(limit)s FOR UPDATE SKIP LOCKED
             ) RETURNING 1
             """,
-            {"limit": limit},
+            {"limit": limit, "unknown": _UNKNOWN_END},
         )
     )

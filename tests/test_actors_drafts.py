@@ -211,6 +211,49 @@ def test_a_draft_on_which_a_file_may_still_appear_is_given_up_for_another(
     assert fleet.graph.messages(SENDER, "drafts") == []
 
 
+def test_a_file_of_which_graph_has_more_than_was_recorded_begins_anew_in_another_session(fleet: Fleet) -> None:
+    # Given a range that Graph took of which nobody lived to hear
+    size = 2 * UPLOAD_RANGE_BYTES + 1000
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", size)])
+
+    def second_range_unrecorded(email: models.ClaimedEmail) -> None:
+        upload, content = session_opened(email), files.content("large", size)
+        session = runtime_session(email, upload)
+        upload.uploaded_bytes = int(runtime.graph.upload_range(session, 0, content[:UPLOAD_RANGE_BYTES], size) or 0)
+        uploads.record_progress(email, upload, lease=support.LEASE)
+        runtime.graph.upload_range(session, UPLOAD_RANGE_BYTES, content[UPLOAD_RANGE_BYTES:-1000], size)
+
+    killed_after(fleet, id, second_range_unrecorded)
+    before = calls(fleet)
+    # When
+    for _ in range(2):
+        fleet.settle(id)
+    # Then Graph refuses the range that it has, and does not say where it would go on
+    assert attached(fleet, id) == {"small": files.sha256("small", SMALL), "large": files.sha256("large", size)}
+    again = calls(fleet) - before
+    assert (again["create_draft"], again["create_upload_session"], again["upload_range"]) == (0, 1, 1 + 3)
+
+
+def test_a_file_that_is_up_though_nobody_recorded_it_is_not_brought_up_again(fleet: Fleet) -> None:
+    # Given the last range of a file, which Graph has taken
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+
+    def last_range_unrecorded(email: models.ClaimedEmail) -> None:
+        half_uploaded(email)
+        upload = uploads.plan(email, email.payload["attachments"])[1]
+        rest = files.content("large", LARGE)[UPLOAD_RANGE_BYTES:]
+        assert runtime.graph.upload_range(runtime_session(email, upload), UPLOAD_RANGE_BYTES, rest, LARGE) is None
+
+    killed_after(fleet, id, last_range_unrecorded)
+    before = calls(fleet)
+    # When
+    fleet.settle(id)
+    # Then
+    assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
+    again = calls(fleet) - before
+    assert (again["create_upload_session"], again["upload_range"], again["delete_attachment"]) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("fault", ["throttle", "unavailable"])
 def test_a_file_that_graph_has_refused_for_now_is_attached_to_the_same_draft(fleet: Fleet, fault: str) -> None:
     id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "other", SMALL)])

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 import support
 from support import LEASE, SENDER, Fleet, email_row, rows, sending, store, table
-from test_actors_drafts import LARGE, SMALL, draft_recorded, file, half_uploaded, killed_after, make_draft
+from test_actors_drafts import (
+    LARGE,
+    SMALL,
+    attached,
+    calls,
+    draft_recorded,
+    expected,
+    file,
+    half_uploaded,
+    killed_after,
+    make_draft,
+)
 
 import models
 import runtime
@@ -149,13 +161,23 @@ def test_an_upload_session_of_a_mail_that_is_given_up_is_ended_and_its_address_f
 
 
 def test_the_address_of_a_session_that_has_ended_is_forgotten_whatever_its_mail_does(fleet: Fleet) -> None:
-    fleet.graph.set_behaviour(session_lifetime_seconds=0)
+    # Given
     id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    fleet.graph.unavailable(operation="upload_range")
     fleet.send()
-    assert email_row(id)["status"] == "received"
-    rows('UPDATE file_uploads SET upload_session_info = \'{"url": "secret", "expires_at": "2020-01-01T00:00:00Z"}\'')
+    ended = {"url": "https://graph.example/secret", "expires_at": "2020-01-01T00:00:00Z"}
+    rows(
+        "UPDATE file_uploads SET upload_session_info = %(ended)s WHERE filename = 'large'", {"ended": json.dumps(ended)}
+    )
+    # When
     tidy_drafts()
     assert {row["upload_session_info"] for row in table("file_uploads")} == {None}
+    # Then the mail goes on with its draft, and with what is up
+    before = calls(fleet)
+    fleet.settle(id)
+    assert attached(fleet, id) == expected(small=SMALL, large=LARGE)
+    again = calls(fleet) - before
+    assert (again["create_draft"], again["attach"], again["create_upload_session"]) == (0, 0, 1)
 
 
 class Died(Exception):

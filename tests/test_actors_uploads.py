@@ -85,18 +85,18 @@ def test_with_a_single_slot_the_files_of_a_mail_go_one_after_the_other_and_no_at
 
 
 def test_files_of_one_name_go_in_their_order_so_that_the_next_worker_can_tell_them_apart(fleet: Fleet) -> None:
-    # Given two files of one name, of which a worker that died had attached one
-    sizes = [LARGE, LARGE + 1, SMALL]
+    # Given two files of one name, of which a worker that died had brought one up without recording it
+    sizes = [LARGE, LARGE + 1]
     id = store(attachments=[file(fleet, "same", size) for size in sizes])
-    fleet.graph.reset_connection(operation="attach")
-    fleet.send()
+    fleet.graph.lose_next_answer(operation="upload_range", times=None, probability=0.5)
+    fleet.graph.set_latency(0.1, "upload_range")
     # When
+    fleet.send()
     support.wait_until("it is sent", sent(fleet, id))
-    # Then each is there once
+    # Then each is there once, and they never went side by side
     (delivery,) = fleet.graph.deliveries(tag=id)
-    assert sorted(each["sha256"] for each in delivery["attachments"]) == sorted(
-        files.sha256("same", size) for size in sizes
-    )
+    assert [each["sha256"] for each in delivery["attachments"]] == [files.sha256("same", size) for size in sizes]
+    assert overlaps(fleet) == 1
 
 
 def test_the_first_file_that_fails_stops_the_others_at_their_next_range_and_what_is_up_stays(fleet: Fleet) -> None:

@@ -110,7 +110,7 @@ def _stored_attachment(id: str) -> StoredAttachment | None:
     found = stored_attachments.find(id)
     if found is None:
         return None
-    return StoredAttachment(found.id, found.size, found.content_type, found.sha256, partial(_plain_pieces, found))
+    return StoredAttachment(found.id, found.size, found.sha256, partial(_plain_pieces, found))
 
 
 @contextmanager

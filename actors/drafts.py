@@ -6,9 +6,9 @@ the email's tag, an attachment by looking at the draft.
 
 A request to attach a file may take effect long after nobody waits for it any more, and then the file would be there
 twice. So that the request is made is committed before it is made; where no answer was recorded and the file is not on
-the draft, the draft is given up for another, and what comes late comes to nothing. Small files go first, in their
-order: by the time a large one is up none of them is in that state. At the end every draft is compared with what should
-be on it.
+the draft, the draft is given up for another, and what comes late comes to nothing; or, if much is on it already, it is
+waited for as long as a request may take effect. Small files go first, in their order: by the time a large one is up
+none of them is in that state. At the end every draft is compared with what should be on it.
 
 Where the worker may die, and what the next claimant does once the lease has run out:
 
@@ -26,13 +26,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import runtime
 from actors.composition import attached_bytes, file_name, graph_message, size_of
 from actors.evidence import looked_up
 from actors.graph_calls import graph_call
+from actors.outcomes import FileInDoubt
 from actors.uploaders import bring_up_all, look
 from actors.waiting import CLOCKS_DIFFER
 from attachments import AttachmentStream, SourceChanged, SourceUnavailable, source_of
@@ -59,6 +60,8 @@ from telemetry import UPLOADED_BYTES, Step, mail_log, note_ids
 _PIECE_BYTES = 64 * 1024
 #: Of one mail; a mailbox has four slots, and other mail and its backups need one.
 _FILES_AT_A_TIME = 3
+#: So many are brought up again rather than waited for.
+_FEW_FILES = 3
 #: 502 and 504 tell that a gateway got no answer, not that there will be none; 500 and 503 come from who has ended.
 _GATEWAYS = (502, 504)
 
@@ -90,7 +93,7 @@ def prepare_draft(email: ClaimedEmail) -> str:
     planned = _plan(email)
     if begun_before:
         _find_unrecorded(email, draft_id, planned)
-        if any(upload.attaching for upload in planned):
+        if _may_change(planned):
             draft_id = _another_draft(email, draft_id)
             planned = _plan(email)
     _attach_all(email, draft_id, planned)
@@ -104,6 +107,21 @@ def _plan(email: ClaimedEmail) -> list[Upload]:
     for upload in planned:
         upload.filename = file_name(upload.filename)  # as it is on the draft
     return sorted(planned, key=_is_large)
+
+
+def _may_change(planned: list[Upload]) -> bool:
+    """Say whether a file may still appear on the draft, of which an earlier attempt asked for and never heard.
+
+    Raises:
+        FileInDoubt: It may, and so much is on the draft that waiting is better than another.
+    """
+    waits = [upload.attaching_for for upload in planned if upload.attaching_for is not None]
+    left = runtime.configuration.in_doubt_grace - min(waits, default=runtime.configuration.in_doubt_grace)
+    if left <= timedelta():
+        return False
+    if sum(upload.uploaded for upload in planned) > _FEW_FILES:
+        raise FileInDoubt(left)
+    return True
 
 
 def _is_large(upload: Upload) -> bool:
@@ -241,7 +259,7 @@ def _upload(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict
 
 def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
     runtime.crash_point(CrashPoint.ATTACHMENT_ATTACHED)
-    upload.uploaded, upload.attaching, upload.uploaded_bytes = True, False, upload.size
+    upload.uploaded, upload.attaching_for, upload.uploaded_bytes = True, None, upload.size
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
     runtime.crash_point(CrashPoint.UPLOAD_RECORDED)
     mail_log(Step.UPLOADED, incoming_email_id=email.id, position=upload.position, bytes=upload.size)
@@ -249,23 +267,26 @@ def _record_uploaded(email: ClaimedEmail, upload: Upload) -> None:
 
 def _attach(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> None:
     with runtime.source.open(
-        source_of(attachment), declared_size=upload.size, declared_type=attachment.get("contentType")
+        source_of(attachment),
+        declared_size=upload.size,
+        declared_type=attachment.get("contentType"),
+        waiting=lambda: _keep(email),
     ) as stream:
         content = _read(email, stream, upload.size)
     with graph_call(email, upload_bytes=attach_bytes(len(content))):
-        _note_attaching(email, upload, True)
+        _note_attaching(email, upload, timedelta())
         runtime.crash_point(CrashPoint.ATTACHMENT_BEGUN)
         try:
             runtime.graph.attach(email.mailbox, draft_id, content=content, **_described(attachment))
         except (GraphError, Refused) as error:
             if not _may_take_effect_later(error):
-                _note_attaching(email, upload, False)
+                _note_attaching(email, upload, None)
             raise
     UPLOADED_BYTES.labels("request").inc(len(content))
 
 
-def _note_attaching(email: ClaimedEmail, upload: Upload, attaching: bool) -> None:
-    upload.attaching, upload.session_url, upload.uploaded_bytes = attaching, None, 0
+def _note_attaching(email: ClaimedEmail, upload: Upload, attaching_for: timedelta | None) -> None:
+    upload.attaching_for, upload.session_url, upload.uploaded_bytes = attaching_for, None, 0
     uploads.record_progress(email, upload, lease=runtime.configuration.lease)
 
 
@@ -298,7 +319,8 @@ def _stream(email: ClaimedEmail, session: UploadSession, upload: Upload, attachm
     """Have the bytes flow from the source to the session; a source that breaks off is asked for the rest at once.
 
     Raises:
-        SourceUnavailable: It gave less than a range since it was asked last.
+        SourceUnavailable: It gave less than a range since it was asked last, or does not tell one version of its file
+            from another.
     """
     while True:
         began_at = upload.uploaded_bytes
@@ -316,7 +338,7 @@ def _stream(email: ClaimedEmail, session: UploadSession, upload: Upload, attachm
         except SourceChanged:
             raise
         except SourceUnavailable as broken:
-            if upload.uploaded_bytes == began_at or broken.retry_after:
+            if upload.uploaded_bytes == began_at or broken.retry_after or upload.source_version is None:
                 raise
 
 
@@ -356,12 +378,11 @@ def _send_ranges(email: ClaimedEmail, session: UploadSession, upload: Upload, st
 
 def _read(email: ClaimedEmail, stream: AttachmentStream, size_bytes: int) -> bytes:
     """Read so much, or what is left, keeping the lease while a slow source drips."""
-    pieces = []
-    while size_bytes > 0 and (piece := stream.receive(min(size_bytes, _PIECE_BYTES))):
-        pieces.append(piece)
-        size_bytes -= len(piece)
+    read = bytearray()  # a source may give a byte at a time, and each would be an object
+    while len(read) < size_bytes and (piece := stream.receive(min(size_bytes - len(read), _PIECE_BYTES))):
+        read += piece
         _go_on(email)
-    return b"".join(pieces)
+    return bytes(read)
 
 
 def _go_on(email: ClaimedEmail) -> None:
@@ -370,11 +391,17 @@ def _go_on(email: ClaimedEmail) -> None:
 
 
 def _session(email: ClaimedEmail, draft_id: str, upload: Upload, attachment: dict[str, Any]) -> UploadSession:
-    """Go on with the session of an earlier attempt while it lives, or open one."""
+    """Go on with the session of an earlier attempt while it lives, or open one.
+
+    What it has of a source that names no version might be of another file than the rest would be.
+    """
     if upload.session_url and upload.session_expires_at and upload.session_expires_at > datetime.now(UTC):
-        return UploadSession(
+        known = UploadSession(
             email.mailbox, upload.session_url, upload.session_expires_at, next_offset=upload.uploaded_bytes
         )
+        if upload.uploaded_bytes == 0 or upload.source_version is not None:
+            return known
+        _cancel(email, known)
     with graph_call(email):
         session = runtime.graph.create_upload_session(
             email.mailbox, draft_id, size_bytes=upload.size, **_described(attachment)

@@ -8,7 +8,8 @@ mailbox refuses              the mailbox is paused, longer each time; an attempt
 configuration refused        everything is paused shortly; snoozed: no mail is to blame
 Graph out of reach           snoozed: no mail is to blame, however long it lasts
 transient                    tried again with full jitter, or when Graph says, to everyone; an attempt spent
-payload's key is missing      snoozed: no mail is to blame, and the key may come back
+payload's key is missing     snoozed: no mail is to blame, and the key may come back
+store of attachments away    snoozed: no mail is to blame
 permanent, attempts used up  dead-lettered, ``SendEmailFailed``
 ===========================  ==============================================================
 
@@ -29,7 +30,7 @@ import runtime
 from actors.composition import attached_bytes
 from actors.evidence import refused
 from actors.waiting import after_refusal, after_throttling, backoff, unreachable
-from attachments import AttachmentRefused, SourceUnavailable
+from attachments import AttachmentRefused, SourceUnavailable, StoreUnavailable
 from crash_points import CrashPoint
 from graph_client.errors import (
     ConfigurationError,
@@ -85,6 +86,14 @@ class InDoubtHeld(Exception):
 
 class Unforeseen(Exception):
     """Raised in the place of an error that nobody foresaw; names its class, since its text may quote anything."""
+
+
+class FileInDoubt(Exception):
+    """Raised when a file may still appear on a draft that is otherwise worth keeping, for as long as ``wait``."""
+
+    def __init__(self, wait: timedelta) -> None:
+        super().__init__("a file may still appear on the draft: a request to attach it was never answered")
+        self.wait = wait
 
 
 class TooLargeForMailbox(Exception):
@@ -178,6 +187,10 @@ def _record(email: ClaimedEmail, error: Exception) -> None:
             _snooze(email, unreachable(), str(error), "unreachable")
         case TransientError():
             _retry(email, error, heed(email.mailbox, error) or backoff(email.attempt))
+        case StoreUnavailable():
+            _snooze(email, unreachable(), str(error), "store away")
+        case FileInDoubt():
+            _snooze(email, error.wait, str(error), "file in doubt")
         case SourceUnavailable():
             _retry(email, error, error.retry_after or backoff(email.attempt))
         case _:

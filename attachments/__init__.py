@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from attachments.cloud import CloudFetcher, CloudPlace
-from attachments.contents import Content, Fetcher
+from attachments.contents import Content, Fetcher, Waiting
 from attachments.errors import (
     AttachmentError,
     AttachmentRefused,
@@ -145,14 +145,13 @@ class AttachmentSource:
         declared_type: str | None = None,
         offset: int = 0,
         version: str | None = None,
-        waiting: Callable[[], object] = lambda: None,
+        waiting: Waiting = lambda: None,
     ) -> Iterator[AttachmentStream]:
         """Yield the attachment's bytes from ``offset`` on; sizes are in bytes and of the whole attachment.
 
         Args:
             version: That of the stream which the bytes before the offset were read from.
-            waiting: Called again and again while bytes before the offset come that nobody wants; what it raises ends
-                that.
+            waiting: Called before each wait for the source, here and while reading; what it raises ends the fetch.
 
         Raises:
             AttachmentRefused: It cannot be had, now or later; here or while reading.
@@ -164,7 +163,7 @@ class AttachmentSource:
         fetcher = self._by_scheme.get(url_or_id[: max(0, url_or_id.find(":"))].lower())
         if fetcher is None:
             raise InvalidSource("attachments are fetched from https URLs and the object stores of clouds only")
-        with fetcher.fetch(url_or_id, offset, version) as answer:
+        with fetcher.fetch(url_or_id, offset, version, waiting) as answer:
             demand_type(answer.origin, answer.content_type, declared_type)
             stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
             stream.skip_to(offset, waiting)
@@ -189,19 +188,17 @@ class AttachmentStream:
 
     def read(self, size_bytes: int) -> bytes:
         """Return exactly so many bytes, fewer only at the end, none after it."""
-        pieces: list[bytes] = []
-        wanted = size_bytes
-        while wanted and (piece := self.receive(wanted)):
-            pieces.append(piece)
-            wanted -= len(piece)
-        return b"".join(pieces)
+        read = bytearray()  # a source may give a byte at a time, and each would be an object
+        while len(read) < size_bytes and (piece := self.receive(size_bytes - len(read))):
+            read += piece
+        return bytes(read)
 
     def chunks(self, chunk_bytes: int) -> Iterator[bytes]:
         """Yield the rest in chunks of this size; only the last may be smaller."""
         while chunk := self.read(chunk_bytes):
             yield chunk
 
-    def skip_to(self, offset: int, waiting: Callable[[], object]) -> None:
+    def skip_to(self, offset: int, waiting: Waiting) -> None:
         """Discard the bytes before ``offset``, where a source could not start there by itself."""
         while self._position < offset:
             waiting()

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import unquote
 
-from attachments.contents import Content, PiecewiseContent
+from attachments.contents import Content, PiecewiseContent, Waiting
 from attachments.errors import InvalidSource, SourceChanged, SourceForbidden, SourceGone, SourceUnavailable
 from attachments.filesystems import READ_BLOCK_BYTES, Folder, demand_scheme, failures_of
 
@@ -81,7 +81,7 @@ class CloudFetcher:
         self._total = total
 
     @contextmanager
-    def fetch(self, url: str, offset: int, version: str | None = None) -> Iterator[Content]:
+    def fetch(self, url: str, offset: int, version: str | None, waiting: Waiting) -> Iterator[Content]:
         """Yield the object from the offset on.
 
         Raises:
@@ -108,7 +108,7 @@ class CloudFetcher:
                     raise SourceChanged(f"{origin} has changed the attachment while it was read")
 
             # What fails in the block is not the cloud's: only its reads are.
-            pieces = _pieces(file, origin, ends_at, look)
+            pieces = _pieces(file, origin, ends_at, look, waiting)
             yield PiecewiseContent(origin, pieces, position=offset, total_bytes=file.size, version=found)
 
     def _find(self, origin: str, scheme: str, names: tuple[str, ...]) -> tuple[Any, str]:
@@ -128,7 +128,7 @@ def _version(details: Mapping[str, Any]) -> str | None:
     return details.get("ETag") or details.get("etag")
 
 
-def _pieces(file: Any, origin: str, ends_at: float, look: Callable[[], None]) -> Iterator[bytes]:
+def _pieces(file: Any, origin: str, ends_at: float, look: Callable[[], None], waiting: Waiting) -> Iterator[bytes]:
     """Yield the rest of the file; ``look`` is asked before the last of it whether it was the same file all the time.
 
     S3's client makes the version a condition of each read, Azure's does not, and mixes the two.
@@ -136,6 +136,7 @@ def _pieces(file: Any, origin: str, ends_at: float, look: Callable[[], None]) ->
     while True:
         if time.monotonic() > ends_at:
             raise SourceUnavailable(f"{origin} took too long")
+        waiting()
         with failures_of(origin):
             piece = file.read(_PIECE_BYTES)
             if piece and file.tell() >= file.size:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+#: Called before each wait for a source; what it raises ends the fetch.
+Waiting = Callable[[], object]
 
 
 class Content(Protocol):
@@ -24,7 +27,7 @@ class Content(Protocol):
 class Fetcher(Protocol):
     """Finds attachments of one scheme."""
 
-    def fetch(self, url: str, offset: int, version: str | None = None) -> AbstractContextManager[Content]:
+    def fetch(self, url: str, offset: int, version: str | None, waiting: Waiting) -> AbstractContextManager[Content]:
         """Return a content that begins at the offset or before it, of the same version if the source can tell."""
         ...
 

@@ -6,6 +6,7 @@ The connection is ours rather than `requests`', which resolves a name again when
 from __future__ import annotations
 
 import http.client
+import math
 import re
 import socket
 import ssl
@@ -22,6 +23,7 @@ from urllib.parse import urljoin
 import requests
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
+from attachments.contents import Waiting
 from attachments.errors import (
     InvalidSource,
     SizeMismatch,
@@ -40,8 +42,8 @@ MAX_REDIRECTS = 3
 #: A Retry-After beyond this is not believed.
 MAX_RETRY_AFTER = timedelta(days=1)
 
-#: A strong ETag, or a date: what may be a condition for a range, and be kept in a table.
-_VERSION = re.compile(r'"[\x21\x23-\x7e]{1,200}"|[A-Z][a-z]{2}, [A-Za-z0-9 :]{1,40}')
+#: An ETag, or a date: what may be kept in a table.
+_VERSION = re.compile(r'(?:W/)?"[\x21\x23-\x7e]{1,200}"|[A-Z][a-z]{2}, [A-Za-z0-9 :]{1,40}')
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT = frozenset({408, 425, 429})
 #: What one receipt may bring: above TLS's 16 KiB records, and little to allocate for a receipt that brings less.
@@ -57,25 +59,60 @@ def dial_by_system(address: tuple[str, int], timeout_seconds: float) -> socket.s
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a fetch may take; ``total`` is from look-up to last byte, including what its reader does meanwhile."""
+    """How long a fetch may take.
+
+    Args:
+        connect: For a connection, and for TLS on it.
+        read: For each silence.
+        slack: From a request until its content begins; and for the content, besides what its bytes are given.
+        total: From look-up to last byte, including what its reader does meanwhile.
+        least_bytes_per_second: Of the content; what its reader does meanwhile is not counted. A thread is as busy with
+            a source that drips as with one that flows.
+    """
 
     connect: timedelta = timedelta(seconds=5)
     read: timedelta = timedelta(seconds=30)
+    slack: timedelta = timedelta(seconds=60)
     total: timedelta = timedelta(minutes=10)
+    least_bytes_per_second: int = 16 * 1024
 
 
 class _Deadline:
-    """Gives each wait its own limit, and none beyond the end of the whole."""
+    """Gives each wait its own limit, and none beyond the end of the whole; tells of each wait before it begins."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(self, timeouts: Timeouts, waiting: Waiting) -> None:
         self._timeouts = timeouts
+        self._waiting = waiting
         self._ends = time.monotonic() + timeouts.total.total_seconds()
+        self._answer_by = math.inf
+        self._patience = timeouts.slack.total_seconds()
+
+    def expect_answer(self) -> None:
+        self._answer_by = time.monotonic() + self._timeouts.slack.total_seconds()
+
+    def expect_content(self) -> None:
+        self._answer_by, self._patience = math.inf, self._timeouts.slack.total_seconds()
+
+    def earn(self, size_bytes: int) -> None:
+        """Count bytes of content that have come: they are waited for longer."""
+        self._patience += size_bytes / self._timeouts.least_bytes_per_second
+
+    @contextmanager
+    def receiving(self) -> Iterator[float]:
+        """Yield how many seconds to wait for bytes at most, and count how long that takes."""
+        self._waiting()
+        began = time.monotonic()
+        seconds = min(self._at_most(self._timeouts.read), self._answer_by - began, self._patience)
+        if seconds <= 0:
+            raise TimeoutError
+        try:
+            yield seconds
+        finally:
+            self._patience -= time.monotonic() - began
 
     def connect_seconds(self) -> float:
+        self._waiting()
         return self._at_most(self._timeouts.connect)
-
-    def read_seconds(self) -> float:
-        return self._at_most(self._timeouts.read)
 
     def _at_most(self, wait: timedelta) -> float:
         left = self._ends - time.monotonic()
@@ -90,8 +127,9 @@ class _DeadlineSocket(ssl.SSLSocket):
     deadline: _Deadline
 
     def recv_into(self, buffer: WriteableBuffer, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(self.deadline.read_seconds())
-        return super().recv_into(buffer, nbytes, flags)
+        with self.deadline.receiving() as seconds:
+            self.settimeout(seconds)
+            return super().recv_into(buffer, nbytes, flags)
 
 
 class _PinnedConnection(http.client.HTTPSConnection):
@@ -121,9 +159,16 @@ class _PinnedConnection(http.client.HTTPSConnection):
 class Answer:
     """One HTTP answer and its content, which begins at ``position`` of the attachment."""
 
-    def __init__(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, origin: str) -> None:
+    def __init__(
+        self,
+        response: http.client.HTTPResponse,
+        connection: http.client.HTTPConnection,
+        origin: str,
+        deadline: _Deadline,
+    ) -> None:
         self._response = response
         self._connection = connection
+        self._deadline = deadline
         self._left_bytes = response.length
         self.origin = origin
         self.status = response.status
@@ -132,9 +177,12 @@ class Answer:
         self.position, self.total_bytes = self._extent()
 
     def _version(self) -> str | None:
-        """Return what tells this file from a later one at the same URL; None if the source does not say."""
+        """Return what tells this file from a later one at the same URL; None if the source does not say.
+
+        A weak ETag comes last, since it is no condition for a range.
+        """
         given = (self._response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
-        return next((text for text in given if _VERSION.fullmatch(text)), None)
+        return min((text for text in given if _VERSION.fullmatch(text)), key=_is_weak, default=None)
 
     def _extent(self) -> tuple[int, int | None]:
         """Return where the content begins and how long the whole is; a range that ends early has position -1."""
@@ -160,6 +208,7 @@ class Answer:
             return b""
         with unavailable_on_failure(self.origin):
             piece = self._response.read1(at_most)
+        self._deadline.earn(len(piece))
         if self._left_bytes is not None:
             if not piece:
                 raise SourceUnavailable(f"{self.origin} broke off {self._left_bytes} bytes before the end")
@@ -193,7 +242,7 @@ class Answer:
             return min(timedelta(seconds=float(text)), MAX_RETRY_AFTER)
         try:
             at = parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         wait = (at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)
         return min(max(wait, timedelta()), MAX_RETRY_AFTER)
@@ -211,13 +260,13 @@ class HttpsFetcher:
         self._tls = _trusted_by_requests()
 
     @contextmanager
-    def fetch(self, url: str, offset: int, version: str | None = None) -> Iterator[Answer]:
+    def fetch(self, url: str, offset: int, version: str | None, waiting: Waiting) -> Iterator[Answer]:
         """Yield an answer with content that begins at the offset or before it.
 
         Raises:
             SourceChanged: The source says that it is another file than that of the version.
         """
-        deadline = _Deadline(self._timeouts)
+        deadline = _Deadline(self._timeouts, waiting)
         answer = self._follow(url, _part(offset, version), deadline)
         if offset and answer.position not in (0, offset):
             answer.close()
@@ -246,7 +295,9 @@ class HttpsFetcher:
         with ExitStack() as on_failure, unavailable_on_failure(destination.origin):
             on_failure.callback(connection.close)
             connection.request("GET", destination.target, headers=headers)
-            answer = Answer(connection.getresponse(), connection, destination.origin)
+            deadline.expect_answer()
+            answer = Answer(connection.getresponse(), connection, destination.origin, deadline)
+            deadline.expect_content()
             on_failure.pop_all()
         return answer
 
@@ -260,11 +311,18 @@ class HttpsFetcher:
         raise failure
 
 
+def _is_weak(version: str) -> bool:
+    return version.startswith("W/")
+
+
 def _part(offset: int, version: str | None) -> dict[str, str]:
-    """Return the headers that ask for the rest from the offset on, and for the whole if it is another file by now."""
+    """Return the headers that ask for the rest from the offset on, and for the whole if it is another file by now.
+
+    A weak ETag is no condition (RFC 9110, 13.1.5): it is compared with that of the answer.
+    """
     if not offset:
         return {}
-    return {"Range": f"bytes={offset}-", **({"If-Range": version} if version else {})}
+    return {"Range": f"bytes={offset}-", **({"If-Range": version} if version and not _is_weak(version) else {})}
 
 
 #: OpenSSL's SSL_OP_IGNORE_UNEXPECTED_EOF; not every Python has a name for it.

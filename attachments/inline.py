@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from attachments.contents import Content, PiecewiseContent
+from attachments.contents import Content, PiecewiseContent, Waiting
 
 #: No URL of a publisher begins like this: `contracts` accepts it nowhere.
 SCHEME = "base64"
@@ -24,6 +24,6 @@ class InlineFetcher:
     """Decodes what came with the mail."""
 
     @contextmanager
-    def fetch(self, url: str, offset: int, version: str | None = None) -> Iterator[Content]:  # noqa: ARG002  never changes
+    def fetch(self, url: str, offset: int, _version: str | None, _waiting: Waiting) -> Iterator[Content]:
         content = base64.b64decode(url.removeprefix(f"{SCHEME}:"))
         yield PiecewiseContent("contentBytes", [content[offset:]], position=offset, total_bytes=len(content))

@@ -18,6 +18,8 @@ from attachments.errors import SourceGone, StoreUnavailable
 from attachments.filesystems import READ_BLOCK_BYTES, WRITE_BLOCK_BYTES, Folder, demand_scheme, failures_of
 
 _ORIGIN = "the store of attachments"
+#: The file that every store has.
+MARKER = ".mailfleet"
 #: What shared folders say that flush names by themselves (fsync(2)).
 _NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
 
@@ -82,6 +84,7 @@ class Store:
         local = _local_path(url)
         self._is_local = local is not None
         self._folder = Folder(f"file://{local}" if local else url)
+        self._is_marked = False
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Keep what the chunks make up; what the chunks raise leaves nothing behind.
@@ -93,6 +96,7 @@ class Store:
             filesystem, path = self._folder.at(name)
             if self._is_local:
                 _make_folder(Path(path).parent)
+            self._mark()
             file = filesystem.open(path, "wb", block_size=WRITE_BLOCK_BYTES, autocommit=self._is_local)
         try:
             for chunk in chunks:
@@ -103,6 +107,14 @@ class Store:
         except BaseException:
             self._abandon(file, name)
             raise
+
+    def _mark(self) -> None:
+        """See to it that the store can be told from an empty folder in its place, as where no volume is mounted."""
+        if not self._is_marked:
+            filesystem, marker = self._folder.at(MARKER)
+            if not filesystem.exists(marker):
+                filesystem.pipe_file(marker, b"The store of attachments of mailfleet is here.\n")
+            self._is_marked = True
 
     def _finish(self, file: Any, path: str) -> None:
         if self._is_local:
@@ -154,14 +166,16 @@ class Store:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Tell a file that is not there from a folder that is not: a volume may not be mounted."""
+        """Tell a file that is not there from a store that is not: a volume may not be mounted."""
         try:
             with failures_of(_ORIGIN, StoreUnavailable):
                 yield
         except SourceGone:
-            filesystem, root = self._folder.at()
-            if self._is_local and not filesystem.exists(root):
-                raise StoreUnavailable(f"{_ORIGIN} is not there") from None
+            with failures_of(_ORIGIN, StoreUnavailable):
+                filesystem, marker = self._folder.at(MARKER)
+                is_there = filesystem.exists(marker)
+            if not is_there:
+                raise StoreUnavailable(f"{_ORIGIN} is not there: it has no file {MARKER}, which each has") from None
             raise
 
 

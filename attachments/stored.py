@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from attachments.contents import Content, PiecewiseContent
+from attachments.contents import Content, PiecewiseContent, Waiting
 from attachments.errors import Damaged, NotStored
 
 
@@ -17,7 +17,6 @@ class StoredAttachment:
 
     id: str
     size_bytes: int
-    content_type: str
     sha256: str
     pieces: Callable[[int], AbstractContextManager[Iterable[bytes]]]
 
@@ -29,7 +28,7 @@ class StoredFetcher:
         self._find = find
 
     @contextmanager
-    def fetch(self, id: str, offset: int, version: str | None = None) -> Iterator[Content]:  # noqa: ARG002  never changes
+    def fetch(self, id: str, offset: int, _version: str | None, _waiting: Waiting) -> Iterator[Content]:
         """Yield the content from the offset on.
 
         Raises:
@@ -48,7 +47,7 @@ class StoredFetcher:
                 pieces if offset else _verified(pieces, stored),
                 position=offset,
                 total_bytes=stored.size_bytes,
-                content_type=stored.content_type,
+                # No type: whoever stored it and whoever publishes it are one side, and the mail's is what counts.
                 version=stored.sha256,
             )
 

@@ -18,8 +18,16 @@ _SAY_NOTHING = frozenset(
         "application/unknown",
         "application/download",
         "application/force-download",
+        "application/x-download",
+        "application/x-force-download",
+        "application/x-octet-stream",
         "application/save",
+        "application/x-www-form-urlencoded",  # what an HTTP client says that was told nothing
         "text/plain",  # Apache's name for anything that has no other
+        # A machine with Office calls by these names old and new documents, and tables of text.
+        "application/msword",
+        "application/vnd.ms-excel",
+        "application/vnd.ms-powerpoint",
     }
 )
 #: Other names of a type, by what stands behind the slash once an ``x-`` is gone.
@@ -29,7 +37,6 @@ _OTHER_NAMES = {
     "zip-compressed": "zip",
     "gzip-compressed": "gzip",
     "comma-separated-values": "csv",
-    "vnd.ms-excel": "csv",  # what a machine with Excel calls a table of text
     "vnd.microsoft.icon": "icon",
     "mpeg3": "mpeg",
     "mp3": "mpeg",

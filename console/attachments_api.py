@@ -45,10 +45,14 @@ _turns = anyio.Semaphore(MAX_AT_A_TIME)
 #: The rest of a body is not read, however long it would go on.
 _CLOSE = {"Connection": "close"}
 _BUSY = {"Retry-After": "30", **_CLOSE}
+_UNKNOWN_TYPE = "application/octet-stream"
+#: What curl says of a body of which it was told nothing.
+_NO_TYPE_GIVEN = "application/x-www-form-urlencoded"
 _PROBLEMS = problems(
     {
         408: "The body did not come, or too slowly.",
         413: "The body is too large.",
+        415: "The body is a form, not the file itself.",
         503: "Too many files are being stored, or a server or the store is away: try again.",
     }
 )
@@ -79,12 +83,17 @@ async def store_attachment(
     expires_in: Annotated[int | None, Query(ge=1, le=3_000_000_000, description="Seconds.")] = None,
 ) -> AttachmentStored:
     """Store the body as an attachment, under the name and the Content-Type that are given."""
+    content_type = request.headers.get("content-type", _UNKNOWN_TYPE)
+    if content_type.lower().startswith("multipart/"):
+        raise HTTPException(415, "the body is to be the file itself, not a form with it (curl: --data-binary)", _CLOSE)
+    if content_type == _NO_TYPE_GIVEN:
+        content_type = _UNKNOWN_TYPE
     patience: Patience = request.app.state.patience
     store = partial(
         operations.attach,
         _chunks(request.stream(), patience),
         name=name or _disposition_name(request),
-        content_type=request.headers.get("content-type", "application/octet-stream"),
+        content_type=content_type,
         who=f"api:{who}",
         expires_in=timedelta(seconds=expires_in) if expires_in else None,
         declared_bytes=_declared_bytes(request),

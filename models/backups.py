@@ -216,12 +216,12 @@ def find_backup(id: str) -> StoredBackup | None:
         + """
         WHERE b.id = (
             SELECT id FROM (
-                SELECT id FROM email_backups WHERE id = %(uuid)s
-                UNION ALL SELECT id FROM email_backups WHERE incoming_email_id = %(uuid)s
-                UNION ALL SELECT id FROM email_backups WHERE graph_message_id = %(id)s
-                UNION ALL SELECT b.id FROM email_backups b JOIN incoming_emails e ON e.id = b.incoming_email_id
+                SELECT 1 AS rank, id FROM email_backups WHERE id = %(uuid)s
+                UNION ALL SELECT 2, id FROM email_backups WHERE incoming_email_id = %(uuid)s
+                UNION ALL SELECT 3, id FROM email_backups WHERE graph_message_id = %(id)s
+                UNION ALL SELECT 4, b.id FROM email_backups b JOIN incoming_emails e ON e.id = b.incoming_email_id
                           WHERE e.publisher_message_id = %(id)s
-            ) found ORDER BY id LIMIT 1
+            ) found ORDER BY rank, id LIMIT 1  -- a publisher chooses its own id freely
         )
         """,
         {"id": id, "uuid": as_uuid(id)},

@@ -189,7 +189,9 @@ def find(id: str) -> Letter | None:
             UNION ALL SELECT dlq.id FROM dlq JOIN incoming_emails e ON e.id = incoming_email_id
                       WHERE e.publisher_message_id = %(id)s
         )
-        ORDER BY d.status = 'open' DESC, d.created_at DESC LIMIT 1
+        -- A publisher chooses its own id freely: it comes last.
+        ORDER BY (d.id = %(uuid)s) IS TRUE DESC, (d.incoming_email_id = %(uuid)s) IS TRUE DESC,
+                 d.status = 'open' DESC, d.created_at DESC LIMIT 1
         """,
         {"id": id, "uuid": as_uuid(id)},
     )

@@ -38,9 +38,12 @@ def known_as(incoming_email_id: str | None) -> KnownAs:
 
 
 def find_email(id: str) -> str | None:
-    """Return the email's id, given that or the publisher's."""
+    """Return the email's id, given that or the publisher's: a publisher may have named its mail after another's id."""
     found = rows(
-        "SELECT id::text FROM incoming_emails WHERE id = %(uuid)s OR publisher_message_id = %(id)s",
+        """
+        SELECT id::text FROM incoming_emails WHERE id = %(uuid)s OR publisher_message_id = %(id)s
+        ORDER BY (id = %(uuid)s) IS TRUE DESC LIMIT 1
+        """,
         {"id": id, "uuid": as_uuid(id)},
     )
     return found[0][0] if found else None

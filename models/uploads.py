@@ -34,14 +34,14 @@ class Upload:
     session_expires_at: datetime | None = None
     #: Tells whether the source still has the file that the session was begun with.
     source_version: str | None = None
-    #: A request that attaches it has been made, and nobody recorded its answer: it may take effect any time.
-    attaching: bool = False
+    #: For how long a request that attaches it has been without a recorded answer; None: there is no such request.
+    attaching_for: timedelta | None = None
 
     @property
     def status(self) -> str:
         if self.uploaded:
             return "uploaded"
-        return "uploading" if self.attaching or self.session_url else "pending"
+        return "uploading" if self.attaching_for is not None or self.session_url else "pending"
 
 
 def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upload]:
@@ -65,7 +65,7 @@ def plan(email: ClaimedEmail, attachments: Sequence[dict[str, Any]]) -> list[Upl
         """
         SELECT position, filename, size, uploaded_bytes, status = 'uploaded', upload_session_info->>'url',
                (upload_session_info->>'expires_at')::timestamptz, upload_session_info->>'source_version',
-               status = 'uploading' AND upload_session_info IS NULL
+               CASE WHEN status = 'uploading' AND upload_session_info IS NULL THEN now() - updated_at END
         FROM file_uploads WHERE incoming_email_id = %(id)s ORDER BY position
         """,
         {"id": email.id},

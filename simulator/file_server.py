@@ -46,8 +46,8 @@ class FileServer:
         if wanted is None:
             return web.Response(status=416, headers={"Content-Range": f"bytes */{size_bytes}"})
         response = web.StreamResponse(status=206 if _asks_for_part(request) else 200)
-        if "etag" in request.query:
-            response.headers["ETag"] = _etag(request)
+        if version := _etag(request):
+            response.headers["ETag"] = version
         response.content_type = request.query.get("type", "application/octet-stream")
         response.content_length = len(wanted)
         response.headers["Accept-Ranges"] = "bytes"
@@ -77,16 +77,16 @@ async def _write_slowly(response: web.StreamResponse, chunk: bytes, bytes_per_se
         await asyncio.sleep(step / bytes_per_second)
 
 
-def _etag(request: web.BaseRequest) -> str:
-    return f'"{request.query["etag"]}"'
+def _etag(request: web.BaseRequest) -> str | None:
+    """Return what tells this file from another: ``etag``, unless that is "none"; else what its bytes follow from."""
+    version = request.query.get("etag", request.query.get("seed", "0"))
+    return None if version == "none" else f'"{version}"'
 
 
 def _asks_for_part(request: web.BaseRequest) -> bool:
     """Say whether a range is wanted, and of this very version if one is named (RFC 9110, 13.1.5)."""
     condition = request.headers.get("If-Range")
-    return "Range" in request.headers and (
-        condition is None or ("etag" in request.query and condition == _etag(request))
-    )
+    return "Range" in request.headers and condition in (None, _etag(request))
 
 
 def _range(request: web.BaseRequest, size_bytes: int) -> range | None:

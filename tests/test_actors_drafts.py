@@ -108,7 +108,7 @@ def attach_small(draft_id: str) -> None:
 def attaching_begun(email: models.ClaimedEmail) -> None:
     draft_recorded(email)
     upload = uploads.plan(email, email.payload["attachments"])[0]
-    upload.attaching = True
+    upload.attaching_for = timedelta()
     uploads.record_progress(email, upload, lease=support.LEASE)
 
 
@@ -130,8 +130,14 @@ def half_uploaded(email: models.ClaimedEmail, *, record: bool = True) -> None:
     content = files.content("large", LARGE)[:UPLOAD_RANGE_BYTES]
     following = runtime.graph.upload_range(session, 0, content, LARGE)
     if record:
+        upload.source_version = version_of(email.payload["attachments"][1])
         upload.uploaded_bytes = int(following or 0)
         uploads.record_progress(email, upload, lease=support.LEASE)
+
+
+def version_of(attachment: dict[str, Any]) -> str | None:
+    with runtime.source.open(attachment["urlOrId"]) as stream:
+        return stream.version
 
 
 def range_unrecorded(email: models.ClaimedEmail) -> None:
@@ -218,6 +224,7 @@ def test_a_file_of_which_graph_has_more_than_was_recorded_begins_anew_in_another
 
     def second_range_unrecorded(email: models.ClaimedEmail) -> None:
         upload, content = session_opened(email), files.content("large", size)
+        upload.source_version = version_of(email.payload["attachments"][1])
         session = runtime_session(email, upload)
         upload.uploaded_bytes = int(runtime.graph.upload_range(session, 0, content[:UPLOAD_RANGE_BYTES], size) or 0)
         uploads.record_progress(email, upload, lease=support.LEASE)

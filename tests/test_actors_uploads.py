@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from email import message_from_bytes
 from email.message import Message
 from typing import Any
@@ -26,7 +27,8 @@ from test_actors_drafts import (
 
 import models
 import runtime
-from actors import drafts, uploaders
+from actors import drafts, outcomes, uploaders
+from attachments import StoreUnavailable
 from graph_client import SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES
 from limiter import CONCURRENCY, Exhausted
 from models import rows, uploads
@@ -201,6 +203,77 @@ def test_a_source_that_breaks_off_is_asked_for_the_rest_and_no_attempt_is_spent(
     assert attached(fleet, id) == expected(large=size)
     assert (email_row(id)["attempt_count"], calls(fleet)["upload_range"]) == (1, 4)
     assert calls(fleet)["create_upload_session"] == 1
+
+
+def test_of_a_source_that_names_no_version_nothing_is_put_together_of_two_fetches(fleet: Fleet) -> None:
+    # Given a source that breaks off once, behind a range
+    fault = {"etag": "none", "truncate": UPLOAD_RANGE_BYTES * 3 // 2}
+    id = store(attachments=[file(fleet, "large", 2 * UPLOAD_RANGE_BYTES, **fault)])
+    fleet.send()
+    assert table("file_uploads")[0]["uploaded_bytes"] == UPLOAD_RANGE_BYTES
+    # When the source has another file by then
+    whole = file(fleet, "other", 2 * UPLOAD_RANGE_BYTES, etag="none")["urlOrId"]
+    rows(
+        "UPDATE incoming_emails SET payload = jsonb_set(payload::jsonb, '{attachments,0,urlOrId}', %(url)s::jsonb)",
+        {"url": f'"{whole}"'},
+    )
+    support.wait_until("it is sent", sent(fleet, id))
+    # Then the mail has that whole, brought up in a session of its own
+    assert attached(fleet, id) == {"large": files.sha256("other", 2 * UPLOAD_RANGE_BYTES)}
+    assert (calls(fleet)["create_upload_session"], calls(fleet)["cancel_upload_session"]) == (2, 1)
+
+
+def test_a_source_that_gives_a_byte_at_a_time_costs_no_more_memory_than_its_bytes(tables: str) -> None:
+    class Drops:
+        def receive(self, at_most: int) -> bytes:
+            return b"x" if at_most else b""
+
+    email = support.claim(store(attachments=[]), intent=False)
+    tracemalloc.start()
+    try:
+        assert len(drafts._read(email, Drops(), 500_000)) == 500_000  # type: ignore[arg-type]
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 3_000_000
+
+
+def test_while_the_store_is_away_a_mail_waits_and_spends_no_attempt(fleet: Fleet) -> None:
+    id = store(attachments=[file(fleet, "small", SMALL)])
+    email = support.claim(id, intent=False)
+    outcomes.record(email, StoreUnavailable("the store of attachments is not there"))
+    assert (email_row(id)["status"], email_row(id)["attempt_count"]) == ("received", 0)
+
+
+def test_a_draft_with_much_on_it_is_kept_and_waits_until_nothing_can_be_late(
+    fleet: Fleet, configure: Callable[..., None]
+) -> None:
+    # Given a mail of whose files one was asked for and never heard of, behind others that are up
+    names = ["a", "b", "c", "d", "e"]
+    id = store(attachments=[file(fleet, name, SMALL) for name in names])
+
+    def asked_for_the_last(email: models.ClaimedEmail) -> None:
+        configure(in_doubt_grace=timedelta(minutes=5))
+        draft_recorded(email)
+        *up, last = uploads.plan(email, email.payload["attachments"])
+        for upload in up:
+            drafts._attach(email, str(email.draft_id), upload, email.payload["attachments"][upload.position])
+            drafts._record_uploaded(email, upload)
+        last.attaching_for = timedelta()
+        uploads.record_progress(email, last, lease=support.LEASE)
+
+    killed_after(fleet, id, asked_for_the_last)
+    before = calls(fleet)
+    # When
+    fleet.settle(id)
+    # Then it waits for as long as a request may take effect, no attempt spent, and goes on with its draft
+    assert 280 < support.seconds_until("incoming_emails", "next_attempt_at", "id", id) <= 300
+    assert (email_row(id)["status"], email_row(id)["attempt_count"]) == ("received", 1)
+    rows("UPDATE file_uploads SET updated_at = now() - interval '6 minutes'")
+    fleet.settle(id)
+    assert attached(fleet, id) == expected(**dict.fromkeys(names, SMALL))
+    again = calls(fleet) - before
+    assert (again["create_draft"], again["attach"]) == (0, 1)
 
 
 def test_a_file_that_changed_at_its_source_begins_again_and_is_never_put_together_of_two(fleet: Fleet) -> None:

@@ -4,9 +4,11 @@ import re
 import socket
 import ssl
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from ipaddress import ip_address
@@ -821,6 +823,53 @@ def _dripping(first: bytes, drop: bytes, stopping: threading.Event) -> Iterator[
     yield first
     while not stopping.wait(0.02):
         yield drop
+
+
+def test_whoever_waits_for_an_answer_that_drips_is_asked_before_each_drop(source: Source, internet: Internet) -> None:
+    class Over(Exception):
+        pass
+
+    drops: list[int] = []
+
+    def waiting() -> None:
+        drops.append(1)
+        if len(drops) == 8:
+            raise Over
+
+    source.answers["/file.pdf"] = lambda _: _dripping(b"HTTP/1.1 200 OK\r\n", b"x-a: b\r\n", source.stopping)
+    with pytest.raises(Over), opener(internet).open(URL, waiting=waiting):
+        pytest.fail("there was never an answer")
+
+
+@pytest.mark.parametrize(
+    ("first", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"x-a: b\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x"),
+    ],
+)
+def test_a_source_that_drips_is_given_up_once_its_slack_is_used_up(
+    source: Source, internet: Internet, first: bytes, drop: bytes
+) -> None:
+    source.answers["/file.pdf"] = lambda _: _dripping(first, drop, source.stopping)
+    timeouts = replace(QUICK, total=timedelta(minutes=1), slack=timedelta(seconds=1))
+    began = time.monotonic()
+    with pytest.raises(SourceUnavailable):
+        fetch(internet, timeouts=timeouts)
+    assert time.monotonic() - began < 5
+
+
+def test_a_source_that_flows_slowly_is_waited_for_longer_than_its_slack(source: Source, internet: Internet) -> None:
+    def slowly(request: str) -> Iterator[bytes]:
+        for piece in answer()(request):
+            for start in range(0, len(piece), 100):
+                yield piece[start : start + 100]
+                time.sleep(0.05)
+
+    source.answers["/file.pdf"] = slowly
+    timeouts = replace(QUICK, total=timedelta(minutes=1), slack=timedelta(seconds=0.3), least_bytes_per_second=1000)
+    assert fetch(internet, timeouts=timeouts) == FILE
 
 
 @pytest.mark.parametrize(

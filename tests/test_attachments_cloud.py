@@ -24,6 +24,7 @@ from attachments import (
     TooLarge,
     check_store_url,
 )
+from attachments.store import MARKER
 
 FILE = hashlib.shake_256(b"a report").digest(6_000_000)
 PREFIX = "s3://outgoing/reports"
@@ -215,11 +216,13 @@ def test_a_bucket_keeps_nothing_of_what_broke_off(s3: S3Server) -> None:
 
     with pytest.raises(ConnectionResetError):
         Store("s3://attachments").write("one", breaking())
-    assert (s3.uploads, [name for name in s3.objects if name.startswith("attachments")]) == ({}, [])
+    kept = [name for name in s3.objects if name.startswith("attachments")]
+    assert (s3.uploads, kept) == ({}, [f"attachments/{MARKER}"])
 
 
 def test_a_bucket_that_fails_is_told_from_one_that_lacks_the_file(s3: S3Server) -> None:
     store = Store("s3://attachments")
+    store.write("other", [b"x"])
     with pytest.raises(SourceGone), store.open("never-written"):
         pass
     s3.failing = True
@@ -239,6 +242,21 @@ def test_what_fails_beside_the_store_is_not_taken_for_its_failure(s3: S3Server, 
         store.write("one", [b"x"])
         with pytest.raises(Elsewhere), store.open("one"):
             raise Elsewhere
+
+
+def test_an_empty_folder_in_the_place_of_a_store_is_none_and_nothing_counts_as_deleted(tmp_path: Path) -> None:
+    # Given a mount point without its volume
+    store = Store(tmp_path.as_uri())
+    with pytest.raises(StoreUnavailable), store.open("one"):
+        pass
+    with pytest.raises(StoreUnavailable):
+        store.delete("one")
+    # When the volume is there
+    store.write("two", [b"x"])
+    # Then what is not there is gone
+    with pytest.raises(SourceGone), store.open("one"):
+        pass
+    store.delete("one")
 
 
 def test_a_folder_that_is_not_mounted_is_away_and_has_not_lost_its_files(tmp_path: Path) -> None:

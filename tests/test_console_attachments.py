@@ -117,6 +117,14 @@ def test_a_file_is_stored_as_it_comes_and_can_be_sent() -> None:
         assert b"".join(stream.chunks(1_000_000)) == FILE
 
 
+def test_a_form_is_no_file_and_a_client_that_was_told_no_type_says_nothing() -> None:
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert post([b"--x"], form, name="a.pdf")[0] == 415
+    assert table("stored_attachments") == []
+    curl = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert post([b"x"], curl, name="a.pdf")[1]["content_type"] == "application/octet-stream"
+
+
 @pytest.mark.parametrize(
     ("disposition", "name"),
     [

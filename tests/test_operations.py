@@ -274,6 +274,26 @@ def test_an_exported_backup_is_the_exact_mime_by_any_of_its_ids() -> None:
     assert audited() == [(WHO, "backups.export", backup.id)] * 3
 
 
+def test_no_publisher_stands_in_for_another_mail_by_calling_its_own_by_the_others_id() -> None:
+    # Given mails of which two have ended and one waits, and others that call theirs by the ids of these
+    archived, failed, waiting = (
+        archive("order-1", mime=b"mine"),
+        give_up("order-2"),
+        support.store(publisher_message_id="order-3"),
+    )
+    imitations = [archive(archived, mime=b"theirs"), give_up(failed), support.store(publisher_message_id=waiting)]
+    rows("UPDATE incoming_emails SET updated_at = now() WHERE id = ANY(%(ids)s::uuid[])", {"ids": [archived, waiting]})
+    # Then an id of ours is that of the mail that has it
+    assert [inspection.find_email(id) for id in (archived, failed, waiting, *imitations)] == [
+        *(archived, failed, waiting),
+        *imitations,
+    ]
+    assert b"".join(operations.export_backup(archived, who=WHO)[1]) == b"mine"
+    found = dead_letters.find(failed)
+    assert found is not None
+    assert found.incoming_email_id == failed
+
+
 def test_a_backup_that_was_changed_is_not_taken_for_the_mail() -> None:
     tamper(archive())
     with pytest.raises(Tampered):

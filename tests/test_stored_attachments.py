@@ -92,6 +92,7 @@ def test_a_killed_upload_of_a_stored_attachment_goes_on_where_it_was(fleet: Flee
     (upload,) = uploads.plan(email, [given])
     session = drafts._session(email, draft_id, upload, given)
     upload.uploaded_bytes = runtime.graph.upload_range(session, 0, LARGE[:UPLOAD_RANGE_BYTES], len(LARGE)) or 0
+    upload.source_version = sha256(LARGE)
     uploads.record_progress(email, upload, lease=support.LEASE)
     lapse(id)
     # When

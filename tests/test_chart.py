@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -21,8 +22,66 @@ from settings_sources import NEEDED_BY, is_secret
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "docker" / "helm" / "mailfleet"
 OLDEST, NEWEST = "1.27", "1.37"
-#: Kinds whose schemas are not Kubernetes' own.
-FOREIGN = {"ScaledObject", "TriggerAuthentication", "PodMonitor"}
+
+
+def closed(optional: dict[str, Any] | None = None, **required: Any) -> dict[str, Any]:
+    """Return the schema of an object that has these fields and no others."""
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}
+SOME_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+KEY = closed(name=TEXT, key=TEXT)
+#: Of kinds that are not Kubernetes' own: their groups and versions, and the fields that the chart sets, as KEDA's and the
+#: Prometheus operator's pages have them. Not their definitions themselves, which have many more.
+FOREIGN = {
+    "TriggerAuthentication": (
+        "keda.sh/v1alpha1",
+        closed(secretTargetRef={"type": "array", "items": closed(parameter={"const": "host"}, name=TEXT, key=TEXT)}),
+    ),
+    "ScaledObject": (
+        "keda.sh/v1alpha1",
+        closed(
+            scaleTargetRef=closed(name=TEXT),
+            minReplicaCount=COUNT,
+            maxReplicaCount=COUNT,
+            pollingInterval=COUNT,
+            fallback=closed(failureThreshold=COUNT, replicas=COUNT),
+            advanced=closed(
+                horizontalPodAutoscalerConfig=closed(
+                    behavior=closed(scaleDown=closed(stabilizationWindowSeconds={"type": "integer", "maximum": 3600}))
+                )
+            ),
+            triggers={
+                "type": "array",
+                "items": closed(
+                    type={"const": "rabbitmq"},
+                    # Every value is text, numbers too.
+                    metadata=closed(
+                        queueName=TEXT, mode={"const": "QueueLength"}, value={"pattern": "^[0-9]+$", **TEXT}
+                    ),
+                    authenticationRef=closed(name=TEXT),
+                ),
+            },
+        ),
+    ),
+    "PodMonitor": (
+        "monitoring.coreos.com/v1",
+        closed(
+            selector=closed(matchLabels=SOME_TEXTS),
+            podTargetLabels={"type": "array", "items": TEXT},
+            podMetricsEndpoints={
+                "type": "array",
+                "items": closed(
+                    {"authorization": closed(credentials=KEY)},
+                    port=TEXT,
+                    interval={"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
+                ),
+            },
+        ),
+    ),
+}
 PROCESS_TYPES = set(read_procfile(ROOT / "Procfile")) - {"release"}
 
 EVERYTHING: dict[str, Any] = {
@@ -115,11 +174,32 @@ def test_kubernetes_would_take_what_the_chart_makes(
 ) -> None:
     documents = rendered(chart, values)
     for document in documents:
-        if document["kind"] not in FOREIGN:
+        if document["kind"] in FOREIGN:
+            validate_foreign(document)
+        else:
             kubernetes_validate.validate(document, version, strict=True)
     names = [(document["kind"], document["metadata"]["name"]) for document in documents]
     assert len(names) == len(set(names))
     assert all(document["metadata"]["namespace"] == "post" for document in documents)
+
+
+def validate_foreign(document: dict[str, Any]) -> None:
+    version, specification = FOREIGN[document["kind"]]
+    whole = closed(
+        apiVersion={"const": version},
+        kind={},
+        metadata=closed(name=TEXT, namespace=TEXT, labels=SOME_TEXTS),
+        spec=specification,
+    )
+    jsonschema.Draft7Validator(whole).validate(document)
+
+
+def test_an_object_of_another_kind_with_a_field_that_its_kind_has_not_is_found(chart: helm_python.Chart) -> None:
+    documents = [document for document in rendered(chart, EVERYTHING) if document["kind"] in FOREIGN]
+    assert {document["kind"] for document in documents} == FOREIGN.keys()
+    for document in documents:
+        with pytest.raises(jsonschema.ValidationError):
+            validate_foreign({**document, "spec": {**document["spec"], "minReplicas": 1}})
 
 
 def test_the_oldest_kubernetes_is_the_one_that_the_chart_asks_for(chart: helm_python.Chart) -> None:
@@ -308,7 +388,7 @@ def test_scaling_follows_queues_that_exist_and_leaves_the_number_of_replicas_alo
 def test_without_keda_the_same_types_are_scaled_by_cpu(chart: helm_python.Chart) -> None:
     queue, cpu = (rendered(chart, {"autoscaling": {"by": by}}) for by in ("queue", "cpu"))
     assert set(of_kind(cpu, "HorizontalPodAutoscaler")) == set(of_kind(queue, "ScaledObject"))
-    assert not {document["kind"] for document in cpu} & FOREIGN
+    assert not {document["kind"] for document in cpu} & FOREIGN.keys()
     for name, autoscaler in of_kind(cpu, "HorizontalPodAutoscaler").items():
         assert autoscaler["spec"]["scaleTargetRef"]["name"] == name in of_kind(cpu, "Deployment")
 

@@ -33,8 +33,8 @@ def closed(optional: dict[str, Any] | None = None, **required: Any) -> dict[str,
 TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}
 SOME_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 KEY = closed(name=TEXT, key=TEXT)
-#: Of kinds that are not Kubernetes' own: their groups and versions, and the fields that the chart sets, as KEDA's and the
-#: Prometheus operator's pages have them. Not their definitions themselves, which have many more.
+#: Of kinds that are not Kubernetes' own: their groups and versions, and the fields that the chart sets, as the pages of
+#: KEDA and the Prometheus operator have them. Not their definitions themselves, which have many more.
 FOREIGN = {
     "TriggerAuthentication": (
         "keda.sh/v1alpha1",

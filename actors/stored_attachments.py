@@ -3,6 +3,8 @@
 A file that cannot be deleted is put off, so that it stops no other. Where several in a row cannot, it is the store that
 is away: the turn ends, and the next begins with those that were not tried.
 
+A mail that is put on hold before its file's turn has come keeps its attachment.
+
 Where it may die, and what happens next: before the file is deleted, or before its row is, the row says that it is being
 deleted, and the next turn goes on. ``purge.deleted``: the next turn deletes the rest.
 """
@@ -49,6 +51,8 @@ def _delete_files(taken: Iterable[str]) -> tuple[list[str], bool]:
     gone: list[str] = []
     failed_in_a_row = 0
     for id in taken:
+        if not stored_attachments.begin_deleting(id):
+            continue
         try:
             runtime.store.delete(id)
         except StoreUnavailable as failure:

@@ -14,7 +14,7 @@ what is left. ``tidying.recorded``: the next turn goes on with the next email.
 
 A message that may be the mail itself is never deleted: not the one that left, not one in doubt, and nothing of a mail
 that was sent unless the mail is there as well. As the request leaves, the email must be as it was found: a replay goes
-on with a draft.
+on with a draft. Nothing of a mail on hold is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SESSIONS_BATCH = 1000
 
 
 class _Changed(Exception):
-    """Raised when the email is not as it was found: somebody has replayed it."""
+    """Raised when the email is not as it was found: somebody has replayed it, or put it on hold."""
 
 
 @dramatiq.actor(queue_name="maintenance", periodic=cron("*/10 * * * *"))

@@ -10,7 +10,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from models.database import rows
+from models.database import rows, transaction
+from models.holds import NOT_HELD
 
 _SETTLED = "status IN ('processed', 'failed', 'cancelled', 'expired')"
 #: How long a session is kept of which Graph did not say when it ends.
@@ -47,7 +48,7 @@ class OpenSession(NamedTuple):
 def due(settled_for: timedelta, limit: int) -> list[Leftover]:
     """Return emails that have been settled, or not looked at again, for so long; the longest first.
 
-    One in doubt is left alone: its draft is evidence. So are mailboxes that are paused.
+    One in doubt is left alone: its draft is evidence. So is one on hold, and so are mailboxes that are paused.
     """
     found = rows(
         f"""
@@ -55,7 +56,7 @@ def due(settled_for: timedelta, limit: int) -> list[Leftover]:
         FROM incoming_emails e LEFT JOIN sent_emails s ON s.incoming_email_id = e.id
         WHERE {_MAY_HAVE_LEFT.replace("status", "e.status")}
           AND coalesce(e.drafts_looked_at, e.updated_at) < now() - %(settled_for)s
-          AND coalesce(s.status, 'not_sent') IN ('sent', 'not_sent')
+          AND coalesce(s.status, 'not_sent') IN ('sent', 'not_sent') AND {NOT_HELD.format(id="e.id")}
           AND NOT EXISTS (SELECT 1 FROM mailboxes m WHERE m.mailbox IN (e.mailbox, '*') AND m.paused_until > now())
         ORDER BY coalesce(e.drafts_looked_at, e.updated_at) LIMIT %(limit)s
         """,
@@ -67,36 +68,48 @@ def due(settled_for: timedelta, limit: int) -> list[Leftover]:
 def let_go(leftover: Leftover) -> list[OpenSession]:
     """Forget the draft of an email that was not sent, so that a replay makes another; return its open sessions.
 
-    Nothing is changed of an email that was sent, or replayed since.
+    Nothing is changed of an email that was sent, replayed since, or put on hold.
     """
-    found = rows(
-        """
-        WITH email AS (
-            UPDATE incoming_emails SET draft_id = NULL, drafts_clean = false
-            WHERE id = %(id)s AND updated_at = %(updated_at)s AND status <> 'processed' RETURNING id
-        ), open AS (
-            SELECT id, upload_session_info AS session FROM file_uploads
-            WHERE incoming_email_id IN (SELECT id FROM email) FOR UPDATE
-        ), uploads AS (
-            UPDATE file_uploads SET status = 'pending', uploaded_bytes = 0, upload_session_info = NULL
-            WHERE id IN (SELECT id FROM open)
+    with transaction():
+        _lock_against_holds(leftover)
+        found = rows(
+            f"""
+            WITH email AS (
+                UPDATE incoming_emails SET draft_id = NULL, drafts_clean = false
+                WHERE id = %(id)s AND updated_at = %(updated_at)s AND status <> 'processed'
+                  AND {NOT_HELD.format(id="%(id)s")} RETURNING id
+            ), open AS (
+                SELECT id, upload_session_info AS session FROM file_uploads
+                WHERE incoming_email_id IN (SELECT id FROM email) FOR UPDATE
+            ), uploads AS (
+                UPDATE file_uploads SET status = 'pending', uploaded_bytes = 0, upload_session_info = NULL
+                WHERE id IN (SELECT id FROM open)
+            )
+            SELECT session->>'url', (session->>'expires_at')::timestamptz FROM open
+            WHERE (session->>'expires_at')::timestamptz > now()
+            """,
+            {"id": leftover.incoming_email_id, "updated_at": leftover.updated_at},
         )
-        SELECT session->>'url', (session->>'expires_at')::timestamptz FROM open
-        WHERE (session->>'expires_at')::timestamptz > now()
-        """,
-        {"id": leftover.incoming_email_id, "updated_at": leftover.updated_at},
-    )
     return [OpenSession(*row) for row in found]
 
 
 def is_unchanged(leftover: Leftover) -> bool:
-    """Say whether the email is as it was found: settled, and not replayed since."""
-    return bool(
-        rows(
-            f"SELECT 1 FROM incoming_emails WHERE id = %(id)s AND updated_at = %(updated_at)s AND {_SETTLED}",
+    """Say whether the email is as it was found: settled, and neither replayed nor put on hold since."""
+    with transaction():
+        _lock_against_holds(leftover)
+        found = rows(
+            f"""
+            SELECT 1 FROM incoming_emails
+            WHERE id = %(id)s AND updated_at = %(updated_at)s AND {_SETTLED} AND {NOT_HELD.format(id="%(id)s")}
+            """,
             {"id": leftover.incoming_email_id, "updated_at": leftover.updated_at},
         )
-    )
+    return bool(found)
+
+
+def _lock_against_holds(leftover: Leftover) -> None:
+    """Wait for a hold that is being placed (see `models.holds`); the next statement sees it."""
+    rows("SELECT 1 FROM incoming_emails WHERE id = %(id)s FOR UPDATE", {"id": leftover.incoming_email_id})
 
 
 def record_look(leftover: Leftover, *, clean: bool) -> None:

@@ -7,6 +7,9 @@ An attachment may go once it has expired and no email that uses it is unsettled,
 for a while. An email's use is noted in the transaction that stores the email. Whoever deletes takes the row for itself
 first and looks at the uses then: an email that comes meanwhile waits for the row, and finds that it is gone. From then
 on ``deleting_at`` says when its file is to be deleted: now, or later if that has failed, behind all others.
+
+Until its deletion has begun, a hold on an email that uses it takes it back into use. It begins with a transaction that
+locks the emails against holds (see `models.holds`) and writes ``-infinity``: what a hold has found is not deleted.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from models.database import rows, transaction
+from models.holds import NOT_HELD
 from models.ids import as_uuid
 from models.states import FINAL, SETTLED
 
@@ -111,11 +115,14 @@ def note_uses(uses: Iterable[Use]) -> None:
     )
 
 
-_MAY_GO = """
-    s.deleting_at IS NULL
-    AND NOT EXISTS (
-        SELECT FROM stored_attachment_uses u JOIN holds USING (incoming_email_id) WHERE u.stored_attachment_id = s.id
+_HELD = f"""
+    EXISTS (
+        SELECT FROM stored_attachment_uses u
+        WHERE u.stored_attachment_id = s.id AND NOT {NOT_HELD.format(id="u.incoming_email_id")}
     )
+"""
+_MAY_GO = f"""
+    s.deleting_at IS NULL AND NOT {_HELD}
     AND (
         s.expires_at <= now() AND NOT EXISTS (
             SELECT FROM stored_attachment_uses u JOIN incoming_emails e ON e.id = u.incoming_email_id
@@ -131,10 +138,10 @@ _MAY_GO = """
 
 
 def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
-    """Take at most ``batch`` attachments that may go out of use for good, and return their ids.
+    """Take at most ``batch`` attachments that may go out of use, and return the ids of whose files are to be deleted.
 
     Those that were taken by somebody who died before `forget` are returned again, the longest taken first; those that
-    were `put_off` when their time has come.
+    were `put_off` when their time has come. Each has to be asked about by `begin_deleting` before its file is touched.
 
     Args:
         keep_used: How long one stays after the last of its mails is done: another may be on its way.
@@ -145,6 +152,7 @@ def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
         "settled": [str(status) for status in SETTLED],
         "done": [str(status) for status in FINAL],
     }
+    take_back_held()
     with transaction():
         candidates = rows(
             f"SELECT s.id::text FROM stored_attachments s WHERE {_MAY_GO} LIMIT %(batch)s FOR UPDATE SKIP LOCKED",
@@ -156,13 +164,49 @@ def take_deletable(batch: int, *, keep_used: timedelta) -> list[str]:
             {**wanted, "ids": [id for (id,) in candidates]},
         )
     taken = rows(
-        """
+        f"""
         SELECT s.id::text FROM stored_attachments s
-        WHERE s.deleting_at <= now() ORDER BY s.deleting_at, s.id LIMIT %(batch)s
+        WHERE s.deleting_at <= now() AND NOT {_HELD} ORDER BY s.deleting_at, s.id LIMIT %(batch)s
         """,
         wanted,
     )
     return [id for (id,) in taken]
+
+
+def take_back_held() -> None:
+    """Take back into use what was taken, and whose deletion has not begun, of every email that is on hold."""
+    rows(
+        f"""
+        UPDATE stored_attachments SET deleting_at = NULL WHERE id IN (
+            SELECT s.id FROM stored_attachments s WHERE s.deleting_at > '-infinity' AND {_HELD} FOR UPDATE SKIP LOCKED
+        )
+        """
+    )
+
+
+def begin_deleting(id: str) -> bool:
+    """Return whether the file of an attachment that was taken is to be deleted now; if so, no hold stops it any more.
+
+    A hold that is being placed on a mail that uses it is waited for, and one that comes later waits for this.
+    """
+    with transaction():
+        rows(
+            """
+            SELECT 1 FROM incoming_emails e WHERE e.id IN (
+                SELECT u.incoming_email_id FROM stored_attachment_uses u WHERE u.stored_attachment_id = %(id)s
+            ) ORDER BY e.id FOR UPDATE
+            """,
+            {"id": id},
+        )
+        # By a statement of its own: what was waited for is seen.
+        begun = rows(
+            f"""
+            UPDATE stored_attachments s SET deleting_at = '-infinity'
+            WHERE s.id = %(id)s AND s.deleting_at IS NOT NULL AND NOT {_HELD} RETURNING 1
+            """,
+            {"id": id},
+        )
+    return bool(begun)
 
 
 def put_off(id: str, wait: timedelta) -> None:

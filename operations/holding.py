@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import models
-from models import audit, holds, inspection
+from models import audit, holds, inspection, stored_attachments
 from models.holds import Hold
 from operations.errors import NotFound
 
@@ -23,6 +23,7 @@ def hold(id: str, *, reason: str | None, who: str) -> tuple[Hold, bool]:
     with models.transaction():
         placed = holds.place(incoming_email_id, reason=reason, who=who)
         if placed:
+            stored_attachments.take_back_held()
             audit.record(who, "hold", incoming_email_id, reason=reason)
     # Asked by a statement of its own: a purge that was first has ended by now.
     (standing,) = holds.standing(incoming_email_id=incoming_email_id)

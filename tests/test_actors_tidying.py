@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -23,11 +24,12 @@ from test_actors_drafts import (
 )
 
 import models
+import operations
 import runtime
 from actors.budgets import keep_counts
 from actors.tidying import tidy_drafts
 from crash_points import CrashPoint
-from models import dead_letters, leftovers
+from models import dead_letters, holds, leftovers
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure, limit = support.configure, support.limit
@@ -143,6 +145,76 @@ def test_a_mail_that_is_replayed_as_its_draft_is_about_to_be_deleted_keeps_it(fl
     assert not leftovers.is_unchanged(leftover)
     leftovers.record_look(leftover, clean=True)
     assert email_row(id)["drafts_clean"] is False
+
+
+def half_uploaded_and_cancelled(fleet: Fleet) -> str:
+    """A mail that ended in the middle of an upload: its draft and how far it came are there."""
+    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
+    killed_after(fleet, id, half_uploaded)
+    rows("UPDATE incoming_emails SET status = 'cancelled', next_attempt_at = NULL")
+    later()
+    return id
+
+
+def test_the_draft_of_a_mail_on_hold_and_how_far_its_uploads_came_stay_until_it_is_released(fleet: Fleet) -> None:
+    # Given
+    id = half_uploaded_and_cancelled(fleet)
+    operations.hold(id, reason="a suit", who="cli:ann")
+    before, requests = (email_row(id), table("file_uploads")), len(fleet.graph.requests())
+    # When
+    tidy_drafts()
+    # Then it is not even asked for
+    assert ((email_row(id), table("file_uploads")), len(fleet.graph.requests())) == (before, requests)
+    assert drafts_left(fleet) == 1
+    # And once it is released it goes
+    operations.release(id, who="cli:ann")
+    tidy_drafts()
+    assert drafts_left(fleet) == 0
+
+
+def test_a_hold_that_comes_once_a_mail_was_found_keeps_its_draft_and_how_far_its_uploads_came(fleet: Fleet) -> None:
+    # Given
+    id = half_uploaded_and_cancelled(fleet)
+    (leftover,) = leftovers.due(timedelta(days=1), 10)
+    before = table("file_uploads")
+    # When
+    operations.hold(id, reason=None, who="cli:ann")
+    # Then
+    assert leftovers.let_go(leftover) == []
+    assert not leftovers.is_unchanged(leftover)
+    assert (email_row(id)["draft_id"] is None, table("file_uploads")) == (False, before)
+
+
+def test_a_hold_that_comes_before_a_draft_is_deleted_keeps_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = half_uploaded_and_cancelled(fleet)
+
+    def hold(point: CrashPoint) -> None:
+        if point is CrashPoint.TIDYING_LET_GO:
+            operations.hold(id, reason=None, who="cli:ann")
+
+    monkeypatch.setattr(runtime, "crash_point", hold)
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (1, False)
+
+
+def test_whoever_lets_a_draft_go_waits_for_a_hold_that_is_being_placed(fleet: Fleet) -> None:
+    # Given a hold that is not committed
+    id = half_uploaded_and_cancelled(fleet)
+    (leftover,) = leftovers.due(timedelta(days=1), 10)
+
+    def let_go() -> None:
+        leftovers.let_go(leftover)
+        models.disconnect()
+
+    thread = threading.Thread(target=let_go)
+    with models.transaction():
+        holds.place(id, reason=None, who="cli:ann")
+        # When
+        thread.start()
+        support.wait_until("it waits", lambda: rows("SELECT 1 FROM pg_locks WHERE NOT granted"))
+    thread.join()
+    # Then
+    assert email_row(id)["draft_id"] is not None
 
 
 def test_an_upload_session_of_a_mail_that_is_given_up_is_ended_and_its_address_forgotten(fleet: Fleet) -> None:

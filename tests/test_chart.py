@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -16,13 +17,71 @@ import actors  # noqa: F401  declares the queues
 import runtime
 from sandbox.fleet import read_procfile
 from settings import Settings
-from settings_sources import is_secret
+from settings_sources import NEEDED_BY, is_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "docker" / "helm" / "mailfleet"
 OLDEST, NEWEST = "1.27", "1.37"
-#: Kinds whose schemas are not Kubernetes' own.
-FOREIGN = {"ScaledObject", "TriggerAuthentication", "PodMonitor"}
+
+
+def closed(optional: dict[str, Any] | None = None, **required: Any) -> dict[str, Any]:
+    """Return the schema of an object that has these fields and no others."""
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}
+SOME_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+KEY = closed(name=TEXT, key=TEXT)
+#: Of kinds that are not Kubernetes' own: their groups and versions, and the fields that the chart sets, as the pages of
+#: KEDA and the Prometheus operator have them. Not their definitions themselves, which have many more.
+FOREIGN = {
+    "TriggerAuthentication": (
+        "keda.sh/v1alpha1",
+        closed(secretTargetRef={"type": "array", "items": closed(parameter={"const": "host"}, name=TEXT, key=TEXT)}),
+    ),
+    "ScaledObject": (
+        "keda.sh/v1alpha1",
+        closed(
+            scaleTargetRef=closed(name=TEXT),
+            minReplicaCount=COUNT,
+            maxReplicaCount=COUNT,
+            pollingInterval=COUNT,
+            fallback=closed(failureThreshold=COUNT, replicas=COUNT),
+            advanced=closed(
+                horizontalPodAutoscalerConfig=closed(
+                    behavior=closed(scaleDown=closed(stabilizationWindowSeconds={"type": "integer", "maximum": 3600}))
+                )
+            ),
+            triggers={
+                "type": "array",
+                "items": closed(
+                    type={"const": "rabbitmq"},
+                    # Every value is text, numbers too.
+                    metadata=closed(
+                        queueName=TEXT, mode={"const": "QueueLength"}, value={"pattern": "^[0-9]+$", **TEXT}
+                    ),
+                    authenticationRef=closed(name=TEXT),
+                ),
+            },
+        ),
+    ),
+    "PodMonitor": (
+        "monitoring.coreos.com/v1",
+        closed(
+            selector=closed(matchLabels=SOME_TEXTS),
+            podTargetLabels={"type": "array", "items": TEXT},
+            podMetricsEndpoints={
+                "type": "array",
+                "items": closed(
+                    {"authorization": closed(credentials=KEY)},
+                    port=TEXT,
+                    interval={"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
+                ),
+            },
+        ),
+    ),
+}
 PROCESS_TYPES = set(read_procfile(ROOT / "Procfile")) - {"release"}
 
 EVERYTHING: dict[str, Any] = {
@@ -49,9 +108,18 @@ EVERYTHING: dict[str, Any] = {
     "podLabels": {"c": "d"},
     "nodeSelector": {"kubernetes.io/arch": "amd64"},
     "tolerations": [{"key": "mail", "operator": "Exists"}],
-    "extraVolumes": [{"name": "keys", "secret": {"secretName": "keys"}}],
-    "extraVolumeMounts": [{"name": "keys", "mountPath": "/keys", "readOnly": True}],
-    "processes": {"send_plain": {"settings": {"SEND_PLAIN_THREADS": 16}, "existingSecrets": ["sending"]}},
+    "extraVolumes": [{"name": "authority", "configMap": {"name": "authority"}}],
+    "extraVolumeMounts": [{"name": "authority", "mountPath": "/authority", "readOnly": True}],
+    "secretOf": {"BACKUP_KEYS": "archive"},
+    "migrations": {"existingSecret": "owner"},
+    "processes": {
+        "send_plain": {"settings": {"SEND_PLAIN_THREADS": 16}, "existingSecret": "sending"},
+        "backup": {
+            "wholeSecrets": ["vault-login"],
+            "extraVolumes": [{"name": "keys", "secret": {"secretName": "keys"}}],
+            "extraVolumeMounts": [{"name": "keys", "mountPath": "/keys", "readOnly": True}],
+        },
+    },
 }
 NOTHING: dict[str, Any] = {
     "autoscaling": {"by": "cpu"},
@@ -85,7 +153,15 @@ def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def environment(pod: dict[str, Any]) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    return {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"] if "value" in entry}
+
+
+def secrets(pod: dict[str, Any]) -> dict[str, str]:
+    """Return the names of the secrets that a pod's variables are from, by variable."""
+    given = [entry for entry in pod["containers"][0]["env"] if "value" not in entry]
+    references = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in given}
+    assert all(reference["key"] == name and reference["optional"] for name, reference in references.items())
+    return {name: reference["name"] for name, reference in references.items()}
 
 
 @pytest.mark.parametrize(
@@ -98,11 +174,32 @@ def test_kubernetes_would_take_what_the_chart_makes(
 ) -> None:
     documents = rendered(chart, values)
     for document in documents:
-        if document["kind"] not in FOREIGN:
+        if document["kind"] in FOREIGN:
+            validate_foreign(document)
+        else:
             kubernetes_validate.validate(document, version, strict=True)
     names = [(document["kind"], document["metadata"]["name"]) for document in documents]
     assert len(names) == len(set(names))
     assert all(document["metadata"]["namespace"] == "post" for document in documents)
+
+
+def validate_foreign(document: dict[str, Any]) -> None:
+    version, specification = FOREIGN[document["kind"]]
+    whole = closed(
+        apiVersion={"const": version},
+        kind={},
+        metadata=closed(name=TEXT, namespace=TEXT, labels=SOME_TEXTS),
+        spec=specification,
+    )
+    jsonschema.Draft7Validator(whole).validate(document)
+
+
+def test_an_object_of_another_kind_with_a_field_that_its_kind_has_not_is_found(chart: helm_python.Chart) -> None:
+    documents = [document for document in rendered(chart, EVERYTHING) if document["kind"] in FOREIGN]
+    assert {document["kind"] for document in documents} == FOREIGN.keys()
+    for document in documents:
+        with pytest.raises(jsonschema.ValidationError):
+            validate_foreign({**document, "spec": {**document["spec"], "minReplicas": 1}})
 
 
 def test_the_oldest_kubernetes_is_the_one_that_the_chart_asks_for(chart: helm_python.Chart) -> None:
@@ -205,7 +302,11 @@ def test_the_chart_makes_no_secret_and_a_value_that_is_one_is_refused(chart: hel
         {"processes": {"send-plain": {"replicas": 1, "resources": {}}}},
         {"autoscaling": {"by": "moon"}},
         {"terminationGracePeriodSeconds": 5},
-        {"existingSecrets": []},
+        {"existingSecret": ""},
+        {"existingSecrets": ["mailfleet"]},
+        {"secretOf": {"BACKUP_KEY": "archive"}},
+        {"extraVolumes": [{"name": "keys", "secret": {"secretName": "keys"}}]},
+        {"extraVolumes": [{"name": "keys", "projected": {"sources": [{"secret": {"name": "keys"}}]}}]},
         {"settings": {"max_attempts": 3}},
     ],
 )
@@ -223,15 +324,40 @@ def test_settings_and_secrets_reach_the_processes_that_they_are_for(chart: helm_
         expected = "/etc/mailfleet/graph/certificate.pem" if has_certificate else None
         assert environment(pod).get("GRAPH_CLIENT_CERTIFICATE") == expected
         assert ("SEND_PLAIN_THREADS" in environment(pod)) == (name == "send_plain")
-        secrets = [entry["secretRef"]["name"] for entry in pod["containers"][0]["envFrom"]]
-        assert secrets == (["sending"] if name == "send_plain" else ["mailfleet"])
+        assert secrets(pod)["DATABASE_URL"] == {"send_plain": "sending", "release": "owner"}.get(name, "mailfleet")
+        assert secrets(pod).get("BACKUP_KEYS", "archive") == "archive"
+        whole = [entry["secretRef"]["name"] for entry in pod["containers"][0].get("envFrom", [])]
+        assert whole == (["vault-login"] if name == "backup" else [])
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_a_pod_is_given_the_secrets_that_its_process_type_needs_and_no_other(
+    chart: helm_python.Chart, values: dict[str, Any]
+) -> None:
+    processes = {"ingest": {"replicas": 1, "resources": {"limits": {"memory": "1Gi"}}}, **values.get("processes", {})}
+    for name, pod in pods(rendered(chart, {**values, "processes": processes})).items():
+        assert set(secrets(pod)) == {"DATABASE_URL"} | {
+            variable
+            for variable, types in NEEDED_BY.items()
+            if name in types and variable != "GRAPH_CLIENT_CERTIFICATE"
+        }
+        mounted = {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+        expected = {"graph"} if values and name in NEEDED_BY["GRAPH_CLIENT_CERTIFICATE"] else set()
+        assert mounted == expected | ({"keys"} if values and name == "backup" else set())
+
+
+def test_every_secret_may_be_in_a_secret_of_its_own(chart: helm_python.Chart) -> None:
+    others = {"DATABASE_URL", *NEEDED_BY} - {"GRAPH_CLIENT_CERTIFICATE"}
+    by_type = pods(rendered(chart, {"secretOf": {name: name.lower().replace("_", "-") for name in others}}))
+    given = {name: secret for pod in by_type.values() for name, secret in secrets(pod).items()}
+    assert given == {name: name.lower().replace("_", "-") for name in others}
 
 
 def test_where_a_store_gives_every_secret_kubernetes_has_none(chart: helm_python.Chart) -> None:
-    documents = rendered(chart, {"settings": VAULT, "existingSecrets": []})
+    documents = rendered(chart, {"settings": VAULT, "existingSecret": ""})
     for document in documents:
         kubernetes_validate.validate(document, NEWEST, strict=True)
-    assert not any("envFrom" in pod["containers"][0] for pod in pods(documents).values())
+    assert not any("envFrom" in pod["containers"][0] or secrets(pod) for pod in pods(documents).values())
 
 
 def test_every_mount_has_its_volume(chart: helm_python.Chart) -> None:
@@ -239,7 +365,8 @@ def test_every_mount_has_its_volume(chart: helm_python.Chart) -> None:
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
         graph = {"graph-certificate"} if name in {"send_plain", "send_attached", "backup", "maintenance"} else set()
-        assert mounted == {"tmp", "attachments", "keys", "vault-token"} | graph
+        keys = {"keys"} if name == "backup" else set()
+        assert mounted == {"tmp", "attachments", "authority", "vault-token"} | graph | keys
 
 
 def test_scaling_follows_queues_that_exist_and_leaves_the_number_of_replicas_alone(chart: helm_python.Chart) -> None:
@@ -261,7 +388,7 @@ def test_scaling_follows_queues_that_exist_and_leaves_the_number_of_replicas_alo
 def test_without_keda_the_same_types_are_scaled_by_cpu(chart: helm_python.Chart) -> None:
     queue, cpu = (rendered(chart, {"autoscaling": {"by": by}}) for by in ("queue", "cpu"))
     assert set(of_kind(cpu, "HorizontalPodAutoscaler")) == set(of_kind(queue, "ScaledObject"))
-    assert not {document["kind"] for document in cpu} & FOREIGN
+    assert not {document["kind"] for document in cpu} & FOREIGN.keys()
     for name, autoscaler in of_kind(cpu, "HorizontalPodAutoscaler").items():
         assert autoscaler["spec"]["scaleTargetRef"]["name"] == name in of_kind(cpu, "Deployment")
 

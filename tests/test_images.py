@@ -22,6 +22,7 @@ import yaml
 
 from sandbox.fleet import read_procfile
 from settings import Settings
+from settings_sources import NEEDED_BY
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
@@ -85,7 +86,15 @@ def test_the_context_has_every_module_that_is_installed_and_nothing_else_of_the_
 
 def test_no_secret_file_of_a_trial_gets_into_an_image() -> None:
     rules = module("dockerfile")._rules((ROOT / ".dockerignore").read_text())
-    for name in ("docker/.env", "docker/fleet.env", ".env", "deep/down/.env", ".local/x", "a/__pycache__/b.pyc"):
+    for name in (
+        "docker/.env",
+        "docker/fleet.env",
+        "docker/keys.env",
+        ".env",
+        "deep/down/.env",
+        ".local/x",
+        "a/__pycache__/b.pyc",
+    ):
         assert module("dockerfile")._ignored(Path(name), rules), name
 
 
@@ -208,29 +217,67 @@ def test_the_files_that_compose_mounts_are_there() -> None:
             assert not source.startswith(".") or (DOCKER / source).exists(), source
 
 
-def test_a_trial_gets_passwords_of_its_own_that_stay_as_they_are(tmp_path: Path) -> None:
-    script = tmp_path / "docker" / "make-env"
-    script.parent.mkdir()
+SECRET_FILES = {"keys.env", "graph.env", "console.env", "notices.env", "traces.env"}
+NOTICES = "DEAD_LETTER_WEBHOOK_URL=\nDEAD_LETTER_WEBHOOK_SECRET=\n"
+
+
+def make_env(root: Path) -> tuple[dict[str, str], str]:
+    """Run ``docker/make-env`` in a folder; return the files that there are then, and what it said."""
+    script = root / "docker" / "make-env"
+    script.parent.mkdir(exist_ok=True)
     shutil.copy(DOCKER / "make-env", script)
-    subprocess.run([script], check=True, capture_output=True)
-    first = {path.name: path.read_text() for path in script.parent.glob("*env") if path != script}
+    told = subprocess.run([script], check=True, capture_output=True, text=True).stdout
+    return {path.name: path.read_text() for path in script.parent.glob("*env") if path != script}, told
 
-    subprocess.run([script], check=True, capture_output=True)
 
-    assert {name: (script.parent / name).read_text() for name in first} == first
-    assert set(first) == {".env", "fleet.env"}
-    assert all((script.parent / name).stat().st_mode & 0o077 == 0 for name in first)
+@pytest.fixture
+def trial(tmp_path: Path) -> dict[str, str]:
+    return make_env(tmp_path)[0]
+
+
+def variables(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^([A-Z_]+)=(.*)", text, re.MULTILINE))
+
+
+def test_a_trial_gets_passwords_of_its_own_that_stay_as_they_are(tmp_path: Path, trial: dict[str, str]) -> None:
+    first, folder = trial, tmp_path / "docker"
+    assert make_env(tmp_path)[0] == first
+    assert set(first) == {".env", *SECRET_FILES, "fleet.env"}
+    assert all((folder / name).stat().st_mode & 0o077 == 0 for name in first)
     wanted = set(re.findall(r"\$\{([A-Z_]+):\?", (DOCKER / "compose.yaml").read_text()))
     assert wanted <= set(re.findall(r"^([A-Z_]+)=.", first[".env"], re.MULTILINE))
 
 
-def test_compose_and_a_trial_name_only_settings_that_exist_and_all_that_are_required() -> None:
-    written = set(re.findall(r"^([A-Z_]+)=", (DOCKER / "make-env").read_text().partition("fleet.env")[2], re.MULTILINE))
-    written -= {"COMPOSE_PROFILES", "VIEWER_TOKEN", *re.findall(r"[A-Z]+_PASSWORD", (DOCKER / "make-env").read_text())}
+def test_compose_and_a_trial_name_only_settings_that_exist_and_all_that_are_required(trial: dict[str, str]) -> None:
+    written = {name for file, text in trial.items() if file != ".env" for name in variables(text)}
     given = written | set(compose("compose.yaml")["services"]["bridge"]["environment"])
     required = {str(field.validation_alias) for field in Settings.model_fields.values() if field.is_required()}
     assert given <= VARIABLES | FOREIGN_VARIABLES
     assert required <= given
+
+
+def test_compose_gives_each_process_type_the_secrets_that_it_needs_and_no_other(trial: dict[str, str]) -> None:
+    services = compose("compose.yaml")["services"]
+    files = {**trial, "notices.env": NOTICES, "traces.env": "OTEL_EXPORTER_OTLP_HEADERS="}
+    for name in read_procfile(ROOT / "Procfile"):
+        given = {variable for file in services[name]["env_file"] for variable in variables(files[file])}
+        given |= set(services[name]["environment"])
+        needed = {variable for variable, types in NEEDED_BY.items() if name in types}
+        assert given & NEEDED_BY.keys() == needed - {"GRAPH_CLIENT_CERTIFICATE"}, name
+        assert "DATABASE_URL" in given
+
+
+def test_the_secrets_of_an_earlier_trial_are_taken_out_of_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "docker").mkdir()
+    earlier = {
+        "BACKUP_KEYS": "mine:a+/=",
+        "GRAPH_CLIENT_SECRET": "mine~1",
+        "CONSOLE_TOKENS": "me:viewer:0123456789abcdef",
+    }
+    (tmp_path / "docker" / "fleet.env").write_text("".join(f"{name}={value}\n" for name, value in earlier.items()))
+    made, told = make_env(tmp_path)
+    assert {name: value for file in SECRET_FILES for name, value in variables(made[file]).items()} == earlier
+    assert "take the secrets out of it" in told
 
 
 # Monitoring

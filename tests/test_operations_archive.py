@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("tables")
 
 ROOT = Path(__file__).resolve().parent.parent
 WHO = "cli:ann"
+WRAPPED = ("payload_keys", "stored_attachments", "email_backups")
 OLD, NEW = bytes(range(32)), bytes(range(32, 64))
 Ring = Callable[..., None]
 
@@ -49,6 +50,22 @@ def mime_of(id: str) -> bytes:
 
 def key_ids() -> set[str]:
     return {row["key_id"] for name in ("email_backups", "payload_keys") for row in table(name)}
+
+
+def arrive_under_its_own_key(ring: Ring, publisher_message_id: str) -> str:
+    """Have another process ingest one email: each draws data keys of its own."""
+    ring(old=OLD)
+    return arrive(publisher_message_id)
+
+
+def attach(content: bytes) -> str:
+    """Store an attachment and return its id."""
+    return operations.attach([content], name="a.txt", content_type="text/plain", who=WHO).id
+
+
+def content_of(id: str) -> bytes:
+    with runtime.source.open(id, declared_size=1) as stream:
+        return b"".join(stream.chunks(10))
 
 
 def arrive(publisher_message_id: str) -> str:
@@ -79,30 +96,39 @@ def test_after_a_key_change_everything_opens_with_the_new_key_alone(ring: Ring) 
 def test_nothing_is_unreadable_at_any_moment_of_a_key_change_and_one_that_was_stopped_goes_on(
     ring: Ring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given
-    ids = [archive(f"order-{n}") for n in range(5)]
+    # Given five of each, every payload under a data key of its own
+    archived = [archive(f"order-{n}") for n in range(5)]
+    waiting = [arrive_under_its_own_key(ring, f"waits-{n}") for n in range(5)]
+    attached = [attach(f"{n}".encode()) for n in range(5)]
     monkeypatch.setattr(rotation, "BATCH", 2)
     ring(new=NEW, old=OLD)
 
     class Stopped(Exception):
         pass
 
-    seen = []
+    seen: list[dict[str, int]] = []
 
     def look(rows_seen: int) -> None:
-        seen.append(rows_seen)
-        assert [mime_of(id) for id in ids] == [MIME] * 5
-        if len(seen) == 2:
+        assert rows_seen <= 2
+        ring(new=NEW, old=OLD)  # so that no data key is remembered
+        assert [mime_of(id) for id in archived] == [MIME] * 5
+        assert [runtime.payloads.open(id, email_row(id)["payload"])["publisher_message_id"] for id in waiting] == [
+            f"waits-{n}" for n in range(5)
+        ]
+        assert [content_of(id) for id in attached] == [f"{n}".encode() for n in range(5)]
+        seen.append({name: sum(row["key_id"] == "new" for row in table(name)) for name in WRAPPED})
+        if len(seen) in {2, 5, 8}:
             raise Stopped
 
-    # When it is stopped, and started again
-    with pytest.raises(Stopped):
-        operations.rotate_keys(who=WHO, on_batch=look)
-    assert operations.older_keys() == {"old": 1}
+    # When it is stopped in the middle of each kind, and started again
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            operations.rotate_keys(who=WHO, on_batch=look)
     done = operations.rotate_keys(who=WHO, on_batch=look)
-    # Then
-    assert (done.backups, operations.older_keys()) == (1, {})
-    assert max(seen) == 2
+    # Then each was looked at while a part of it was under the new key
+    for name in WRAPPED:
+        assert {2, 4} < {counts[name] for counts in seen}, seen
+    assert (done.stuck, operations.older_keys()) == ([], {})
 
 
 def test_a_key_change_exchanges_the_headers_alone(ring: Ring) -> None:

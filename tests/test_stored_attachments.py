@@ -27,7 +27,7 @@ from actors import drafts
 from actors.composition import graph_message
 from attachments import Damaged, NotStored, Store, StoreUnavailable, TooLarge
 from graph_client import UPLOAD_RANGE_BYTES
-from models import stored_attachments, uploads
+from models import holds, stored_attachments, uploads
 from models.ids import new_id
 from operations import Attached, NotAttachable
 from vault import SEGMENT_BYTES, Keyring, Vault
@@ -540,6 +540,114 @@ def test_a_store_that_is_away_is_asked_for_a_few_files_and_not_for_all() -> None
     left_alone_long_enough()
     actors.delete_stored_attachments()
     assert table("stored_attachments") == []
+
+
+# Deleted, and held meanwhile
+
+
+def done_with() -> tuple[str, Attached]:
+    """A mail that was sent, with its attachment, which may go."""
+    stored = attach()
+    id = store(publisher_message_id=f"with-{stored.id}", attachments=[named(stored)])
+    set_status(id, "processed")
+    expire(stored)
+    return id, stored
+
+
+def held(id: str) -> None:
+    operations.hold(id, reason=None, who="cli:ann")
+
+
+def test_a_hold_takes_an_attachment_back_into_use_that_was_taken_and_not_deleted() -> None:
+    # Given
+    id, stored = done_with()
+    assert stored_attachments.take_deletable(10, keep_used=timedelta(0)) == [stored.id]
+    # When
+    held(id)
+    # Then
+    assert read(stored.id, len(SMALL)) == SMALL
+    assert is_kept(stored)
+    operations.release(id, who="cli:ann")
+    assert not is_kept(stored)
+
+
+def test_a_hold_that_comes_while_a_turn_is_under_way_keeps_what_its_turn_has_not_come_to() -> None:
+    # Given a store in which deleting the first file takes until somebody has placed holds
+    pairs = [done_with() for _ in range(3)]
+    deleted: list[str] = []
+
+    class Slow(Store):
+        def delete(self, name: str) -> None:
+            deleted.append(name)
+            for id, stored in pairs:
+                if stored.id != name:
+                    held(id)
+            super().delete(name)
+
+    whole, runtime.store = runtime.store, Slow(runtime.configuration.attachment_store_url)
+    try:
+        actors.delete_stored_attachments()
+    finally:
+        runtime.store = whole
+    # Then
+    (gone,) = deleted
+    for _, stored in pairs:
+        assert is_kept(stored) == (stored.id != gone)
+
+
+def test_a_hold_that_comes_while_the_store_is_away_keeps_what_could_not_be_deleted() -> None:
+    # Given
+    id, stored = done_with()
+
+    class Away(Store):
+        def delete(self, name: str) -> None:
+            held(id)
+            raise StoreUnavailable("the store of attachments is not there")
+
+    whole, runtime.store = runtime.store, Away(runtime.configuration.attachment_store_url)
+    try:
+        actors.delete_stored_attachments()
+    finally:
+        runtime.store = whole
+    # When the store is back
+    assert is_kept(stored)
+    # Then
+    assert read(stored.id, len(SMALL)) == SMALL
+
+
+def test_a_deletion_waits_for_a_hold_that_is_being_placed_and_lets_the_file_be() -> None:
+    # Given a hold that is not committed
+    id, stored = done_with()
+    stored_attachments.take_deletable(10, keep_used=timedelta(0))
+    begun: list[bool] = []
+
+    def delete() -> None:
+        begun.append(stored_attachments.begin_deleting(stored.id))
+        models.disconnect()
+
+    thread = threading.Thread(target=delete)
+    with models.transaction():
+        holds.place(id, reason=None, who="cli:ann")
+        # When
+        thread.start()
+        wait_until("the deletion waits", lambda: rows("SELECT 1 FROM pg_locks WHERE NOT granted"))
+    thread.join()
+    # Then
+    assert begun == [False]
+    assert is_kept(stored)
+
+
+def test_an_attachment_whose_deletion_has_begun_is_not_taken_back_by_a_hold() -> None:
+    id, stored = done_with()
+    (taken,) = stored_attachments.take_deletable(10, keep_used=timedelta(0))
+    assert stored_attachments.begin_deleting(taken)
+    held(id)
+    with pytest.raises(NotStored):
+        read(stored.id, len(SMALL))
+    # And of one whose deletion was broken off, what may still be there is left alone until the release
+    assert is_kept(stored)
+    operations.release(id, who="cli:ann")
+    assert not is_kept(stored)
 
 
 # Keys

@@ -51,9 +51,30 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{/* The secrets that a process type needs, as NEEDED_BY of settings_sources.py says. Takes type; as JSON. */}}
+{{- define "mailfleet.needed" -}}
+{{- $needed := list "DATABASE_URL" -}}
+{{- if ne .type "release" -}}
+{{- $needed = concat $needed (list "RABBITMQ_URL" "REDIS_URL" "OTEL_EXPORTER_OTLP_HEADERS") -}}
+{{- end -}}
+{{- if not (has .type (list "release" "clock" "scheduler")) -}}
+{{- $needed = append $needed "BACKUP_KEYS" -}}
+{{- end -}}
+{{- if has .type (list "send_plain" "send_attached" "backup" "maintenance") -}}
+{{- $needed = append $needed "GRAPH_CLIENT_SECRET" -}}
+{{- end -}}
+{{- if eq .type "console" -}}
+{{- $needed = append $needed "CONSOLE_TOKENS" -}}
+{{- end -}}
+{{- if eq .type "maintenance" -}}
+{{- $needed = concat $needed (list "DEAD_LETTER_WEBHOOK_URL" "DEAD_LETTER_WEBHOOK_SECRET") -}}
+{{- end -}}
+{{- $needed | toJson -}}
+{{- end -}}
+
 {{/* Whether a process type talks to Graph and has the certificate. Takes root and type. */}}
 {{- define "mailfleet.graphCertificate" -}}
-{{- if and .root.Values.graphCertificate.existingSecret (has .type (list "send_plain" "send_attached" "backup" "maintenance")) -}}
+{{- if and .root.Values.graphCertificate.existingSecret (has "GRAPH_CLIENT_SECRET" (include "mailfleet.needed" . | fromJsonArray)) -}}
 yes
 {{- end -}}
 {{- end -}}
@@ -116,7 +137,15 @@ env:
   - name: {{ $name }}
     value: {{ kindIs "float64" $value | ternary (printf "%v" (int64 $value)) (toString $value) | quote }}
 {{- end }}
-{{- with .process.existingSecrets | default .root.Values.existingSecrets }}
+{{- $secretOf := .root.Values.secretOf -}}
+{{- $secret := .process.existingSecret | default .root.Values.existingSecret -}}
+{{- range $name := include "mailfleet.needed" . | fromJsonArray }}
+{{- with get $secretOf $name | default $secret }}
+  - name: {{ $name }}
+    valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $name }}, optional: true}}
+{{- end }}
+{{- end }}
+{{- with .process.wholeSecrets }}
 envFrom:
 {{- range . }}
   - secretRef: {name: {{ . }}}
@@ -137,7 +166,7 @@ volumeMounts:
 {{- if .root.Values.attachments.existingClaim }}
   - {name: attachments, mountPath: /var/lib/mailfleet}
 {{- end }}
-{{- with .root.Values.extraVolumeMounts }}
+{{- with concat .root.Values.extraVolumeMounts (.process.extraVolumeMounts | default list) }}
 {{ toYaml . | indent 2 }}
 {{- end }}
 {{- end -}}
@@ -171,7 +200,7 @@ volumes:
   - name: attachments
     persistentVolumeClaim: {claimName: {{ . }}}
 {{- end }}
-{{- with .root.Values.extraVolumes }}
+{{- with concat .root.Values.extraVolumes (.process.extraVolumes | default list) }}
 {{ toYaml . | indent 2 }}
 {{- end }}
 {{- end -}}

@@ -1,10 +1,14 @@
-"""From a stored ``SendEmail`` to Graph's message: what a file is called on the mail."""
+"""From a stored ``SendEmail`` to Graph's message: what a file is called on the mail, and how large it is."""
 
 from __future__ import annotations
 
 import pytest
+import support
+from support import Fleet, store, table
 
 from actors.composition import file_name
+
+shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 
 NAMES = {
     # as it is
@@ -56,3 +60,17 @@ def test_a_file_is_called_by_a_name_that_is_what_it_reads_as_and_can_be_saved(na
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_name_that_was_made_fit_stays_as_it_is(name: str) -> None:
     assert file_name(file_name(name)) == file_name(name)
+
+
+def test_what_a_mailbox_refuses_as_too_large_is_told_in_the_size_that_exchange_counts(fleet: Fleet) -> None:
+    # Given
+    fleet.graph.set_behaviour(max_message_bytes=1_000_000)
+    files = [
+        {"name": name, "size": 800_000, "urlOrId": fleet.graph.file_url(800_000, seed=name)} for name in ("a", "b")
+    ]
+    store(attachments=files)
+    # When
+    assert fleet.send() == ["dead-lettered"]
+    # Then
+    (letter,) = table("dlq")
+    assert "in base64 the attachments have 2,133,336 bytes" in letter["last_error"]

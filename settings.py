@@ -290,7 +290,9 @@ class Settings(settings_sources.StoreSettings):
         unit="hours",
     )
     attachment_max_mb: Count = _setting("ATTACHMENT_MAX_MB", "Largest attachment.", default=150, unit="MB")
-    message_max_mb: Count = _setting("MESSAGE_MAX_MB", "Largest mail, attachments included.", default=150, unit="MB")
+    message_max_mb: Count = _setting(
+        "MESSAGE_MAX_MB", "Largest mail: its attachments together, as they are.", default=150, unit="MB"
+    )
     allowed_senders: Annotated[Names, AfterValidator(SenderRule.check)] = _setting(
         "ALLOWED_SENDERS",
         "Mailboxes that may be sent from, as patterns, comma-separated; `user=pattern`: only by that user of RabbitMQ."

@@ -54,16 +54,24 @@ def _behind(firewall: RecipientFirewall, payload: dict[str, Any]) -> dict[str, A
 
 #: Joiners that scripts and emoji need; the other invisible characters only make a name look like another.
 _JOINERS = "\u200c\u200d"
+#: What Windows takes in no file's name; behind a colon it would write into a stream that nobody sees
+#: (https://learn.microsoft.com/windows/win32/fileio/naming-a-file).
+_UNFIT = re.compile(r'[<>:"|?*]')
+#: Devices, whatever extension they are given (same page).
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³]) *(?:\.|$)", re.IGNORECASE)
 
 
 def file_name(name: str) -> str:
-    """Return the name under which a file is attached: without path and without invisible characters.
+    """Return the name under which a file is attached: one under which any reader's program can save it.
 
-    No reader's program is given a folder to write into, and no name reads as another than it is.
+    Without path, so that no program is given a folder to write into. Without invisible characters, and without the
+    dots and spaces at the end that Windows drops: no name reads as another than it is, and none is saved as another.
+    What Windows cannot have in a name is ``_``, and a device has one before it.
     """
     last = re.split(r"[/\\]", name)[-1]
     visible = "".join(each for each in last if each in _JOINERS or unicodedata.category(each) not in ("Cc", "Cf"))
-    return visible if visible.strip(". ") else "attachment"
+    fit = _UNFIT.sub("_", visible).rstrip(". ").lstrip()
+    return f"_{fit}" if _DEVICE.match(fit) else fit or "attachment"
 
 
 def size_of(message: dict[str, Any]) -> int:

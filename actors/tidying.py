@@ -5,8 +5,11 @@ same, because it showed itself too late or because its email was not sent in the
 email has been settled for ``DRAFT_RETENTION_DAYS``.
 
 Every call goes through the limiter, and a turn looks at a bounded number of emails. Whoever dies in it has changed
-nothing that another turn does not find again: that an email was looked at is recorded last. A mailbox that refuses, or
-is at its limit, is asked again when the same time has passed.
+nothing that another turn does not find again: that an email was looked at is recorded last.
+
+A mailbox that refuses is asked again when the same time has passed, so often at most: one that is gone has no drafts
+either. One that is at its limit, or fails for a moment, is asked again by the next turn. Where Graph or the limiter is
+away, or our credential is refused, the turn ends.
 
 Where it may die, and what happens next: ``tidying.let-go``: the sessions' addresses are forgotten, and they end by
 themselves; the next turn finds the drafts. ``tidying.session-ended``, ``tidying.draft-deleted``: the next turn finds
@@ -21,6 +24,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from datetime import UTC, datetime
+from enum import Enum, auto
 
 import dramatiq
 from periodiq import cron
@@ -31,8 +36,15 @@ from actors.outcomes import heed
 from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
 from graph_client import Message, UploadSession, looking_first
-from graph_client.errors import GraphError, ItemNotFound, PermanentError
-from limiter import NeverFits, Refused
+from graph_client.errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    GraphError,
+    ItemNotFound,
+    MailboxUnavailable,
+    PermanentError,
+)
+from limiter import Exhausted, NeverFits, Refused
 from models import inspection, leftovers
 from models.leftovers import Leftover, OpenSession
 from telemetry import Step, mail_log
@@ -43,6 +55,28 @@ log = logging.getLogger(__name__)
 #: Of one turn: some hundreds of requests, which take a minute or two.
 _BATCH = 100
 _SESSIONS_BATCH = 1000
+#: So many emails are found, of which those of busy mailboxes are passed over.
+_FOUND = 10 * _BATCH
+#: An email that cannot be looked for is given up after so many times ``DRAFT_RETENTION_DAYS``: one look in each.
+_MOST_LOOKS = 10
+
+
+class _Look(Enum):
+    """What came of looking for what an email has left."""
+
+    CLEAN = auto()
+    #: Somebody has replayed the email: it is no leftover any more.
+    CHANGED = auto()
+    #: This email's was refused.
+    REFUSED = auto()
+    #: So will be those of all others of its mailbox.
+    MAILBOX_REFUSES = auto()
+    #: It went wrong in a way that passes; the others of its mailbox are left alone for this turn.
+    FAILED = auto()
+    #: Its mailbox is at its limit, and nothing was asked of Graph.
+    BUSY = auto()
+    #: Nobody's can be looked for now.
+    AWAY = auto()
 
 
 class _Changed(Exception):
@@ -53,17 +87,38 @@ class _Changed(Exception):
 def tidy_drafts() -> None:
     """Delete the drafts, and end the upload sessions, that settled emails have left in their mailboxes."""
     leftovers.forget_ended_sessions(_SESSIONS_BATCH)
+    busy: set[str] = set()
     refusing: set[str] = set()
-    for leftover in leftovers.due(runtime.configuration.draft_retention, _BATCH):
-        clean = leftover.mailbox not in refusing and _tidied(leftover)
-        if not clean:
+    looks = 0
+    for leftover in leftovers.due(runtime.configuration.draft_retention, _FOUND):
+        if leftover.mailbox in busy:
+            continue
+        if leftover.mailbox in refusing:
+            _record(leftover, _Look.REFUSED)
+            continue
+        look = _tidied(leftover)
+        if look is _Look.AWAY:
+            return
+        if look in (_Look.BUSY, _Look.FAILED):
+            busy.add(leftover.mailbox)
+        if look is _Look.MAILBOX_REFUSES:
             refusing.add(leftover.mailbox)
-        leftovers.record_look(leftover, clean=clean)
-        runtime.crash_point(CrashPoint.TIDYING_RECORDED)
+        if look not in (_Look.BUSY, _Look.CHANGED):
+            _record(leftover, look)
+        looks += 1
+        if looks == _BATCH:
+            return
 
 
-def _tidied(leftover: Leftover) -> bool:
-    """Take out what the email has left; return whether nothing is left."""
+def _record(leftover: Leftover, look: _Look) -> None:
+    settled_for = datetime.now(UTC) - leftover.updated_at
+    given_up = look is not _Look.FAILED and settled_for > _MOST_LOOKS * runtime.configuration.draft_retention
+    leftovers.record_look(leftover, clean=look is _Look.CLEAN or given_up)
+    runtime.crash_point(CrashPoint.TIDYING_RECORDED)
+
+
+def _tidied(leftover: Leftover) -> _Look:
+    """Take out what the email has left."""
     try:
         sessions = leftovers.let_go(leftover)
         runtime.crash_point(CrashPoint.TIDYING_LET_GO)
@@ -71,16 +126,34 @@ def _tidied(leftover: Leftover) -> bool:
             _end(leftover, session)
         for draft in _drafts(leftover):
             _delete(leftover, draft)
-    except (_Changed, Refused, NeverFits):
-        return False
-    except PermanentError as error:
-        log.warning("a mailbox does not let its drafts be looked for: %s", error)
-        return True  # and will not the next time
+    except _Changed:
+        return _Look.CHANGED
+    except (Refused, NeverFits) as refused:
+        return _refused(refused)
     except GraphError as error:
         log.warning("drafts could not be looked for: %s", error)
         heed(leftover.mailbox, error)
-        return False
-    return True
+        return _failed(error)
+    return _Look.CLEAN
+
+
+def _refused(refused: Refused | NeverFits) -> _Look:
+    if isinstance(refused, NeverFits):
+        return _Look.REFUSED
+    of_all = not isinstance(refused, Exhausted) or refused.budget.startswith("tenant")
+    return _Look.AWAY if of_all else _Look.BUSY
+
+
+def _failed(error: GraphError) -> _Look:
+    match error:
+        case ConnectionFailed() | ConfigurationError():
+            return _Look.AWAY
+        case MailboxUnavailable():
+            return _Look.MAILBOX_REFUSES
+        case PermanentError():
+            return _Look.REFUSED
+        case _:
+            return _Look.FAILED
 
 
 def _end(leftover: Leftover, session: OpenSession) -> None:

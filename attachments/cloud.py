@@ -7,6 +7,7 @@ leading out of the prefix is refused rather than understood.
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ class CloudFetcher:
         ends_at = time.monotonic() + self._total.total_seconds()
         with ExitStack() as stack:
             with failures_of(origin):
-                file = filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
+                file = _opened(filesystem, path)
                 stack.callback(_close, file)
                 if file.details.get("type") != "file":
                     raise SourceGone(f"{origin} has a folder there, no file")
@@ -117,6 +118,16 @@ class CloudFetcher:
                 with failures_of(origin):
                     return folder.at(*inside)
         raise SourceForbidden(f"{origin}, or that part of it, is not listed in ATTACHMENT_CLOUD_URLS")
+
+
+def _opened(filesystem: Any, path: str) -> Any:
+    try:
+        return filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
+    except OSError as error:
+        # S3's answer to HEAD has no body, and so does not say who or what is refused; its answer to GET does.
+        if isinstance(error, PermissionError) or error.errno == errno.EINVAL:
+            filesystem.cat_file(path, start=0, end=1)
+        raise
 
 
 def _close(file: Any) -> None:

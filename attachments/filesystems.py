@@ -23,6 +23,20 @@ CLOUD_SCHEMES = {
 #: What is held of a file that is read, and of one that is written. S3 takes no smaller parts than 5 MiB.
 READ_BLOCK_BYTES = 2 * 1024 * 1024
 WRITE_BLOCK_BYTES = 5 * 1024 * 1024
+#: What S3 says when it refuses whoever asks, not the object
+#: (https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
+_REFUSES_US = frozenset(
+    {
+        "AccountProblem",
+        "AllAccessDisabled",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidSecurity",
+        "NotSignedUp",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+    }
+)
 
 
 def demand_scheme(url: str) -> str:
@@ -69,6 +83,18 @@ def failures_of(origin: str, unavailable: type[SourceUnavailable] = SourceUnavai
     except PermissionError as exc:
         if unavailable is StoreUnavailable:
             raise StoreUnavailable(f"{origin} does not let us in") from exc
+        if _refuses_us(exc):
+            raise SourceUnavailable(f"{origin} refuses the store's credentials") from exc
         raise SourceGone(f"{origin} does not hand out the attachment") from exc
     except Exception as exc:  # every cloud has errors of its own
         raise unavailable(f"{origin} cannot be reached, or broke off ({type(exc).__name__})") from exc
+
+
+def _refuses_us(error: BaseException) -> bool:
+    """Say whether it is our credentials that are refused: the operator's to mend, whatever the mail is."""
+    while (cause := error.__cause__) is not None:
+        error = cause
+        answer = getattr(error, "response", None)
+        if isinstance(answer, dict) and answer.get("Error", {}).get("Code") in _REFUSES_US:
+            return True
+    return False

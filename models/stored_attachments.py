@@ -82,13 +82,22 @@ def finish(id: str, *, size: int, sha256: str, keep: timedelta) -> datetime | No
 
 
 def find(id: str) -> Stored | None:
-    """Find a whole attachment that is not being deleted; one that has expired stays while a mail may need it."""
+    """Find a whole attachment that is not being deleted.
+
+    One that has expired is there only for as long as it is kept for a mail that came in time: what a later one gets
+    does not depend on how soon somebody deletes it.
+    """
     found = rows(
         """
-        SELECT id::text, name, content_type, size, sha256, key_id, header, expires_at FROM stored_attachments
-        WHERE id = %(id)s AND stored_at IS NOT NULL AND deleting_at IS NULL
+        SELECT id::text, name, content_type, size, sha256, key_id, header, expires_at FROM stored_attachments s
+        WHERE id = %(id)s AND stored_at IS NOT NULL AND deleting_at IS NULL AND (
+            expires_at > now() OR EXISTS (
+                SELECT FROM stored_attachment_uses u JOIN incoming_emails e ON e.id = u.incoming_email_id
+                WHERE u.stored_attachment_id = s.id AND e.status <> ALL(%(settled)s)
+            )
+        )
         """,
-        {"id": as_uuid(id)},
+        {"id": as_uuid(id), "settled": [str(status) for status in SETTLED]},
     )
     return Stored(**dict(zip(Stored.__slots__, found[0], strict=True))) if found else None
 

@@ -27,6 +27,8 @@ class S3Server:
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.failing = False
+        #: A code with which it refuses every request.
+        self.refusal: str | None = None
         #: Without it is as a cloud whose client makes no conditions.
         self.heeds_conditions = True
         self._loop = asyncio.new_event_loop()
@@ -58,7 +60,9 @@ class S3Server:
         self.requests.append((request.method, request.path, request.headers.get("Range")))
         signature = request.headers.get("Authorization", "")
         if f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/" not in signature:
-            return _error(403, "AccessDenied")
+            return _error(403, "InvalidAccessKeyId")
+        if self.refusal:
+            return _error(400 if self.refusal == "ExpiredToken" else 403, self.refusal)
         if self.failing:
             return _error(503, "SlowDown")
         name = f"{request.match_info['bucket']}/{request.match_info.get('key', '')}"

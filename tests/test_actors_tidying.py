@@ -29,7 +29,10 @@ import runtime
 from actors.budgets import keep_counts
 from actors.tidying import tidy_drafts
 from crash_points import CrashPoint
+from graph_client import GraphClient
 from models import dead_letters, holds, leftovers
+
+OTHER = "other@contoso.example"
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure, limit = support.configure, support.limit
@@ -41,15 +44,17 @@ def later() -> None:
     rows("UPDATE incoming_emails SET drafts_looked_at = drafts_looked_at - interval '2 days'")
 
 
-def drafts_left(fleet: Fleet) -> int:
-    return len(fleet.graph.messages(SENDER, "drafts"))
+def drafts_left(fleet: Fleet, mailbox: str = SENDER) -> int:
+    return len(fleet.graph.messages(mailbox, "drafts"))
 
 
-def failed_with_a_draft(fleet: Fleet) -> str:
+def failed_with_a_draft(fleet: Fleet, name: str = "order-1", mailbox: str = SENDER) -> str:
     """A mail whose second file cannot be had, so that its draft stays."""
-    id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "gone", SMALL, fail=404)])
+    before = drafts_left(fleet, mailbox)
+    attachments = [file(fleet, "small", SMALL), file(fleet, "gone", SMALL, fail=404)]
+    id = store(publisher_message_id=name, attachments=attachments, **{"from": mailbox})
     assert fleet.send() == ["dead-lettered"]
-    assert drafts_left(fleet) == 1
+    assert drafts_left(fleet, mailbox) == before + 1
     return id
 
 
@@ -217,6 +222,49 @@ def test_whoever_lets_a_draft_go_waits_for_a_hold_that_is_being_placed(fleet: Fl
     assert email_row(id)["draft_id"] is not None
 
 
+def test_a_draft_is_there_for_the_replay_that_comes_between_the_look_and_the_deletion(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    id = failed_with_a_draft(fleet)
+    later()
+
+    def replay(point: CrashPoint) -> None:
+        if point is CrashPoint.TIDYING_LET_GO:
+            (letter,) = table("dlq")
+            assert dead_letters.resolve(letter["id"], replayed=True, who="test")
+
+    # When
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "crash_point", replay)
+        tidy_drafts()
+    # Then
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (1, False)
+    assert len(fleet.graph.requests(operation="find")) == 1
+    assert fleet.graph.requests(operation="delete_message") == []
+
+
+def test_a_replayed_mail_keeps_no_other_mail_of_its_mailbox_waiting(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given two mails of one mailbox, the first of which is replayed as the turn looks at it
+    first, second = failed_with_a_draft(fleet), failed_with_a_draft(fleet, "second")
+    later()
+    rows("UPDATE incoming_emails SET updated_at = updated_at - interval '1 day' WHERE id = %(id)s", {"id": first})
+    letter = next(row for row in table("dlq") if str(row["incoming_email_id"]) == first)
+
+    def replay(point: CrashPoint) -> None:
+        if point is CrashPoint.TIDYING_LET_GO:
+            dead_letters.resolve(letter["id"], replayed=True, who="test")
+
+    # When
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "crash_point", replay)
+        tidy_drafts()
+    # Then
+    assert (drafts_left(fleet), email_row(second)["drafts_clean"]) == (1, True)
+
+
 def test_an_upload_session_of_a_mail_that_is_given_up_is_ended_and_its_address_forgotten(fleet: Fleet) -> None:
     # Given
     id = store(attachments=[file(fleet, "small", SMALL), file(fleet, "large", LARGE)])
@@ -284,6 +332,87 @@ def test_whoever_dies_while_tidying_leaves_the_rest_to_the_next_turn_and_nothing
     assert {row["upload_session_info"] for row in table("file_uploads")} == {None}
     ended = len(fleet.graph.requests(operation="cancel_upload_session"))
     assert ended == (0 if line is CrashPoint.TIDYING_LET_GO else 1)
+
+
+def test_a_refusal_that_nobody_foresaw_is_no_clean_mailbox_and_is_not_asked_for_ever(fleet: Fleet) -> None:
+    # Given
+    id = failed_with_a_draft(fleet)
+    later()
+    fleet.graph.fail(403, code="ErrorMessageSizeExceeded", operation="find")
+    # When
+    tidy_drafts()
+    # Then it is looked for once more
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (1, False)
+    later()
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(id)["drafts_clean"]) == (0, True)
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "ErrorMessageSizeExceeded"), (404, "ErrorInvalidUser")])
+def test_what_is_refused_again_and_again_is_given_up(fleet: Fleet, status: int, code: str) -> None:
+    # Given
+    id = failed_with_a_draft(fleet)
+    later()
+    fleet.graph.fail(status, code=code, operation="find", times=None)
+    # When
+    for _ in range(10):
+        tidy_drafts()
+        rows("UPDATE incoming_emails SET drafts_looked_at = drafts_looked_at - interval '2 days'")
+        rows("UPDATE incoming_emails SET updated_at = updated_at - interval '1 day'")
+    asked = len(fleet.graph.requests(operation="find"))
+    # Then
+    tidy_drafts()
+    assert email_row(id)["drafts_clean"] is True
+    assert len(fleet.graph.requests(operation="find")) == asked <= 10
+
+
+def test_a_mailbox_without_a_slot_is_asked_by_the_next_turn(fleet: Fleet) -> None:
+    # Given
+    first, second = failed_with_a_draft(fleet), failed_with_a_draft(fleet, "second")
+    later()
+    slots = [runtime.limiter.acquire(SENDER) for _ in range(runtime.configuration.mailbox_concurrency)]
+    # When
+    tidy_drafts()
+    assert drafts_left(fleet) == 2
+    # Then
+    for slot in slots:
+        runtime.limiter.release(slot)
+    tidy_drafts()
+    assert (drafts_left(fleet), email_row(first)["drafts_clean"], email_row(second)["drafts_clean"]) == (0, True, True)
+
+
+def test_a_mailbox_that_refuses_is_asked_once_in_a_turn_and_the_others_all_the_same(fleet: Fleet) -> None:
+    # Given
+    failed_with_a_draft(fleet), failed_with_a_draft(fleet, "second")
+    other = failed_with_a_draft(fleet, "third", OTHER)
+    later()
+    fleet.graph.fail(403, code="ErrorAccessDenied", mailbox=SENDER, operation="find", times=None)
+    # When
+    tidy_drafts()
+    # Then
+    assert (len(fleet.graph.requests(SENDER, operation="find")), drafts_left(fleet, OTHER)) == (1, 0)
+    assert email_row(other)["drafts_clean"] is True
+    tidy_drafts()
+    assert len(fleet.graph.requests(SENDER, operation="find")) == 1
+
+
+def test_a_turn_ends_where_graph_is_out_of_reach(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given
+    first, second = failed_with_a_draft(fleet), failed_with_a_draft(fleet, "second", OTHER)
+    later()
+    tried: list[str] = []
+    out_of_reach = GraphClient(
+        "https://127.0.0.1:1/v1.0", runtime.tokens, timeout=timedelta(seconds=2), tag_id=runtime.TAG
+    )
+    # When
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "graph", out_of_reach)
+        patched.setattr(runtime, "crash_point", tried.append)
+        tidy_drafts()
+    # Then
+    assert [point for point in tried if point.startswith("tidying.")] == [CrashPoint.TIDYING_LET_GO]
+    tidy_drafts()
+    assert (email_row(first)["drafts_clean"], email_row(second)["drafts_clean"]) == (True, True)
 
 
 REFUSALS: dict[str, Callable[[Fleet], None]] = {

@@ -50,6 +50,7 @@ def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     server.uploads.clear()
     server.requests.clear()
     server.failing = False
+    server.refusal = None
     server.heeds_conditions = True
     return server
 
@@ -155,7 +156,7 @@ def test_sizes_are_held_to_as_with_any_source(s3: S3Server) -> None:
 
 
 def test_an_object_that_is_missing_or_denied_is_refused_and_a_cloud_that_fails_is_asked_again(
-    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server,
 ) -> None:
     with pytest.raises(SourceGone):
         read(f"{PREFIX}/b.pdf")
@@ -163,10 +164,38 @@ def test_an_object_that_is_missing_or_denied_is_refused_and_a_cloud_that_fails_i
     with pytest.raises(SourceUnavailable):
         read(f"{PREFIX}/a.pdf")
     s3.failing = False
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
+    s3.refusal = "AccessDenied"
     with pytest.raises(AttachmentRefused, match="does not hand out") as refused:
-        read_anew(f"{PREFIX}/a.pdf")
+        read(f"{PREFIX}/a.pdf")
     assert "a.pdf" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "code", ["ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"]
+)
+def test_credentials_that_have_lapsed_are_the_operators_to_mend_and_no_fault_of_the_mail(
+    s3: S3Server, code: str
+) -> None:
+    s3.refusal = code
+    with pytest.raises(SourceUnavailable, match="refuses the store's credentials"):
+        read(f"{PREFIX}/a.pdf")
+
+
+def test_credentials_that_lapse_while_an_object_is_read_make_it_no_less_there(s3: S3Server) -> None:
+    source = AttachmentSource(cloud_urls=[PREFIX], max_bytes=None)
+    with source.open(f"{PREFIX}/a.pdf", declared_size=len(FILE)) as stream:
+        stream.read(1_000_000)
+        s3.refusal = "InvalidAccessKeyId"
+        with pytest.raises(SourceUnavailable, match="refuses the store's credentials"):
+            stream.read(len(FILE))
+
+
+def test_a_key_that_nobody_knows_is_told_from_an_object_that_is_denied(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody-else")
+    with pytest.raises(SourceUnavailable, match="refuses the store's credentials"):
+        read_anew(f"{PREFIX}/a.pdf")
 
 
 def test_an_object_that_changes_while_it_is_read_is_never_put_together_of_two(s3: S3Server) -> None:

@@ -212,6 +212,11 @@ def test_every_problem_is_told_at_once() -> None:
     assert all(field in detail for field in ("subject", "priority", "to.0"))
 
 
+def test_a_file_name_that_is_too_long_is_refused_with_a_sentence_that_does_not_repeat_it() -> None:
+    detail = refused(email(attachments=[FILE | {"name": f"{'x' * 296}.pdf"}])).detail
+    assert detail == "attachments.0.name: String should have at most 255 characters"
+
+
 def test_a_value_of_metadata_is_complained_of_once_and_in_words() -> None:
     detail = refused(email(metadata={"a": [], "b": "x\ny"})).detail
     told = "must be a line of at most 1024 characters, a number, true, false or null"

@@ -375,6 +375,19 @@ def test_an_attachment_of_a_failed_mail_is_kept_for_its_replay_until_it_expires(
     assert not is_kept(stored)
 
 
+def test_an_expired_attachment_is_not_sent_with_a_mail_that_came_later_however_late_it_is_deleted(fleet: Fleet) -> None:
+    # Given
+    stored = attach()
+    expire(stored)
+    # When nobody has deleted it yet
+    id = store(attachments=[named(stored)])
+    assert fleet.send() == ["dead-lettered"]
+    # Then
+    (letter,) = table("dlq")
+    assert (email_row(id)["status"], letter["reason"]) == ("failed", "not_stored")
+    assert file(stored.id).exists()
+
+
 def test_an_expired_attachment_is_not_kept_for_a_mail_that_came_later() -> None:
     stored = attach()
     expire(stored)

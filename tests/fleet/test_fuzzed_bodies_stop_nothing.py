@@ -38,6 +38,7 @@ SENDERS = [
     for number in range(8)
 ]
 WITHIN = timedelta(minutes=3)
+_DEVICES = ("con", "prn", "aux", "nul", "conin$", "conout$")
 #: Of the largest bodies three are in hand at a time, and one as Python's objects, which take up to 150 MB.
 GROWTH_BYTES = 300_000_000
 
@@ -192,10 +193,13 @@ def asked(content: bytes) -> Mail:
 
 
 def shown(name: str) -> str:
-    """A file's name as recipients see it: what is behind the last slash, and nothing in it that is invisible."""
+    """A file's name as recipients see it: what is behind the last slash, nothing invisible, fit for any disk."""
     last = name.replace("\\", "/").rpartition("/")[2]
     visible = [each for each in last if unicodedata.category(each) not in ("Cc", "Cf") or each in "\u200c\u200d"]
-    return "".join(visible) if set(visible) - {".", " "} else "attachment"
+    fit = "".join("_" if each in '<>:"|?*' else each for each in visible).rstrip(". ").lstrip()
+    device = fit.partition(".")[0].rstrip(" ").lower()
+    is_device = device in _DEVICES or (device[:-1] in ("com", "lpt") and device[-1] in "0123456789¹²³")
+    return f"_{fit}" if is_device else fit or "attachment"
 
 
 def sent_mails(world: World, mailboxes: Iterable[str]) -> dict[str, list[Mail]]:

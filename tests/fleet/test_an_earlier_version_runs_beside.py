@@ -57,35 +57,36 @@ def check_out(directory: Path) -> Path:
     return directory
 
 
-# Elsewhere there is nothing to run.
-if has_history():
+pytestmark = pytest.mark.skipif(not has_history(), reason=f"the history has no {EARLIER}, or git is not installed")
 
-    @pytest.fixture(scope="module")
-    def both(worlds: Worlds, servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-        worlds.close()
-        root = check_out(tmp_path_factory.mktemp("earlier"))
-        with ExitStack() as stack:
-            world = stack.enter_context(World(servers, tmp_path_factory.mktemp("both"), SETTINGS | {"METRICS_PORT": 0}))
-            # Its migrations find nothing to do.
-            earlier = Fleet(root / "Procfile", world.environment, tmp_path_factory.mktemp("logs"))
-            stack.enter_context(earlier)
-            world.wait_until_ready()
-            yield Both(world, earlier)
 
-    @pytest.mark.parametrize(("producers", "consumers"), [("this", "earlier"), ("earlier", "this")])
-    def test_what_one_version_dispatches_the_other_sends_and_archives_once(
-        both: Both, producers: str, consumers: str
-    ) -> None:
-        # Given
-        both.only(producers, consumers)
-        mailboxes = [a_mailbox("versions") for _ in range(3)]
-        given = [email for mailbox in mailboxes for email in emails(5, mailbox)]
-        given += [an_email(each, attachments=[an_attachment(both.world.simulator, 4_000_000)]) for each in mailboxes]
-        # When
-        both.world.publish(*given)
-        known = settled(both.world, given)
-        # Then
-        assert {each.status for each in known.values()} == {"processed"}
-        assert_each_left_once(both.world, known.values())
-        assert all(each.archived for each in known.values())
-        assert both.world.rows("SELECT reason, actor_name, last_error FROM dlq") == []
+@pytest.fixture(scope="module")
+def both(worlds: Worlds, servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    worlds.close()
+    root = check_out(tmp_path_factory.mktemp("earlier"))
+    with ExitStack() as stack:
+        world = stack.enter_context(World(servers, tmp_path_factory.mktemp("both"), SETTINGS | {"METRICS_PORT": 0}))
+        # Its migrations find nothing to do.
+        earlier = Fleet(root / "Procfile", world.environment, tmp_path_factory.mktemp("logs"))
+        stack.enter_context(earlier)
+        world.wait_until_ready()
+        yield Both(world, earlier)
+
+
+@pytest.mark.parametrize(("producers", "consumers"), [("this", "earlier"), ("earlier", "this")])
+def test_what_one_version_dispatches_the_other_sends_and_archives_once(
+    both: Both, producers: str, consumers: str
+) -> None:
+    # Given
+    both.only(producers, consumers)
+    mailboxes = [a_mailbox("versions") for _ in range(3)]
+    given = [email for mailbox in mailboxes for email in emails(5, mailbox)]
+    given += [an_email(each, attachments=[an_attachment(both.world.simulator, 4_000_000)]) for each in mailboxes]
+    # When
+    both.world.publish(*given)
+    known = settled(both.world, given)
+    # Then
+    assert {each.status for each in known.values()} == {"processed"}
+    assert_each_left_once(both.world, known.values())
+    assert all(each.archived for each in known.values())
+    assert both.world.rows("SELECT reason, actor_name, last_error FROM dlq") == []

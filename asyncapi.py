@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 import contracts
+import notices
 from contracts import EventType, SendEmail
 
 _REFERENCES = "#/components/schemas/{model}"
@@ -27,6 +28,9 @@ _SUMMARIES = {
     EventType.EXPIRED: "`expires_at` had come before it could be sent.",
     EventType.CANCELLED: "An operator has cancelled it.",
 }
+
+
+_EVENTS_EXCHANGE = {"amqp": {"is": "routingKey", "exchange": {"name": "mail.events", "type": "topic", "durable": True}}}
 
 
 def document() -> dict[str, Any]:
@@ -55,21 +59,27 @@ def document() -> dict[str, Any]:
                 "description": "The topic exchange `mail.events`. A queue that `reply_to` names gets its own copy.",
                 "parameters": {"status": {"enum": [type.status for type in EventType]}},
                 "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in events},
-                "bindings": {
-                    "amqp": {
-                        "is": "routingKey",
-                        "exchange": {"name": "mail.events", "type": "topic", "durable": True},
-                    }
-                },
+                "bindings": _EVENTS_EXCHANGE,
+            },
+            "deadLetters": {
+                "address": notices.ROUTING_KEY,
+                "description": "For operators, on the same exchange: what `email.*` is bound to does not get it.",
+                "messages": {notices.TYPE: {"$ref": f"#/components/messages/{notices.TYPE}"}},
+                "bindings": _EVENTS_EXCHANGE,
             },
         },
         "operations": {
             "sendEmail": {"action": "receive", "channel": {"$ref": "#/channels/sendEmail"}},
             "tellWhatBecameOfIt": {"action": "send", "channel": {"$ref": "#/channels/mailEvents"}},
+            "tellOfDeadLetters": {"action": "send", "channel": {"$ref": "#/channels/deadLetters"}},
         },
         "components": {
-            "messages": {"SendEmail": _email_message(), **{type.value: _event_message(type) for type in EventType}},
-            "schemas": {**schemas, "SendEmail": email, **events},
+            "messages": {
+                "SendEmail": _email_message(),
+                **{type.value: _event_message(type) for type in EventType},
+                notices.TYPE: _notice_message(),
+            },
+            "schemas": {**schemas, "SendEmail": email, **events, notices.TYPE: notice_schema()},
         },
     }
 
@@ -86,6 +96,34 @@ def event_schema(type: EventType) -> dict[str, Any]:
     if type in (EventType.FAILED, EventType.REJECTED):
         properties |= _REASONED
     # Fields may be added: who reads an event must ignore what it does not know.
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def notice_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a notice of dead letters."""
+    instant, counts = {"type": "string", "format": "date-time"}, {"type": "integer", "minimum": 1}
+    letter = {
+        "id": {"type": "string", "format": "uuid"},
+        "incoming_email_id": {"type": ["string", "null"], "format": "uuid"},
+        "reason": {"type": "string"},
+        "queue_name": {"type": "string"},
+        "created_at": instant,
+    }
+    properties: dict[str, Any] = {
+        "type": {"const": notices.TYPE},
+        "notice_id": {"type": "string", "format": "uuid"},
+        "recorded_at": instant,
+        "count": counts,
+        "by_reason": {"type": "object", "additionalProperties": counts},
+        "by_queue": {"type": "object", "additionalProperties": counts},
+        "first_at": instant,
+        "last_at": instant,
+        "dead_letters": {
+            "type": "array",
+            "maxItems": notices.MAX_NAMED,
+            "items": {"type": "object", "properties": letter, "required": [*letter]},
+        },
+    }
     return {"type": "object", "properties": properties, "required": [*properties]}
 
 
@@ -108,6 +146,15 @@ def _event_message(type: EventType) -> dict[str, Any]:
         "correlationId": {"location": "$message.header#/correlation_id"},
         "payload": {"$ref": f"#/components/schemas/{type.value}"},
         "bindings": {"amqp": {"messageType": type.value}},
+    }
+
+
+def _notice_message() -> dict[str, Any]:
+    return {
+        "name": notices.TYPE,
+        "summary": "Mail was given up; once a minute, for all that came since.",
+        "payload": {"$ref": f"#/components/schemas/{notices.TYPE}"},
+        "bindings": {"amqp": {"messageType": notices.TYPE}},
     }
 
 

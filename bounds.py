@@ -24,6 +24,7 @@ class Bounds(NamedTuple):
 
 # Whether it is set here or by an operator while the fleet runs.
 CONCURRENCY_BOUNDS = Bounds(1, 1_000)
+FLEET_CONCURRENCY_BOUNDS = Bounds(1, 1_000_000)
 #: One call charges up to two requests; a limit below what one call charges would have all mail given up.
 REQUESTS_BOUNDS = Bounds(2, 1_000_000_000)
 #: One request has up to 4 MB (a small attachment in base64, a range of a large one).

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
@@ -139,9 +140,10 @@ def _session(url: str) -> requests.Session:
     return session
 
 
-def _insist(what: str, answer: _Answer) -> Any:
+def _insist(what: str, answer: _Answer, states: Mapping[int, str] = MappingProxyType({})) -> Any:
     if answer.status != 200 or not isinstance(answer.body, dict):
-        raise StoreFailed(f"{what} answers with status {answer.status}")
+        why = f": {states[answer.status]}" if answer.status in states else ""
+        raise StoreFailed(f"{what} answers with status {answer.status}{why}")
     return answer.body
 
 
@@ -174,6 +176,22 @@ class _Lasting:
         self.text = None
 
 
+#: Why Vault can do nothing for us, by the status that it then answers everything with
+#: (developer.hashicorp.com/vault/api-docs, HTTP status codes).
+_VAULT_STATES = {
+    429: "it is a standby, or asked too often",
+    472: "it is a secondary for disaster recovery",
+    473: "it is a standby, or asked too often",
+    503: "it is sealed or in maintenance",
+}
+
+
+def _is_deleted(body: Any) -> bool:
+    """Whether a 404 is of a secret whose version was deleted or destroyed: it has its metadata still."""
+    data = body.get("data") if isinstance(body, dict) else None
+    return isinstance(data, dict) and bool(data.get("metadata"))
+
+
 class _HashiCorpVault:
     """The key-value engine, version 2: the secret for ``NAME`` is the field ``value`` of ``path/NAME``."""
 
@@ -203,11 +221,16 @@ class _HashiCorpVault:
             if (another := self._logged_in()) != token:
                 answer = self._get(name, another)
         if answer.status == 404:
+            if _is_deleted(answer.body):
+                raise StoreFailed(
+                    f"the newest version of {name} in Vault was deleted: undelete it, or write another, or delete its"
+                    " metadata too"
+                )
             return None
         if answer.status == 403:
             raise SecretRefused(f"Vault does not let us read {name}")
         try:
-            value = _insist("Vault", answer)["data"]["data"]["value"]
+            value = _insist("Vault", answer, _VAULT_STATES)["data"]["data"]["value"]
         except (KeyError, TypeError):
             raise StoreFailed(f"Vault has {name} without a field named value") from None
         return str(value)
@@ -236,7 +259,7 @@ class _HashiCorpVault:
         what = f"Vault's login by {method}"
         answer = _ask(what, "POST", f"{self._origin}/v1/auth/{method}/login", self._headers, json=dict(given))
         try:
-            granted = _insist(what, answer)["auth"]
+            granted = _insist(what, answer, _VAULT_STATES)["auth"]
             return self._token.keep(str(granted["client_token"]), float(granted.get("lease_duration") or 0))
         except (KeyError, TypeError, ValueError):
             raise StoreFailed(f"{what} gives no token") from None

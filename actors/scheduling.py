@@ -33,7 +33,9 @@ from periodiq import cron
 import limiter as limits
 import models
 import runtime
+from actors import concurrency
 from actors.budgets import keep_counts, limits_may_be_unknown, refund, refund_lapsed, reserve, turn
+from actors.concurrency import Concurrency
 from contracts import Event
 from crash_points import CrashPoint
 from models import Route, scheduling, turns
@@ -130,14 +132,17 @@ def _sweep(*, hand_out: bool) -> _Sweep:
 def _hand_out() -> tuple[bool, timedelta | None]:
     """Dispatch one batch; return whether there may be more at once, and how long everybody waits for the limiter."""
     routes, busy = scheduling.in_flight()
-    closed = turns.closed()
+    closed, most = turns.closed(), concurrency.effective()
     # In any order: what a mailbox has room for goes to the first, and must not go to the same one each time.
     in_turn = random.sample([*Route], len(Route))
     open_routes = [route for route in in_turn if route not in closed.routes]
-    chosen = {route: _choose(route, routes[route], busy, external_from=closed.external_from) for route in open_routes}
+    chosen = {
+        route: _choose(route, most.of(route) - routes[route], busy, external_from=closed.external_from)
+        for route in open_routes
+    }
     reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
     picks = {pick.id: pick for pick in reserved.picks}
-    claims, backups, more_backups = _claim(chosen, picks)
+    claims, backups, more_backups = _claim(chosen, picks, most)
     claimed = {dispatch.incoming_email_id for dispatches in claims.values() for dispatch in dispatches}
     refund(
         [candidate for mails in chosen.values() for candidate in mails.to_send],
@@ -154,21 +159,12 @@ class _Chosen(NamedTuple):
     to_send: list[Candidate]
 
 
-def _limits() -> dict[Route, int]:
-    configuration = runtime.configuration
-    return {
-        Route.PLAIN: configuration.send_plain_concurrency,
-        Route.ATTACHED: configuration.send_attached_concurrency,
-    }
-
-
 def _share() -> int:
     return runtime.configuration.mailbox_concurrency or _UNLIMITED_SHARE
 
 
-def _choose(route: Route, in_flight: int, busy: Busy, *, external_from: int | None) -> _Chosen:
+def _choose(route: Route, capacity: int, busy: Busy, *, external_from: int | None) -> _Chosen:
     """Choose what is to go out, look-ups first, and note it as busy for the routes that follow."""
-    capacity = _limits()[route] - in_flight
     to_look_up = turns.look_ups(route, capacity=capacity, share=_share(), busy=busy)
     _add(to_look_up, busy)
     capacity -= len(to_look_up)
@@ -193,7 +189,7 @@ def _add(emails: Sequence[Candidate | Dispatch], busy: Busy) -> None:
 
 
 def _claim(
-    chosen: dict[Route, _Chosen], picks: dict[str, Pick]
+    chosen: dict[Route, _Chosen], picks: dict[str, Pick], most: Concurrency
 ) -> tuple[dict[Route, list[Dispatch]], list[DueBackup], bool]:
     """Lease what was chosen and has its budget, as far as nobody else has; and backups that are due."""
     configuration = runtime.configuration
@@ -203,12 +199,12 @@ def _claim(
         for route, mails in chosen.items():
             wanted = [Pick(mail.id, mail.mailbox, None) for mail in mails.to_look_up]
             wanted += [picks[mail.id] for mail in mails.to_send if mail.id in picks]
-            capacity = _limits()[route] - routes[route]
+            capacity = most.of(route) - routes[route]
             claims[route] = scheduling.claim(route, wanted, capacity=capacity, lease=configuration.lease)
             _add(claims[route], busy)
         turns.note_served([mail for mails in chosen.values() for mail in mails.to_send if mail.id in picks])
         backups, more_backups = scheduling.claim_backups(
-            concurrency=configuration.backup_concurrency, share=_share(), busy=busy, lease=configuration.lease
+            concurrency=most.backup_concurrency, share=_share(), busy=busy, lease=configuration.lease
         )
     return claims, backups, more_backups
 

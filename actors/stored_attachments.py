@@ -22,7 +22,7 @@ import runtime
 from attachments import StoreUnavailable
 from crash_points import CrashPoint
 from models import stored_attachments
-from telemetry import ATTACHMENTS_DELETED
+from telemetry import ATTACHMENTS_DELETED, PURGED
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,11 @@ def delete_stored_attachments() -> None:
     """Delete stored attachments that have expired, or whose mails are all done, with their files."""
     while taken := stored_attachments.take_deletable(_BATCH, keep_used=runtime.configuration.attachment_keep_used):
         gone, is_away = _delete_files(taken)
-        stored_attachments.forget(gone)
+        deleted = stored_attachments.forget(gone, who="maintenance")
         runtime.crash_point(CrashPoint.PURGE_DELETED)
-        ATTACHMENTS_DELETED.inc(len(gone))
-        log.info("deleted %d stored attachments", len(gone))
+        ATTACHMENTS_DELETED.inc(deleted)
+        PURGED.labels("attachments").inc(deleted)
+        log.info("deleted %d stored attachments", deleted)
         if is_away or len(taken) < _BATCH:
             return
 

@@ -14,6 +14,7 @@ from cli.commands import Command, connected, json_option, main, who
 from cli.display import harmless, print_json, table
 
 if TYPE_CHECKING:
+    from models.limits import SetLimit
     from models.mailboxes import Held, Pause
     from operations import Limit, LimitsChange
 
@@ -77,7 +78,7 @@ def limits_show(mailbox: str | None, as_json: bool) -> None:
     if stand:
         table(
             ["limit of", "budget", "limit", "by", "since"],
-            [[_named(each.mailbox), each.budget, each.limit or "none", each.set_by, each.set_at] for each in stand],
+            [[_whose(each), each.budget, each.limit or "none", each.set_by, each.set_at] for each in stand],
         )
     if held:
         table(["held back", "until", "why"], list(_held_rows(held)))
@@ -108,6 +109,12 @@ def _passed_over(held: Held) -> str:
     if held.full_from > 1:
         return f" (mail with {held.full_from} or more)"
     return " (mail that has any)" if held.mailbox == operations.EVERY else ""
+
+
+def _whose(limit: SetLimit) -> str:
+    import operations
+
+    return "the fleet" if limit.budget in operations.FLEET_LIMITS else _named(limit.mailbox)
 
 
 def _named(mailbox: str) -> str:
@@ -177,13 +184,14 @@ def _told(limit: int | None) -> str:
 @limits.command("set")
 @partial(_changing, named_as="BUDGET=VALUE")
 def limits_set(mailbox: str | None, named: tuple[str, ...]) -> LimitsChange:
-    """Set limits (BUDGET=VALUE) of MAILBOX, or of every mailbox and the tenant.
+    """Set limits (BUDGET=VALUE) of MAILBOX, or of every mailbox, the tenant and the fleet.
 
-    They take the place of the settings at once, and stay. 0 switches a limit off.
+    They take the place of the settings at once, and stay. 0 switches a limit off, except of the fleet's.
 
     \b
     concurrency, requests, upload_mb, sends, recipients: of a mailbox
     tenant_requests, tenant_external_recipients: of the tenant, without a MAILBOX
+    send_plain_concurrency, send_attached_concurrency, backup_concurrency: of the fleet
     """
     import operations
 

@@ -21,9 +21,9 @@ _LONGEST_PAUSE = timedelta(days=365)
 _MAX_LIMIT = 10**15
 _TELLS_REDIS = "Whether Redis answered. If not, it takes effect within a minute after Redis is back."
 
-Budget = Annotated[
-    str, Path(max_length=64, description=", ".join([*operations.MAILBOX_LIMITS, *operations.TENANT_LIMITS]))
-]
+_LIMITS = [*operations.MAILBOX_LIMITS, *operations.TENANT_LIMITS, *operations.FLEET_LIMITS]
+
+Budget = Annotated[str, Path(max_length=64, description=", ".join(_LIMITS))]
 
 
 class _Shown(BaseModel):
@@ -139,7 +139,7 @@ def _usage(limit: operations.Limit) -> Usage:
 
 @limits_router.put("/{mailbox}/{budget}")
 def set_limit(who: Operator, mailbox: MailboxOrEvery, budget: Budget, wanted: Wanted) -> Change:
-    """Set a limit of a mailbox, or (`*`) of every mailbox or the tenant, in the place of the settings, at once."""
+    """Set a limit of a mailbox, or (`*`) of every one, the tenant or the fleet, instead of the settings, at once."""
     return _change(budget, operations.set_limits(_named(mailbox), {budget: wanted.limit}, who=f"api:{who}"))
 
 

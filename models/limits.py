@@ -1,7 +1,9 @@
-"""Limits that operators set at run time: a mailbox's own, and those for every mailbox and the tenant.
+"""Limits that operators set at run time: a mailbox's own, those for every mailbox and the tenant, and the fleet's.
 
 They stand in ``mailboxes.limits`` by the names of the limiter's budgets, in its units; those for every mailbox in the
 row `turns.EVERY`. Redis is told of them afterwards, and again whenever it has forgotten: the table is the truth.
+
+How much may be in flight in the whole fleet stands in ``fleet_limits`` by the settings' names. The scheduler reads it.
 """
 
 from __future__ import annotations
@@ -52,19 +54,49 @@ def change(mailbox: str, changes: Mapping[str, int | None]) -> tuple[Limits, Lim
     return before, after
 
 
+def of_fleet() -> Limits:
+    """Return the limits that were set for the whole fleet."""
+    return dict(rows("SELECT name, value FROM fleet_limits", prepared=True))
+
+
+def change_fleet(changes: Mapping[str, int | None]) -> tuple[Limits, Limits]:
+    """Set these limits of the whole fleet, None unsets one; return what was set before, and what is now.
+
+    Of two changes at the same time the second sees the first.
+    """
+    with transaction():
+        rows("LOCK TABLE fleet_limits IN SHARE ROW EXCLUSIVE MODE")  # a limit that is not set has no row to lock
+        before = of_fleet()
+        for name, value in changes.items():
+            rows("DELETE FROM fleet_limits WHERE name = %(name)s", {"name": name})
+            if value is not None:
+                rows(
+                    "INSERT INTO fleet_limits (name, value) VALUES (%(name)s, %(value)s)",
+                    {"name": name, "value": value},
+                )
+        return before, of_fleet()
+
+
 _ALL_SET = """
-    SELECT m.mailbox, own.budget, own.value::bigint, said.who, said.at
-    FROM mailboxes m CROSS JOIN LATERAL jsonb_each_text(m.limits) AS own (budget, value)
+    SELECT own.mailbox, own.budget, own.value, said.who, said.at
+    FROM (
+        SELECT m.mailbox, each.budget, each.value::bigint
+        FROM mailboxes m CROSS JOIN LATERAL jsonb_each_text(m.limits) AS each (budget, value) WHERE m.limits <> '{}'
+        UNION ALL SELECT %(every)s, name, value FROM fleet_limits
+    ) AS own (mailbox, budget, value)
     LEFT JOIN LATERAL (
         SELECT who, at FROM audit_log
-        WHERE subject = m.mailbox AND action = 'limits.set' AND detail ? own.budget ORDER BY at DESC LIMIT 1
+        WHERE subject = own.mailbox AND action = 'limits.set' AND detail ? own.budget ORDER BY at DESC LIMIT 1
     ) AS said ON true
-    WHERE m.limits <> '{}' AND coalesce(m.mailbox = %(mailbox)s, true)
-    ORDER BY m.mailbox <> %(every)s, m.mailbox, own.budget
+    WHERE coalesce(own.mailbox = %(mailbox)s, true)
+    ORDER BY own.mailbox <> %(every)s, own.mailbox, own.budget
 """
 
 
 def all_set(mailbox: str | None = None) -> list[SetLimit]:
-    """Return every limit that stands, with who set it last, those for every mailbox first; or of this one alone."""
+    """Return every limit that stands, with who set it last, those for every mailbox and the fleet first.
+
+    Or those of this mailbox alone; of `EVERY` with the fleet's.
+    """
     parameters = {"mailbox": mailbox.lower() if mailbox else None, "every": EVERY}
     return [SetLimit(*row) for row in rows(_ALL_SET, parameters)]

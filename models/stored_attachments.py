@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+from models import audit
 from models.database import rows, transaction
 from models.holds import NOT_HELD
 from models.ids import as_uuid
@@ -231,9 +232,16 @@ def give_up(id: str) -> None:
     rows("UPDATE stored_attachments SET deleting_at = now() WHERE id = %(id)s AND stored_at IS NULL", {"id": id})
 
 
-def forget(ids: list[str]) -> None:
-    """Delete the rows of attachments that were taken and whose files are gone."""
-    rows(
-        "DELETE FROM stored_attachments WHERE id = ANY(%(ids)s::uuid[]) AND deleting_at IS NOT NULL",
-        {"ids": ids},
-    )
+def forget(ids: list[str], *, who: str) -> int:
+    """Delete the rows of attachments that were taken and whose files are gone; return how many, as the audit log does.
+
+    Safe to repeat: what was forgotten before is not written down again.
+    """
+    with transaction():
+        gone = rows(
+            "DELETE FROM stored_attachments WHERE id = ANY(%(ids)s::uuid[]) AND deleting_at IS NOT NULL RETURNING 1",
+            {"ids": ids},
+        )
+        if gone:
+            audit.record(who, "purge", "attachments", count=len(gone))
+    return len(gone)

@@ -295,6 +295,17 @@ class PausedRoute(_Row):
         table_name = "routes"
 
 
+class FleetLimit(_Row):
+    """How much of a kind may be in flight in the whole fleet, where an operator has set it."""
+
+    name = peewee.TextField(primary_key=True)
+    value = peewee.IntegerField()
+    updated_at = TimestampField()
+
+    class Meta:
+        table_name = "fleet_limits"
+
+
 class AuditEntry(_Row):
     """Who did what to which email, mailbox or setting."""
 
@@ -324,5 +335,6 @@ TABLES = (
     DeadLetterNotice,
     Mailbox,
     PausedRoute,
+    FleetLimit,
     AuditEntry,
 )

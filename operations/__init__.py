@@ -9,6 +9,7 @@ from models.cancelling import NotCancellable
 from operations.archive import backup, count_expired, export_backup, find_backups, list_backups, purge_backups
 from operations.attaching import Attached, attach
 from operations.budgets import (
+    FLEET_LIMITS,
     MAILBOX_LIMITS,
     TENANT_LIMITS,
     Limit,
@@ -31,6 +32,7 @@ from operations.verification import Discrepancy, Fault, Verification, count_to_v
 
 __all__ = [
     "EVERY",
+    "FLEET_LIMITS",
     "MAILBOX_LIMITS",
     "TENANT_LIMITS",
     "Attached",

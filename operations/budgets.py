@@ -9,7 +9,15 @@ from typing import NamedTuple
 import models
 import runtime
 from actors.budgets import OPERATORS_PATIENCE, turn
-from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS, Bounds
+from actors.concurrency import Concurrency
+from bounds import (
+    CONCURRENCY_BOUNDS,
+    COUNT_BOUNDS,
+    FLEET_CONCURRENCY_BOUNDS,
+    REQUESTS_BOUNDS,
+    UPLOAD_MB_BOUNDS,
+    Bounds,
+)
 from contracts import MAX_RECIPIENTS
 from limiter import Unavailable
 from models import audit, mailboxes
@@ -32,6 +40,8 @@ TENANT_LIMITS: Mapping[str, Bounds] = {
     "tenant_requests": REQUESTS_BOUNDS,
     "tenant_external_recipients": COUNT_BOUNDS,
 }
+#: What may be set for the fleet: how much of a kind may be in flight.
+FLEET_LIMITS: Mapping[str, Bounds] = dict.fromkeys(Concurrency._fields, FLEET_CONCURRENCY_BOUNDS)
 
 
 class Limit(NamedTuple):
@@ -111,18 +121,20 @@ def held(mailbox: str | None) -> list[Held]:
 
 
 def set_limits(mailbox: str | None, limits: Mapping[str, int], *, who: str) -> LimitsChange:
-    """Set limits of a mailbox, or (None) for every mailbox and the tenant, in the place of the settings.
+    """Set limits of a mailbox, or (None) for every mailbox, the tenant and the fleet, in the place of the settings.
 
     Mail that waits for budget is looked at anew. Repeating it is harmless, and tells Redis again.
 
     Args:
-        limits: In the budgets' units; 0 switches a limit off.
+        limits: In the budgets' units; 0 switches a limit off, except of the fleet's.
 
     Raises:
         NotALimit: Nothing was changed.
     """
     for name, limit in limits.items():
         bounds = _bounds(mailbox, name)
+        if name in FLEET_LIMITS and limit == 0:
+            raise NotALimit(f"{name} must be {bounds.least} or more; to send nothing, pause")
         try:
             bounds.check(limit)
         except ValueError as problem:
@@ -139,18 +151,19 @@ def unset_limits(mailbox: str | None, names: Iterable[str], *, who: str) -> Limi
 
 
 def _bounds(mailbox: str | None, name: str) -> Bounds:
-    known = MAILBOX_LIMITS if mailbox else {**MAILBOX_LIMITS, **TENANT_LIMITS}
+    known = MAILBOX_LIMITS if mailbox else {**MAILBOX_LIMITS, **TENANT_LIMITS, **FLEET_LIMITS}
     if name in known:
         return known[name]
-    if name in TENANT_LIMITS:
-        raise NotALimit(f"{name} is the tenant's: it is set without a mailbox")
+    for limits, whose in ((TENANT_LIMITS, "tenant"), (FLEET_LIMITS, "fleet")):
+        if name in limits:
+            raise NotALimit(f"{name} is the {whose}'s: it is set without a mailbox")
     raise NotALimit(f"there is no limit named {name}; there are {', '.join(known)}")
 
 
 def _change(mailbox: str | None, changes: Mapping[str, int | None], action: str, who: str) -> LimitsChange:
     subject = mailbox.lower() if mailbox else EVERY
     with models.transaction():
-        before, after = set_by_operators.change(subject, changes)
+        before, after = _write(subject, changes)
         changed = {name: {"old": before.get(name), "new": after.get(name)} for name in changes}
         if any(values["old"] != values["new"] for values in changed.values()):
             audit.record(who, action, subject, **changed)
@@ -158,6 +171,21 @@ def _change(mailbox: str | None, changes: Mapping[str, int | None], action: str,
     mailboxes.look_anew(subject)
     runtime.wake("schedule_emails")
     return LimitsChange({name: before.get(name) for name in changes}, {name: after.get(name) for name in changes}, told)
+
+
+def _write(subject: str, changes: Mapping[str, int | None]) -> tuple[dict[str, int], dict[str, int]]:
+    """Change the budgets of a mailbox, or of every one, and the limits of the fleet, each where it stands."""
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    of_fleet = {name: limit for name, limit in changes.items() if name in FLEET_LIMITS}
+    budgets = {name: limit for name, limit in changes.items() if name not in FLEET_LIMITS}
+    for was, now in (
+        *([set_by_operators.change_fleet(of_fleet)] if of_fleet else []),
+        *([set_by_operators.change(subject, budgets)] if budgets else []),
+    ):
+        before |= was
+        after |= now
+    return before, after
 
 
 def _tell(mailbox: str | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import runtime
+from actors import concurrency
 from forecast import Fleet, Forecast, Later, Usage, Workload, foresee, planned
 from graph_client import ATTACH_JSON_BYTES, SMALL_ATTACHMENT_BYTES, UPLOAD_RANGE_BYTES, attach_bytes
 from limiter import BudgetUsage
@@ -35,9 +36,10 @@ def forecast(*, emails: int | None = None, mailboxes: int = 1, attachment_bytes:
             emails, mailboxes, upload_bytes=upload_bytes, attach_requests=attach_requests, usage=_usage(unused)
         )
     paused_until = runtime.limiter.tenant_paused_until()
+    at_work = concurrency.effective()
     fleet = Fleet(
-        plain_concurrency=runtime.configuration.send_plain_concurrency,
-        attached_concurrency=runtime.configuration.send_attached_concurrency,
+        plain_concurrency=at_work.send_plain_concurrency,
+        attached_concurrency=at_work.send_attached_concurrency,
         call=workload.send_duration() or _UNMEASURED_CALL,
         plain_calls=(1, 2) if runtime.configuration.send_plain_via == "sendmail" else (2, 1),
         usage=_usage(runtime.limiter.tenant_usage()),

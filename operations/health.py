@@ -16,6 +16,7 @@ from dramatiq.common import xq_name
 
 import models
 import runtime
+from actors import concurrency
 from broker import MIRROR_QUEUE
 from graph_client.errors import GraphError
 from limiter import Refused
@@ -40,13 +41,16 @@ def backlog() -> Backlog:
 
 
 def concurrency_limits() -> dict[str, int]:
-    """Return how many emails of each route, and how many backups, may be in flight in the whole fleet."""
-    configuration = runtime.configuration
-    return {
-        Route.PLAIN.value: configuration.send_plain_concurrency,
-        Route.ATTACHED.value: configuration.send_attached_concurrency,
-        "backup": configuration.backup_concurrency,
-    }
+    """Return how many emails of each route, and how many backups, may be in flight in the whole fleet.
+
+    Raises:
+        ServerAway: PostgreSQL does not answer.
+    """
+    try:
+        limits = concurrency.effective()
+    except models.DatabaseAway as away:
+        raise ServerAway(str(away)) from away
+    return {**{route.value: limits.of(route) for route in Route}, "backup": limits.backup_concurrency}
 
 
 class QueueState(NamedTuple):

@@ -84,9 +84,18 @@ class Fake:
 
 
 class FakeVault(Fake):
-    """The engine ``kv`` with secrets below ``mail/fleet``."""
+    """The engine ``kv`` with secrets below ``mail/fleet``.
+
+    The policy of its tokens leaves out what is ``forbidden``; of what is ``deleted`` it has the metadata alone, as of a
+    version that was deleted or destroyed.
+    """
 
     namespace: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forbidden: set[str] = set()
+        self.deleted: set[str] = set()
 
     @property
     def address(self) -> str:
@@ -102,6 +111,11 @@ class FakeVault(Fake):
         if headers["X-Vault-Token"] not in self.tokens:
             return Reply(403, {"errors": ["permission denied"]})
         name = path.removeprefix("/v1/kv/data/mail/fleet/")
+        if name in self.forbidden:
+            return Reply(403, {"errors": ["1 error occurred:\n\t* permission denied\n\n"]})
+        if name in self.deleted:
+            deleted = {"version": 2, "destroyed": False, "deletion_time": "2026-01-02T00:00:00Z"}
+            return Reply(404, {"lease_duration": 0, "data": {"data": None, "metadata": deleted}})
         if method != "GET" or name not in self.secrets:
             return Reply(404, {"errors": []})
         metadata = {"version": 1, "destroyed": False, "created_time": "2026-01-01T00:00:00Z"}
@@ -111,6 +125,15 @@ class FakeVault(Fake):
         if not right:
             return Reply(400, {"errors": ["invalid role or secret ID"]})
         return Reply(200, {"auth": {"client_token": self.grant(), "lease_duration": 3600, "renewable": True}})
+
+
+#: What Vault answers to everything while it can do nothing for us, by its state.
+VAULT_STATES = {
+    "sealed": Reply(503, {"errors": ["Vault is sealed"]}),
+    "standby": Reply(429, {"errors": []}),
+    "performance standby": Reply(473, {"errors": []}),
+    "in maintenance": Reply(503, {"errors": []}),
+}
 
 
 class FakeAzure(Fake):

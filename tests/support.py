@@ -235,6 +235,7 @@ def tables(shared_database: str) -> str:
     models.connect(shared_database, "tests")
     for name in (
         "routes",
+        "fleet_limits",
         "holds",
         "email_backups",
         "stored_attachments",

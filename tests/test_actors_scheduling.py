@@ -12,6 +12,7 @@ from support import SENDER, Fleet, email_row, everything, make_due, rows, store,
 
 import actors
 import models
+import operations
 import runtime
 from models import mailboxes
 from outbox import Unconfirmed
@@ -243,6 +244,31 @@ def test_due_backups_are_handed_to_their_queue_up_to_the_fleets_concurrency(flee
     (message,) = fleet.take("backup")
     assert len(message.args[0]) == 2
     assert message.actor_name == "backup_emails"
+
+
+def test_what_may_be_in_flight_is_changed_while_the_scheduler_runs(fleet: Fleet, configure: Configure) -> None:
+    # Given
+    configure(send_plain_concurrency=1, backup_concurrency=1, mailbox_concurrency=0)
+    for result in store_many(4, **{"from": "ben@example.com"}):
+        support.claim(result.incoming_email_id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)
+    for number in range(4):
+        store(publisher_message_id=f"plain-{number}")
+
+    def in_flight() -> tuple[int, int]:
+        fleet.schedule()
+        leased = [len([row for row in table(name) if row[column]]) for name, column in LEASES.items()]
+        return leased[0], leased[1]
+
+    assert in_flight() == (1, 1)
+    # Then more goes out, by each as it was set
+    operations.set_limits(None, {"send_plain_concurrency": 3, "backup_concurrency": 2}, who="tests")
+    assert in_flight() == (3, 2)
+    # And back to the settings: what is in hand stays, and nothing is added
+    operations.unset_limits(None, ["send_plain_concurrency", "backup_concurrency"], who="tests")
+    assert in_flight() == (3, 2)
+
+
+LEASES = {"incoming_emails": "lease_until", "sent_emails": "backup_lease_until"}
 
 
 def test_a_paused_mailbox_is_left_alone_and_others_are_not(fleet: Fleet) -> None:

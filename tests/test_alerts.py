@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 import yaml
+from pages import anchors
 
 import telemetry
 
@@ -59,12 +60,6 @@ def test_a_query_of_a_metric_or_label_that_does_not_exist_would_be_found() -> No
     assert strange("mailfleet_stage_duration_seconds_bucket") == []
 
 
-def anchors(document: Path) -> set[str]:
-    """The anchors that a Markdown page has on every forge."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: alert["alert"])
 def test_every_alert_says_how_urgent_it_is_what_is_seen_and_what_to_do(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"page", "ticket"}
@@ -81,15 +76,13 @@ def test_every_alert_is_seen_firing_by_a_unit_test_and_all_are_seen_silent() -> 
     assert [] in expected
 
 
-# bin/test installs promtool where it may; elsewhere there is nothing to run.
-if PROMTOOL := shutil.which("promtool"):
-
-    def test_the_alerts_unit_tests_pass() -> None:
-        for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]):
-            ended = subprocess.run(
-                [PROMTOOL, *command], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60, check=False
-            )
-            assert ended.returncode == 0, ended.stdout + ended.stderr
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed: bin/test does so where it may")
+def test_the_alerts_unit_tests_pass() -> None:
+    for command in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]):
+        ended = subprocess.run(
+            ["promtool", *command], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_the_dashboards_panels_do_not_lie_over_each_other_and_have_ids_of_their_own() -> None:

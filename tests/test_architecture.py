@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"contracts"},
     "outbox": {"contracts"},
     "worker_metrics": {"orphans", "settings", "telemetry"},
-    "asyncapi": {"contracts"},
+    "asyncapi": {"contracts", "notices"},
     "migrations": {"settings"},
     "runtime": {*LEAVES, "models", "outbox", "waking", "worker_metrics"},
     "actors": {*LEAVES, "models", "outbox", "runtime"},

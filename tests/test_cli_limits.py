@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,6 +70,9 @@ def test_limits_are_set_shown_with_who_set_them_and_unset() -> None:
     assert "not set" in undone
     assert answer("limits", "unset", "sends")["after"] == {"sends": None}
     assert own_limits() == {"*": {"tenant_requests": 0}}
+    assert answer("limits", "set", "send_plain_concurrency=90")["after"] == {"send_plain_concurrency": 90}
+    assert re.search(r"the fleet +send_plain_concurrency +90 +cli:", mailfleet("limits", "show").output)
+    assert answer("limits", "unset", "send_plain_concurrency")["before"] == {"send_plain_concurrency": 90}
     assert {action for _, action, _ in audited()} == {"limits.set", "limits.unset"}
 
 

@@ -322,6 +322,8 @@ def test_limits_are_set_shown_and_unset(operator: Caller) -> None:
     assert [each["budget"] for each in shown["limits"]] == ["recipients", "sends"]
     assert operator.do("DELETE", f"{own}/sends")["before"] == 7
     assert operator.do("PUT", "/limits/*/tenant_requests", limit=50)["after"] == 50
+    assert operator.do("PUT", "/limits/*/backup_concurrency", limit=9)["after"] == 9
+    assert operator.do("DELETE", "/limits/*/backup_concurrency")["before"] == 9
     assert {each["mailbox"] for each in operator.get("/limits/*")["limits"]} == {"*", "ann@example.com"}
     assert {(who, action) for who, action, _ in audited()} == {(BY_ANN, "limits.set"), (BY_ANN, "limits.unset")}
 
@@ -331,6 +333,8 @@ def test_limits_are_set_shown_and_unset(operator: Caller) -> None:
     [
         ("/limits/ann@example.com/speed", {"limit": 1}),
         ("/limits/ann@example.com/tenant_requests", {"limit": 1}),
+        ("/limits/ann@example.com/send_plain_concurrency", {"limit": 1}),
+        ("/limits/*/send_plain_concurrency", {"limit": 0}),
         ("/limits/ann@example.com/sends", {"limit": -1}),
         ("/limits/ann@example.com/sends", {"limit": 1.5}),
         ("/limits/ann@example.com/sends", {"limit": 10**14}),
@@ -493,6 +497,7 @@ def test_each_example_of_the_documentation_works_as_it_stands(url: str) -> None:
         "dlq.discarded",
         "limits.set",
         "limits.unset",
+        "limits.set",
         "pause",
         "resume",
         "backups.export",

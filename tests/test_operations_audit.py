@@ -1,4 +1,7 @@
-"""Whoever changes something through `operations` is written down: no verb can be added that forgets it."""
+"""Whoever changes something through `operations` is written down.
+
+A verb that is added fails here until it writes down who acts, or is listed as one that changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,36 @@ import operations
 VERBS = {
     name: getattr(operations, name) for name in operations.__all__ if inspect.isfunction(getattr(operations, name))
 }
-AUDITED = sorted(name for name, verb in VERBS.items() if "who" in inspect.signature(verb).parameters)
+#: What looks and changes nothing; and `publish`, which only puts a mail on the queue, as its publisher does.
+UNAUDITED = {
+    "backlog",
+    "backup",
+    "concurrency_limits",
+    "count_expired",
+    "count_to_verify",
+    "dead_letter",
+    "dead_letter_groups",
+    "doctor",
+    "find_backups",
+    "find_dead_letters",
+    "find_emails",
+    "forecast",
+    "held",
+    "limits",
+    "limits_set",
+    "list_backups",
+    "list_holds",
+    "older_keys",
+    "open_dead_letter",
+    "pauses",
+    "publish",
+    "queues",
+    "ready",
+    "recipient_firewall",
+    "status",
+    "timeline",
+}
+AUDITED = sorted(VERBS.keys() - UNAUDITED)
 
 
 def writes_down_who(function: ast.FunctionDef, others: dict[str, ast.FunctionDef]) -> bool:
@@ -29,8 +61,15 @@ def writes_down_who(function: ast.FunctionDef, others: dict[str, ast.FunctionDef
     return False
 
 
+def test_no_verb_is_left_out_that_is_not_there_or_is_told_who_acts() -> None:
+    told_who = {name for name, verb in VERBS.items() if "who" in inspect.signature(verb).parameters}
+    assert VERBS.keys() >= UNAUDITED
+    assert not UNAUDITED & told_who
+
+
 @pytest.mark.parametrize("name", AUDITED)
-def test_a_verb_that_is_told_who_acts_writes_it_down(name: str) -> None:
+def test_a_verb_that_changes_something_is_told_who_acts_and_writes_it_down(name: str) -> None:
+    assert "who" in inspect.signature(VERBS[name]).parameters
     tree = ast.parse(inspect.getsource(inspect.getmodule(VERBS[name])))  # type: ignore[arg-type]
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert writes_down_who(functions[VERBS[name].__name__], functions)

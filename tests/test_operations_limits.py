@@ -125,6 +125,9 @@ def test_what_changes_nothing_is_not_written_down_and_is_told_again() -> None:
         (ANN, {"concurrency": 1_001}, "from 1 to 1000"),
         (ANN, {"sends": 40, "speed": 1}, "no limit named speed; there are concurrency, requests, upload_bytes, sends"),
         (ANN, {"tenant_requests": 5}, "tenant_requests is the tenant's: it is set without a mailbox"),
+        (ANN, {"backup_concurrency": 5}, "backup_concurrency is the fleet's: it is set without a mailbox"),
+        (None, {"sends": 4, "send_plain_concurrency": 0}, "must be 1 or more; to send nothing, pause"),
+        (None, {"send_attached_concurrency": 1_000_001}, "from 1 to 1000000"),
         (None, {"": 5}, "recipients, tenant_requests, tenant_external_recipients"),
     ],
     ids=str,
@@ -134,7 +137,7 @@ def test_a_limit_that_cannot_be_is_refused_and_nothing_is_changed(
 ) -> None:
     with pytest.raises(NotALimit, match=sentence):
         operations.set_limits(mailbox, limits, who=WHO)
-    assert (table("mailboxes"), audited()) == ([], [])
+    assert (table("mailboxes"), table("fleet_limits"), audited()) == ([], [], [])
 
 
 def test_an_unknown_limit_is_not_unset() -> None:
@@ -147,6 +150,43 @@ def test_the_limits_that_may_be_set_are_those_that_the_limiter_has() -> None:
     assert {each.budget for each in operations.limits(ANN)} == operations.MAILBOX_LIMITS.keys()
     operations.set_limits(None, dict.fromkeys(operations.TENANT_LIMITS, 10), who=WHO)
     assert {each.budget for each in operations.limits(None)} == operations.TENANT_LIMITS.keys()
+
+
+def test_what_may_be_in_flight_in_the_fleet_is_set_shown_unset_and_written_down() -> None:
+    configured = operations.concurrency_limits()
+    # When
+    change = operations.set_limits(None, {"send_plain_concurrency": 7, "backup_concurrency": 3, "sends": 9}, who=WHO)
+    # Then
+    assert change.before == dict.fromkeys(change.after)
+    assert change.after == {"send_plain_concurrency": 7, "backup_concurrency": 3, "sends": 9}
+    assert operations.concurrency_limits() == configured | {"no-attachment": 7, "backup": 3}
+    assert [(each.mailbox, each.budget, each.limit, each.set_by) for each in operations.limits_set(EVERY)] == [
+        (EVERY, "backup_concurrency", 3, WHO),
+        (EVERY, "send_plain_concurrency", 7, WHO),
+        (EVERY, "sends", 9, WHO),
+    ]
+    # And a limiter, of an earlier version too, is told of budgets alone
+    assert own(EVERY) == {"sends": 9}
+    # And back
+    assert operations.unset_limits(None, ["send_plain_concurrency", "sends"], who=WHO).before == {
+        "send_plain_concurrency": 7,
+        "sends": 9,
+    }
+    assert operations.concurrency_limits() == configured | {"backup": 3}
+    assert [action for _, action, _ in audited()] == ["limits.set", "limits.unset"]
+
+
+def test_of_two_changes_of_the_fleets_limits_at_a_time_both_stand() -> None:
+    names = list(operations.FLEET_LIMITS)
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        wait([pool.submit(operations.set_limits, None, {name: 5}, who=WHO) for name in names])
+    assert {each.budget for each in operations.limits_set()} == {*names}
+
+
+def test_what_a_later_version_has_set_of_the_fleet_is_passed_over() -> None:
+    configured = operations.concurrency_limits()
+    rows("INSERT INTO fleet_limits (name, value) VALUES ('look_up_concurrency', 5)")
+    assert operations.concurrency_limits() == configured
 
 
 @pytest.mark.parametrize(("mailbox", "still_waiting"), [("ANN@example.com", {BO, EVERY}), (None, set())])

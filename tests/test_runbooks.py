@@ -7,21 +7,27 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import operator_support
-import orjson
 import psycopg2
 import pytest
 import support
-from operator_support import MAILFLEET, archive, give_up, mailfleet, workers
+from operator_support import MAILFLEET, Ended, archive, give_up, mailfleet, workers
+from test_alerts import strange
 
+import models
+import operations
+import runtime
+import telemetry
 from migrations.__main__ import migrate
-from models import holds
+from models.dead_letters import Filter
 from sandbox.world import new_database
 from simulator.control import Simulator
+from vault import Keyring, Vault
 
 shared_database, tables = support.shared_database, support.tables
 run_time_limits = operator_support.run_time_limits
@@ -50,56 +56,234 @@ def section(heading: str) -> str:
     return found[1]
 
 
-# What an operator has before him when he types a command: the mail that it is about
+# Scenes: of each command what an operator has before him when he types it, and what is to be seen afterwards
 
 
-def a_waiting_mail() -> str:
-    return support.store(publisher_message_id="waits")
+class Typed(NamedTuple):
+    """A command of a page as it is typed, without ``mailfleet``."""
+
+    words: list[str]
+
+    def says(self, *verbs: str) -> bool:
+        return self.words[: len(verbs)] == [*verbs]
+
+    def option(self, name: str) -> str | None:
+        return self.words[self.words.index(name) + 1] if name in self.words else None
+
+    def values(self) -> dict[str, int]:
+        """The limits that it sets, or those that it unsets, with a value that one may have."""
+        named = (word.partition("=") for word in self.words[2:] if word != "MAILBOX")
+        return {name: int(value or 2) for name, _, value in named}
+
+    def subject(self) -> str:
+        """What is paused or resumed: everything, a route or the mailbox."""
+        return operations.EVERY if "--all" in self.words else self.option("--route") or support.SENDER
+
+    def mailbox(self) -> str | None:
+        return support.SENDER if "MAILBOX" in self.words else None
 
 
-def a_dead_letter() -> str:
-    return give_up("given-up", reason="mailbox_denied")
+#: Yields the id that the command is about, is sent how it ended, and sees what that has done.
+Scene = Generator[str, Ended, None]
 
 
-def an_archived_mail() -> str:
-    return archive("archived", mime=b"Subject: Your order\r\n\r\nThank you.")
+def dead_letters(typed: Typed) -> Scene:
+    reason = typed.option("--reason") or "mailbox_denied"
+    id = give_up("given-up", reason=reason)
+    other = give_up("another", reason="damaged", **{"from": "zoe@example.com"})
+    ended = yield id
+    resolved = {"replay": "replayed", "discard": "discarded"}.get(typed.words[1])
+    if resolved and "--dry-run" not in typed.words:
+        letters = [models.dead_letters.find(each) for each in (id, other)]
+        assert [letter.status for letter in letters if letter] == [resolved, "open"]
+        assert support.email_row(id)["status"] == ("received" if resolved == "replayed" else "failed")
+    else:
+        # It names what is meant and, where that is narrowed, nothing else; and leaves all as it was.
+        narrowed = reason in typed.words or "show" in typed.words
+        assert (reason in ended.output, "damaged" in ended.output) == (True, not narrowed)
+        assert len(operations.find_dead_letters(Filter(), limit=None)) == 2
 
 
-def a_mail_on_hold() -> str:
-    id = an_archived_mail()
-    holds.place(id, reason="case 12", who="tests")
-    return id
+def finding(typed: Typed) -> Scene:
+    archive("archived")
+    id = support.store(publisher_message_id="waits")
+    if "--in-doubt" in typed.words:
+        support.claim(id).mark_in_doubt(look_again_in=support.LEASE, evidence={"asked": "send", "seen": "silence"})
+    elif typed.option("--status") == "dispatched":
+        support.dispatch()
+    ended = yield id
+    narrowed = bool(typed.option("--status") or "--in-doubt" in typed.words)
+    assert ("waits" in ended.output, "archived" in ended.output) == (True, not narrowed)
 
 
-#: By how a command begins; the first that fits.
-SCENES: dict[str, Callable[[], str]] = {
-    "mailfleet dlq": a_dead_letter,
-    "mailfleet backups": an_archived_mail,
-    "mailfleet hold": an_archived_mail,
-    "mailfleet release": a_mail_on_hold,
-    "mailfleet ": a_waiting_mail,
+def showing_status(typed: Typed) -> Scene:
+    ended = yield support.store(publisher_message_id="waits")
+    assert "waits" in ended.output
+    assert "received" in ended.output
+
+
+def cancelling(typed: Typed) -> Scene:
+    id = support.store(publisher_message_id="waits")
+    yield id
+    assert support.email_row(id)["status"] == "cancelled"
+
+
+def holding(typed: Typed) -> Scene:
+    id = archive("archived")
+    yield id
+    assert [(each.incoming_email_id, each.reason) for each in operations.list_holds(limit=9)] == [
+        (id, typed.option("--why"))
+    ]
+
+
+def releasing(typed: Typed) -> Scene:
+    id = archive("archived")
+    operations.hold(id, reason="case 12", who="tests")
+    yield id
+    assert operations.list_holds(limit=9) == []
+
+
+def pausing(typed: Typed) -> Scene:
+    yield ""
+    (pause,) = operations.pauses()
+    assert (pause.route or pause.mailbox) == typed.subject()
+    assert pause.pause_reason == (typed.option("--why") or "paused by hand")
+    assert pause.until_resumed == ("--for" not in typed.words)
+
+
+def resuming(typed: Typed) -> Scene:
+    operations.pause(typed.subject(), why="tests", who="tests", wait=None)
+    ended = yield ""
+    assert operations.pauses() == []
+    assert ended.output.endswith("is resumed\n")
+
+
+def setting_limits(typed: Typed) -> Scene:
+    yield ""
+    stand = {(each.mailbox, each.budget): each.limit for each in operations.limits_set()}
+    assert stand == {(typed.mailbox() or operations.EVERY, name): limit for name, limit in typed.values().items()}
+
+
+def unsetting_limits(typed: Typed) -> Scene:
+    operations.set_limits(typed.mailbox(), typed.values(), who="tests")
+    yield ""
+    assert operations.limits_set() == []
+
+
+def showing_limits(typed: Typed) -> Scene:
+    operations.set_limits(None, {"concurrency": 3, "tenant_requests": 777}, who="ann")
+    operations.pause(support.SENDER, why="a reason of ours", who="ann", wait=None)
+    ended = yield ""
+    assert "a reason of ours" in ended.output
+    assert re.search(r"\bconcurrency +0 +3\b" if typed.mailbox() else r"\btenant_requests +0 +777\b", ended.output)
+
+
+def verifying(typed: Typed) -> Scene:
+    ended = yield archive("archived")
+    assert ended.output.endswith("1 backups opened, 1 mails looked up: 0 wrong\n")
+
+
+def changing_keys(typed: Typed) -> Scene:
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(runtime, "vault", Vault(Keyring({"earlier": bytes(range(32))})))
+        id = archive("archived")
+    with pytest.MonkeyPatch.context() as now:
+        ring = {"newest": bytes(range(32, 64)), "earlier": bytes(range(32))}
+        now.setattr(runtime, "vault", Vault(Keyring(ring)))
+        ended = yield id
+        assert "1 backups, 0 attachments, 0 payload keys are now under newest" in ended.output
+        assert operations.older_keys() == {}
+
+
+def counting_expired(typed: Typed) -> Scene:
+    id = archive("archived")
+    models.rows("UPDATE email_backups SET expires_at = now()")
+    ended = yield id
+    assert ended.output == "1 backups would be deleted\n"
+    assert support.table("email_backups")
+
+
+def asking_the_doctor(typed: Typed) -> Scene:
+    ended = yield ""
+    assert len(re.findall(r"^ *ok ", ended.output, re.MULTILINE)) > 5
+    assert "PROBLEM" not in ended.output
+
+
+def forecasting(typed: Typed) -> Scene:
+    ended = yield support.store(publisher_message_id="waits")
+    assert ended.output.startswith(f"{int(typed.option('--emails') or 1):,} emails: done in ")
+
+
+SCENES: dict[tuple[str, ...], Callable[[Typed], Scene]] = {
+    ("dlq",): dead_letters,
+    ("emails", "list"): finding,
+    ("status",): showing_status,
+    ("cancel",): cancelling,
+    ("hold",): holding,
+    ("release",): releasing,
+    ("pause",): pausing,
+    ("resume",): resuming,
+    ("limits", "set"): setting_limits,
+    ("limits", "unset"): unsetting_limits,
+    ("limits", "show"): showing_limits,
+    ("backups", "verify"): verifying,
+    ("backups", "rotate-keys"): changing_keys,
+    ("backups", "purge"): counting_expired,
+    ("doctor",): asking_the_doctor,
+    ("forecast",): forecasting,
 }
 
 
 @pytest.fixture
-def desk(tables: str, run_time_limits: None, graph: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that are well, in a directory with nothing but a mail to publish."""
-    monkeypatch.chdir(tmp_path)
-    Path("mail.json").write_bytes(orjson.dumps(support.send_email()))
+def desk(tables: str, run_time_limits: None, graph: Simulator) -> None:
+    """Servers that are well."""
 
 
 @pytest.mark.parametrize("command", commands(PAGE + SCALE))
 def test_each_command_of_the_runbooks_does_what_it_says(command: str, desk: None) -> None:
     # Given
-    about = next(scene for start, scene in SCENES.items() if command.startswith(start))()
-    words = [
-        {"ID": about, "MAILBOX": support.SENDER, "FILE": "a-file"}.get(word, word) for word in shlex.split(command)
-    ]
+    typed = Typed(shlex.split(command)[1:])
+    scene = next(scene for verbs, scene in SCENES.items() if typed.says(*verbs))(typed)
+    about = {"ID": next(scene), "MAILBOX": support.SENDER}
     # When
     with workers():
-        ended = mailfleet(*words[1:])
+        ended = mailfleet(*(about.get(word, word) for word in typed.words))
     # Then
     assert (ended.status, ended.complaint) == (0, ""), ended
+    with pytest.raises(StopIteration):
+        scene.send(ended)
+
+
+# What the pages name
+
+
+def reasons() -> set[str]:
+    """Every reason that a dead letter can have: the names of our errors, and what actors call by a word."""
+    pending, names = [Exception], set()
+    while pending:
+        for error in pending.pop().__subclasses__():
+            pending.append(error)
+            if (ROOT / f"{error.__module__.partition('.')[0]}.py").exists() or (
+                ROOT / error.__module__.partition(".")[0]
+            ).is_dir():
+                names.add(re.sub(r"(?<!^)(?=[A-Z])", "_", error.__name__).lower())
+    texts = [file.read_text() for file in (ROOT / "actors").glob("*.py")]
+    return names | {word for text in texts for word in re.findall(r'"([a-z_]+)"', text)}
+
+
+def test_each_reason_of_the_runbooks_is_one_that_a_dead_letter_can_have() -> None:
+    cells = re.findall(r"^\| (`.+?) \|", section("Dead letters"), re.MULTILINE)
+    named = {reason for cell in cells for reason in re.findall(r"`(\w+)`", cell)}
+    named |= {reason for command in commands(PAGE + SCALE) for reason in re.findall(r"--reason (\w+)", command)}
+    assert len(named) > 20
+    assert named - reasons() == set()
+    assert "mailbox_refused" not in reasons()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_each_metric_of_a_page_exists(page: Path) -> None:
+    histograms = {name for name, kind, *_ in telemetry.declared() if kind == "histogram"}
+    assert set(strange(page.read_text())) - histograms == set()
 
 
 def test_nothing_else_than_the_tools_of_a_host_is_asked_for() -> None:
@@ -113,25 +297,25 @@ def test_a_command_that_does_not_exist_would_be_found() -> None:
     assert mailfleet("halt").status == 2
 
 
-# Where PostgreSQL's tools are, as beside its server; elsewhere there is nothing to run.
-if shutil.which("pg_dump") and shutil.which("pg_restore"):
-
-    def test_a_database_is_restored_as_the_runbook_says_and_nothing_is_sent_before_a_look(
-        servers: dict[str, str], tmp_path: Path
-    ) -> None:
-        with ExitStack() as stack:
-            # Given a database with a mail that waits
-            lost, empty = (new_database(servers["DATABASE_URL"], stack) for _ in range(2))
-            migrate(lost)
-            keep_one_mail(lost)
-            dump, restore, *_ = blocks(section("Restoring the database"))
-            # When it is dumped, and restored into an empty one
-            follow(dump, lost, tmp_path)
-            shown = follow(restore, empty, tmp_path)
-            # Then the mail is there, and everything is paused
-            assert "waits" in shown
-            assert asked(empty, "SELECT count(*) FROM incoming_emails") == 1
-            assert "database restored" in follow(["mailfleet limits show"], empty, tmp_path)
+@pytest.mark.skipif(
+    not (shutil.which("pg_dump") and shutil.which("pg_restore")), reason="PostgreSQL's tools are not installed"
+)
+def test_a_database_is_restored_as_the_runbook_says_and_nothing_is_sent_before_a_look(
+    servers: dict[str, str], tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        # Given a database with a mail that waits
+        lost, empty = (new_database(servers["DATABASE_URL"], stack) for _ in range(2))
+        migrate(lost)
+        keep_one_mail(lost)
+        dump, restore, *_ = blocks(section("Restoring the database"))
+        # When it is dumped, and restored into an empty one
+        follow(dump, lost, tmp_path)
+        shown = follow(restore, empty, tmp_path)
+        # Then the mail is there, and everything is paused
+        assert "waits" in shown
+        assert asked(empty, "SELECT count(*) FROM incoming_emails") == 1
+        assert "database restored" in follow(["mailfleet limits show"], empty, tmp_path)
 
 
 def keep_one_mail(url: str) -> None:

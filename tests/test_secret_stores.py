@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from secret_store_fakes import FakeAzure, FakeVault, Reply
+from secret_store_fakes import VAULT_STATES, FakeAzure, FakeVault, Reply
 
 import secret_stores
-from secret_stores import SecretStore, StoreFailed, open_store
+from secret_stores import SecretRefused, SecretStore, StoreFailed, open_store
 
 SECRET = "hunter2-hunter2"
 
@@ -187,6 +187,42 @@ def test_the_machines_metadata_is_asked_without_a_proxy_and_a_store_elsewhere_th
 def test_what_a_policy_forbids_is_named(vault: FakeVault) -> None:
     with pytest.raises(StoreFailed, match="does not let us read REDIS_URL"):
         open_store(vault.address, {"VAULT_TOKEN": "another"}).read("REDIS_URL")
+
+
+def test_a_policy_that_leaves_one_secret_out_is_told_of_that_one_and_costs_no_other(vault: FakeVault) -> None:
+    vault.secrets["CONSOLE_TOKENS"] = SECRET
+    vault.forbidden.add("CONSOLE_TOKENS")
+    store = approle(vault)
+    with pytest.raises(SecretRefused, match="Vault does not let us read CONSOLE_TOKENS"):
+        store.read("CONSOLE_TOKENS")
+    assert store.read("REDIS_URL") == SECRET
+
+
+def test_a_secret_whose_newest_version_was_deleted_is_named_and_not_taken_for_one_that_never_was(
+    vault: FakeVault,
+) -> None:
+    vault.deleted.add("REDIS_URL")
+    with pytest.raises(StoreFailed, match="newest version of REDIS_URL in Vault was deleted: undelete it, or write"):
+        approle(vault).read("REDIS_URL")
+
+
+@pytest.mark.parametrize("logged_in", [False, True])
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("sealed", "is sealed or in maintenance"),
+        ("in maintenance", "is sealed or in maintenance"),
+        ("standby", "is a standby, or asked too often"),
+        ("performance standby", "is a standby, or asked too often"),
+    ],
+)
+def test_a_vault_that_can_do_nothing_for_us_says_why(vault: FakeVault, state: str, said: str, logged_in: bool) -> None:
+    store = approle(vault)
+    if logged_in:
+        store.read("REDIS_URL")
+    vault.instead = VAULT_STATES[state]
+    with pytest.raises(StoreFailed, match=f"Vault.* answers with status {VAULT_STATES[state].status}: it {said}"):
+        store.read("REDIS_URL")
 
 
 def test_a_store_that_is_away_is_an_error() -> None:

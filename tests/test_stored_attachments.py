@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import support
 from operator_support import audited, mailfleet
+from prometheus_client import REGISTRY
 from support import Fleet, email_row, lapse, rows, store, table, wait_until
 
 import actors
@@ -471,7 +472,7 @@ def test_what_is_to_be_deleted_is_taken_in_batches() -> None:
         assert len(table("stored_attachments")) == left
         taken = stored_attachments.take_deletable(2, keep_used=timedelta(0))
         assert len(taken) == min(2, left)
-        stored_attachments.forget(taken)
+        stored_attachments.forget(taken, who="tests")
     assert table("stored_attachments") == []
 
 
@@ -500,6 +501,26 @@ def test_while_its_file_cannot_be_deleted_a_row_waits_for_it() -> None:
     file(stored.id).rmdir()
     left_alone_long_enough()
     assert not is_kept(stored)
+
+
+def test_what_is_deleted_is_audited_and_counted_with_all_else_that_is_purged() -> None:
+    # Given two that have expired, one whose file cannot be deleted, and one that is kept
+    for stored in (attach(), attach()):
+        expire(stored)
+    cannot_be_deleted(attach())
+    attach()
+    before, written = purged("attachments"), len(audited())
+    # When
+    actors.delete_stored_attachments()
+    actors.delete_stored_attachments()
+    # Then
+    assert audited()[written:] == [("maintenance", "purge", "attachments")]
+    assert table("audit_log")[-1]["detail"] == {"count": 2}
+    assert purged("attachments") == before + 2
+
+
+def purged(kind: str) -> float:
+    return REGISTRY.get_sample_value("mailfleet_purged_total", {"kind": kind}) or 0
 
 
 def test_files_that_cannot_be_deleted_do_not_stop_the_others() -> None:

@@ -6,6 +6,7 @@ that they are still understood. `tests/fleet/test_an_earlier_version_runs_beside
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import dramatiq
@@ -14,13 +15,17 @@ import pytest
 import support
 from support import Fleet, email_row, rows, sending, store, table, work
 
+import actors
+import operations
 import runtime
+from actors.ingest import Delivery
 from models import Route
 from outbox import connect
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 
 PLAIN = {"subject": "Hello"}
+LATE = "2999-01-01T00:00:00Z"
 ATTACHED = {"attachments": [{"name": "a.txt", "size": 5, "contentBytes": "aGVsbG8="}]}
 #: What a later version may add to the arguments of an actor that there is.
 LATER: dict[str, Any] = {"tenant": "contoso", "not_before": None}
@@ -146,3 +151,65 @@ def test_what_a_worker_did_not_know_comes_again_with_its_lease(fleet: Fleet) -> 
     assert fleet.send() == ["done"]
     assert {str(row["incoming_email_id"]) for row in table("email_backups")} == set(ids)
     assert sending(late) == "sent"
+
+
+# On a database that a later version has migrated
+
+
+@pytest.fixture
+def later_schema(fleet: Fleet) -> Iterator[None]:
+    """Columns, indexes and a table that this version knows nothing of, come to tables that it works with already."""
+    names = sorted(row["tablename"] for row in the("SELECT tablename FROM pg_tables WHERE schemaname = 'public'"))
+    ours = [name for name in names if "yoyo" not in name]
+    for name in ours:
+        rows(
+            f"""
+            ALTER TABLE {name} ADD COLUMN later text, ADD COLUMN later_count integer NOT NULL DEFAULT 0;
+            CREATE INDEX {name}_later ON {name} (later, later_count)
+            """
+        )
+    rows("CREATE TABLE later (id uuid PRIMARY KEY REFERENCES incoming_emails ON DELETE CASCADE, said text)")
+    yield
+    rows("DROP TABLE later")
+    for name in ours:
+        rows(f"ALTER TABLE {name} DROP COLUMN later, DROP COLUMN later_count")
+
+
+def the(query: str) -> list[dict[str, Any]]:
+    return [orjson.loads(row) for (row,) in rows(f"SELECT to_jsonb(t)::text FROM ({query}) t")]
+
+
+def whole_lives(fleet: Fleet) -> list[str]:
+    """Have mail sent by both routes and archived, given up and replayed, cancelled; return how each has ended."""
+    refused = {"from": "ben@example.com"}
+    emails = {"plain": PLAIN, "attached": ATTACHED, "refused": refused, "cancelled": {"send_at": LATE}}
+    fleet.graph.fail(400, code="ErrorInvalidRecipients", mailbox="ben@example.com")
+    prefix = f"{len(table('incoming_emails'))}-"
+    bodies = [support.send_email(publisher_message_id=prefix + name, **email) for name, email in emails.items()]
+    actors.ingest.ingest([Delivery(orjson.dumps(body)) for body in bodies])
+    operations.cancel(f"{prefix}cancelled", who="tests")
+    fleet.send()
+    operations.resolve([operations.open_dead_letter(f"{prefix}refused")], replay=True, who="tests")
+    fleet.send()
+    fleet.backup()
+    operations.hold(f"{prefix}plain", reason=None, who="tests")
+    operations.set_limits(None, {"sends": 60}, who="tests")
+    operations.release(f"{prefix}plain", who="tests")
+    actors.maintenance.purge_expired()
+    ended = [operations.status(prefix + name) for name in emails]
+    return [each["status"] for each in ended]
+
+
+def test_this_version_works_on_a_database_that_a_later_one_has_migrated(
+    fleet: Fleet, request: pytest.FixtureRequest
+) -> None:
+    # Given connections that know the tables as they are
+    ends = ["processed", "processed", "processed", "cancelled"]
+    assert whole_lives(fleet) == ends
+    # When a later version's release has run
+    request.getfixturevalue("later_schema")
+    # Then
+    assert whole_lives(fleet) == ends
+    assert len(table("email_backups")) == 6
+    assert operations.verify(who="tests").discrepancies == []
+    assert {row["later_count"] for row in table("incoming_emails")} == {0}

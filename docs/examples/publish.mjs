@@ -6,7 +6,7 @@
 import { readFile } from "node:fs/promises";
 import amqp from "amqplib";
 
-const PATIENCE_MS = 60_000;
+const PATIENCE_MS = 1000 * (process.env.PATIENCE_SECONDS ?? 60);
 const SETTLED = ["SendEmailSent", "SendEmailFailed", "SendEmailRejected", "SendEmailExpired", "SendEmailCancelled"];
 
 const body = await readFile(process.argv[2]);
@@ -15,8 +15,8 @@ const connection = await amqp.connect(process.env.RABBITMQ_URL);
 const channel = await connection.createConfirmChannel();
 const { queue } = await channel.assertQueue("", { exclusive: true });
 
-const settled = new Promise((resolve) => {
-  setTimeout(resolve, PATIENCE_MS, "no word yet; mailfleet status says more").unref();
+const outcome = new Promise((resolve) => {
+  channel.on("return", () => resolve("there is no queue send_email: is this mailfleet's RabbitMQ?"));
   channel.consume(
     queue,
     (message) => {
@@ -25,6 +25,7 @@ const settled = new Promise((resolve) => {
     },
     { noAck: true },
   );
+  setTimeout(resolve, PATIENCE_MS, "no word yet; mailfleet status says more");
 });
 
 channel.publish("", "send_email", body, {
@@ -36,6 +37,7 @@ channel.publish("", "send_email", body, {
 });
 await channel.waitForConfirms();
 
-const outcome = await settled;
+const became = await outcome;
+if (!SETTLED.includes(became)) console.error(became);
 await connection.close();
-process.exit(outcome === "SendEmailSent" ? 0 : 1);
+process.exit(became === "SendEmailSent" ? 0 : 1);

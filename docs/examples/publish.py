@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pika
+import pika.exceptions
 
 PATIENCE_SECONDS = float(os.environ.get("PATIENCE_SECONDS", "60"))
 SETTLED = ("SendEmailSent", "SendEmailFailed", "SendEmailRejected", "SendEmailExpired", "SendEmailCancelled")
@@ -21,18 +22,22 @@ def main(path: str) -> int:
         channel = connection.channel()
         channel.confirm_delivery()  # without it a message may be lost on its way to RabbitMQ
         answers = channel.queue_declare("", exclusive=True).method.queue
-        channel.basic_publish(
-            exchange="",
-            routing_key="send_email",
-            body=body,
-            properties=pika.BasicProperties(
-                content_type="application/json",
-                delivery_mode=2,  # kept over a restart of RabbitMQ
-                correlation_id="publish.py",
-                reply_to=answers,
-            ),
-            mandatory=True,  # an error if there is no such queue
-        )
+        try:
+            channel.basic_publish(
+                exchange="",
+                routing_key="send_email",
+                body=body,
+                properties=pika.BasicProperties(
+                    content_type="application/json",
+                    delivery_mode=2,  # kept over a restart of RabbitMQ
+                    correlation_id="publish.py",
+                    reply_to=answers,
+                ),
+                mandatory=True,  # returned if there is no such queue
+            )
+        except pika.exceptions.UnroutableError:
+            print("there is no queue send_email: is this mailfleet's RabbitMQ?", file=sys.stderr)
+            return 1
         deadline = time.monotonic() + PATIENCE_SECONDS
         for _, properties, answer in channel.consume(answers, auto_ack=True, inactivity_timeout=1):
             if answer is not None:

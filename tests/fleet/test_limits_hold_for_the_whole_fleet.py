@@ -12,15 +12,21 @@ from worlds import Worlds
 from sandbox.world import World
 
 IN_FLIGHT = "SELECT route, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route"
-PLAIN_CONCURRENCY = 5
+BACKUPS_IN_FLIGHT = "SELECT 'backup', count(*) FROM sent_emails WHERE backup_lease_until IS NOT NULL"
+PLAIN_CONCURRENCY, ATTACHED_CONCURRENCY, BACKUP_CONCURRENCY = 5, 2, 3
 MAILBOX_CONCURRENCY = 4
 
 
 @pytest.fixture(scope="module")
 def busy(worlds: Worlds) -> tuple[World, list[dict[str, Any]], Counter[str]]:
-    """A world that has sent from two mailboxes, and the most emails that were leased at a time, by route."""
+    """A world that has sent from two mailboxes, and the most emails and backups that were leased at a time, by kind."""
     world = worlds.get(
-        {"SEND_PLAIN_CONCURRENCY": PLAIN_CONCURRENCY, "MAILBOX_CONCURRENCY": MAILBOX_CONCURRENCY},
+        {
+            "SEND_PLAIN_CONCURRENCY": PLAIN_CONCURRENCY,
+            "SEND_ATTACHED_CONCURRENCY": ATTACHED_CONCURRENCY,
+            "BACKUP_CONCURRENCY": BACKUP_CONCURRENCY,
+            "MAILBOX_CONCURRENCY": MAILBOX_CONCURRENCY,
+        },
         scale={"send_plain": 2, "send_attached": 2, "backup": 2},
     )
     world.simulator.set_latency(0.15)
@@ -34,7 +40,8 @@ def busy(worlds: Worlds) -> tuple[World, list[dict[str, Any]], Counter[str]]:
     most: Counter[str] = Counter()
 
     def over() -> bool:
-        most.update({route: max(0, count - most[route]) for route, count in world.rows(IN_FLIGHT)})
+        for route, count in world.rows(f"{IN_FLIGHT} UNION ALL {BACKUPS_IN_FLIGHT}"):
+            most[route] = max(most[route], count)
         found = fates(world, given)
         return len(found) == len(given) and all(each.over for each in found.values())
 
@@ -50,11 +57,15 @@ def test_graph_never_had_to_throttle_us(busy: tuple[World, list[dict[str, Any]],
     assert set(counts["most_in_flight"].values()) == {MAILBOX_CONCURRENCY}  # reached, and not passed
 
 
-def test_no_more_emails_are_in_flight_than_the_route_may_have(
-    busy: tuple[World, list[dict[str, Any]], Counter[str]],
+@pytest.mark.parametrize(
+    ("kind", "concurrency"),
+    [("no-attachment", PLAIN_CONCURRENCY), ("attachment", ATTACHED_CONCURRENCY), ("backup", BACKUP_CONCURRENCY)],
+)
+def test_no_more_is_in_flight_of_a_kind_than_there_may_be(
+    busy: tuple[World, list[dict[str, Any]], Counter[str]], kind: str, concurrency: int
 ) -> None:
     _, _, most = busy
-    assert most["no-attachment"] == PLAIN_CONCURRENCY
+    assert most[kind] == concurrency  # reached, and not passed
 
 
 def test_being_held_back_costs_no_attempt_and_loses_nothing(

@@ -28,7 +28,10 @@ from sandbox.world import ROOT, World
 MAILFLEET = ROOT / ".venv" / "bin" / "mailfleet"
 CONNECT_QUERY = re.findall(r"connect_query='([^']+)'", (ROOT / "docs" / "deploy.md").read_text())
 CONNECTIONS = 2
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin") or ""
 PROCESS_TYPES = set(read_procfile(ROOT / "Procfile")) - {"release"}
+
+pytestmark = pytest.mark.skipif(not PGBOUNCER, reason="PgBouncer is not installed")
 
 
 @contextmanager
@@ -104,65 +107,66 @@ def doctors_word(world: World, **changes: str) -> str:
     return next(line.strip() for line in ended.stdout.splitlines() if "PostgreSQL" in line)
 
 
-# Where PgBouncer is; elsewhere there is nothing to run.
-if PGBOUNCER := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
+@pytest.fixture(scope="module")
+def world(worlds: Worlds, servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    worlds.close()
+    settings = SETTINGS | {"METRICS_PORT": 0, "DATABASE_POOLED": "true"}
+    with pooler(servers["DATABASE_URL"], PGBOUNCER, CONNECT_QUERY[0]) as url:
+        through = servers | {"DATABASE_URL": url}
+        with World(through, tmp_path_factory.mktemp("pooled"), settings) as world:
+            world.wait_until_ready()
+            yield world
 
-    @pytest.fixture(scope="module")
-    def world(worlds: Worlds, servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-        worlds.close()
-        settings = SETTINGS | {"METRICS_PORT": 0, "DATABASE_POOLED": "true"}
-        with pooler(servers["DATABASE_URL"], PGBOUNCER, CONNECT_QUERY[0]) as url:
-            through = servers | {"DATABASE_URL": url}
-            with World(through, tmp_path_factory.mktemp("pooled"), settings) as world:
-                world.wait_until_ready()
-                yield world
 
-    def test_a_fleet_sends_and_archives_each_mail_once_on_two_connections(world: World) -> None:
-        mailboxes = [a_mailbox("pooled") for _ in range(4)]
-        given = [email for mailbox in mailboxes for email in emails(10, mailbox)]
-        given += [an_email(each, attachments=[an_attachment(world.simulator, 4_000_000)]) for each in mailboxes]
-        world.publish(*given)
-        known = settled(world, given)
-        assert {each.status for each in known.values()} == {"processed"}
-        assert_each_left_once(world, known.values())
-        assert all(each.archived for each in known.values())
+def test_a_fleet_sends_and_archives_each_mail_once_on_two_connections(world: World) -> None:
+    mailboxes = [a_mailbox("pooled") for _ in range(4)]
+    given = [email for mailbox in mailboxes for email in emails(10, mailbox)]
+    given += [an_email(each, attachments=[an_attachment(world.simulator, 4_000_000)]) for each in mailboxes]
+    world.publish(*given)
+    known = settled(world, given)
+    assert {each.status for each in known.values()} == {"processed"}
+    assert_each_left_once(world, known.values())
+    assert all(each.archived for each in known.values())
 
-    def test_every_process_type_and_the_command_line_work_through_it(world: World, servers: dict[str, str]) -> None:
-        # Given a mail that is archived, and a message that no actor can work on
-        (email,) = given = emails(1, a_mailbox("pooled"))
-        world.publish(email)
-        settled(world, given)
-        put(world, "maintenance", b"hello")
-        # Then maintenance, which the clock wakes if nothing else does, keeps that
-        world.wait_until("it is kept", lambda: world.count("SELECT count(*) FROM dlq"), timedelta(seconds=75))
-        # the console shows it
-        console = f"http://127.0.0.1:{world.fleet.ports['console.1'].port}"
-        assert requests.get(f"{console}/readyz", timeout=10).status_code == 200
-        assert len(requests.get(f"{console}/api/v1/dead-letters", timeout=10).json()["dead_letters"]) == 1
-        # an operator's commands have their transactions
-        id = email["publisher_message_id"]
-        for command in (
-            ("limits", "set", email["from"], "sends=60"),
-            ("hold", id),
-            ("release", id),
-            ("backups", "verify"),
-            ("backups", "rotate-keys"),
-            ("dlq", "discard", "--reason", "unreadable"),
-        ):
-            ended = subprocess.run(
-                [MAILFLEET, *command], env=world.environment, capture_output=True, text=True, timeout=60, check=False
-            )
-            assert ended.returncode == 0, (command, ended.stdout, ended.stderr)
-        # and PostgreSQL has had no connection but those of the pool
-        assert {name.partition(".")[0] for name in world.fleet.ports} == PROCESS_TYPES
-        assert connections(servers["DATABASE_URL"], world) <= CONNECTIONS
 
-    def test_the_doctor_is_content_with_a_pooler_that_is_set_up_as_documented(world: World) -> None:
-        assert doctors_word(world).startswith("ok")
+def test_every_process_type_and_the_command_line_work_through_it(world: World, servers: dict[str, str]) -> None:
+    # Given a mail that is archived, and a message that no actor can work on
+    (email,) = given = emails(1, a_mailbox("pooled"))
+    world.publish(email)
+    settled(world, given)
+    put(world, "maintenance", b"hello")
+    # Then maintenance, which the clock wakes if nothing else does, keeps that
+    world.wait_until("it is kept", lambda: world.count("SELECT count(*) FROM dlq"), timedelta(seconds=75))
+    # the console shows it
+    console = f"http://127.0.0.1:{world.fleet.ports['console.1'].port}"
+    assert requests.get(f"{console}/readyz", timeout=10).status_code == 200
+    assert len(requests.get(f"{console}/api/v1/dead-letters", timeout=10).json()["dead_letters"]) == 1
+    # an operator's commands have their transactions
+    id = email["publisher_message_id"]
+    for command in (
+        ("limits", "set", email["from"], "sends=60"),
+        ("hold", id),
+        ("release", id),
+        ("backups", "verify"),
+        ("backups", "rotate-keys"),
+        ("dlq", "discard", "--reason", "unreadable"),
+    ):
+        ended = subprocess.run(
+            [MAILFLEET, *command], env=world.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.returncode == 0, (command, ended.stdout, ended.stderr)
+    # and PostgreSQL has had no connection but those of the pool
+    assert {name.partition(".")[0] for name in world.fleet.ports} == PROCESS_TYPES
+    assert connections(servers["DATABASE_URL"], world) <= CONNECTIONS
 
-    def test_the_doctor_names_what_the_pooler_does_not_set(world: World, servers: dict[str, str]) -> None:
-        with pooler(servers["DATABASE_URL"], PGBOUNCER, "SET jit = off") as bare:
-            database = urlsplit(world.environment["DATABASE_URL"]).path
-            word = doctors_word(world, DATABASE_URL=urlsplit(bare)._replace(path=database).geturl())
-        assert word.startswith("PROBLEM")
-        assert "enable_bitmapscan, enable_seqscan, idle_in_transaction_session_timeout, statement_timeout" in word
+
+def test_the_doctor_is_content_with_a_pooler_that_is_set_up_as_documented(world: World) -> None:
+    assert doctors_word(world).startswith("ok")
+
+
+def test_the_doctor_names_what_the_pooler_does_not_set(world: World, servers: dict[str, str]) -> None:
+    with pooler(servers["DATABASE_URL"], PGBOUNCER, "SET jit = off") as bare:
+        database = urlsplit(world.environment["DATABASE_URL"]).path
+        word = doctors_word(world, DATABASE_URL=urlsplit(bare)._replace(path=database).geturl())
+    assert word.startswith("PROBLEM")
+    assert "enable_bitmapscan, enable_seqscan, idle_in_transaction_session_timeout, statement_timeout" in word

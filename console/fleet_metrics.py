@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import operations
-from models.inspection import Backlog
 from models.states import Status
 from telemetry import FLEET_GAUGES, FleetGauge
 
@@ -38,9 +38,20 @@ class FleetCollector(Collector):
         with self._lock:
             if self._asked_at < came_at:
                 began_at = time.monotonic()
-                self._values = _named(_backlog(operations.backlog()) | _queues() | _limits())
+                self._values = _named(_answered() | _limits())
                 self._asked_at = began_at
             return self._values
+
+
+def _answered() -> dict[str, float | Mapping[str, float]]:
+    """Ask each server apart: what one does not tell is no reason to keep to oneself what the other does."""
+    values: dict[str, float | Mapping[str, float]] = {}
+    up = dict.fromkeys(_ASKED, 0.0)
+    for server, ask in _ASKED.items():
+        with suppress(operations.ServerAway):
+            values |= ask()
+            up[server] = 1
+    return values | {"server_up": up}
 
 
 def _named(values: Values) -> Values:
@@ -54,7 +65,8 @@ def _family(gauge: FleetGauge, value: float | Mapping[str, float]) -> Metric:
     return family
 
 
-def _backlog(backlog: Backlog) -> dict[str, float | Mapping[str, float]]:
+def _backlog() -> dict[str, float | Mapping[str, float]]:
+    backlog = operations.backlog()
     waiting = (Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING)
     return {
         "emails_waiting": {status.value: backlog.by_status.get(status.value, 0) for status in waiting},
@@ -90,6 +102,9 @@ def _queues() -> dict[str, float | Mapping[str, float]]:
         "queue_messages_ready": {name: state.ready for name, state in queues.items()},
         "queue_consumers": {name: state.consumers for name, state in queues.items()},
     }
+
+
+_ASKED = {"PostgreSQL": _backlog, "RabbitMQ": _queues}
 
 
 def _limits() -> dict[str, float | Mapping[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -365,6 +366,22 @@ def test_a_readiness_probe_names_the_server_that_is_away_until_it_is_back(tables
             assert status_of(f"{url}/metrics") == 200
     for gate in gates.values():
         gate.shut()
+
+
+def test_a_server_that_hangs_keeps_back_nothing_of_the_other(tables: str) -> None:
+    # Given a RabbitMQ that takes connections and never answers
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        url = at(os.environ["RABBITMQ_URL"], hung.getsockname()[1])
+        with console(RABBITMQ_URL=url, DATABASE_URL=tables) as (address, process):
+            for _ in range(2):
+                # When
+                told = requests.get(f"{address}/metrics", timeout=10).text
+                # Then
+                assert 'mailfleet_server_up{server="PostgreSQL"} 1.0' in told
+                assert 'mailfleet_server_up{server="RabbitMQ"} 0.0' in told
+                assert "mailfleet_emails_in_doubt" in told
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=5) == 0
 
 
 def test_the_process_starts_without_its_servers_ignores_forged_origins_and_ends_at_sigterm() -> None:

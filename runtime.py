@@ -43,7 +43,7 @@ from attachments import (
     check_store_url,
 )
 from broker import MIRROR_QUEUE, DeadLettering, FleetBroker, declare_if_missing
-from contracts import Event, __version__
+from contracts import Event, EventType, __version__
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
 from mail_rules import RecipientFirewall
@@ -145,6 +145,7 @@ def _token_source() -> TokenSource:
         timeout=configuration.graph_timeout,
         reread_secret=settings_sources.Rereading("GRAPH_CLIENT_SECRET"),
         on_credential=_note_credential,
+        on_renewal=lambda done: telemetry.TOKEN_RENEWALS.labels("done" if done else "failed").inc(),
     )
 
 
@@ -308,6 +309,10 @@ def _tracer() -> Tracer:
         on_lost=telemetry.note_lost_spans,
     )
 
+
+# A counter that appears with its first event has no increase that an alert could see. Rejections go another way.
+for _type in set(EventType) - {EventType.REJECTED}:
+    telemetry.PUBLISHED.labels(_type.value)
 
 _TASK = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
 

@@ -12,25 +12,23 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import date, timedelta
 from enum import StrEnum
-from types import FunctionType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple
-from uuid import UUID
 
 import dramatiq
 import orjson
 import structlog
-from dramatiq.message import Message
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, start_http_server
+
+from redaction import redacted, without_message_arguments
 
 # --- logs
 
@@ -146,13 +144,13 @@ def configure_logging(level: str) -> None:
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                _redacted,
+                redacted,
                 _exceptions,
                 structlog.processors.JSONRenderer(lambda *args, **kwargs: orjson.dumps(*args, **kwargs).decode()),
             ],
         )
     )
-    handler.addFilter(_without_message_arguments)
+    handler.addFilter(without_message_arguments)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -212,68 +210,6 @@ def _without_text(exc_info: Any) -> str:
 _exceptions = structlog.processors.ExceptionRenderer(_without_text)
 
 
-#: What of a foreign line tells too much: the path of a URL, which holds an address or is a secret itself, and who
-#: logs in with what; addresses; tokens, in a header or by their form.
-_TELLING = (
-    (re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?([^\s/?#'\"<>]*)[^\s'\"<>]*", re.IGNORECASE), r"\1\2/…"),
-    (re.compile(r"(?<=[ '\"=(:,])/[^\s'\"]*(?:@|%40|[Tt]oken|\?)[^\s'\"]*"), "/…"),
-    (re.compile(r"[^\s@'\"<>(),;:=/]+(?:@|%40)[^\s@'\"<>(),;:/]+", re.IGNORECASE), "…@…"),
-    (re.compile(r"\b(authorization['\"]?\s*[=:]\s*['\"]?)[^'\"]+", re.IGNORECASE), r"\1…"),
-    (re.compile(r"\b(bearer|basic|sharedkey|sharedkeylite|sharedaccesssignature)\s+[\w.~+/=:-]+", re.I), r"\1 …"),
-    (re.compile(r"\b(?:eyJ[\w-]{8,}(?:\.[\w-]*)*|hv[sbr]\.[\w-]+|whsec_[\w+/=-]+)"), "…"),
-    (
-        re.compile(
-            r"\b(\w*(?:password|passwd|secret|token|signature|sig|key|credential))(['\"]?\s*[=:]\s*['\"]?)[^\s'\"&,;]+",
-            re.IGNORECASE,
-        ),
-        r"\1\2…",
-    ),
-)
-#: No line of ours is longer; a foreign one that is may hold a body.
-_LONGEST_CHARACTERS = 1000
-
-
-def _redacted(_logger: Any, _method: str, line: Any) -> Any:
-    """Take out of a line of `logging` what looks like an address, a URL's path, a token or a password.
-
-    Of several lines the first is kept: asyncio and others put whole objects into those behind it.
-    """
-    text = str(line["event"]).partition("\n")[0][:_LONGEST_CHARACTERS]
-    for telling, kept in _TELLING:
-        text = telling.sub(kept, text)
-    return {**line, "event": text}
-
-
-def _without_message_arguments(record: logging.LogRecord) -> bool:
-    """Keep actors' arguments, which may be whole emails, and errors' texts, which may quote one, out of the lines."""
-    record.msg = _named(record.msg)
-    if isinstance(record.args, tuple):
-        record.args = tuple(_named(argument) for argument in record.args)
-    elif isinstance(record.args, Mapping):  # logging has taken it out of the tuple
-        record.args = _Fields({name: _named(value) for name, value in record.args.items()})
-    # At DEBUG each actor tells its call, in a logger of its own name.
-    return record.msg != "Received args=%r kwargs=%r."
-
-
-class _Fields(dict[str, Any]):
-    """Values that a line asks for by their names, and does not get as a whole."""
-
-    def __repr__(self) -> str:
-        return "(dict)"
-
-
-def _named(argument: Any) -> Any:
-    if isinstance(argument, Message) or hasattr(argument, "_message"):
-        return f"{argument.actor_name}[{argument.message_id}]"
-    if isinstance(argument, BaseException):
-        return type(argument).__name__
-    return argument if isinstance(argument, _PLAIN) else f"({type(argument).__name__})"
-
-
-#: What a line may show; anything else is told by its kind, for it may hold a mail.
-_PLAIN = (str, int, float, type(None), type, date, timedelta, UUID, FunctionType)
-
-
 # --- metrics
 
 EMAILS = Counter("mailfleet_emails", "Events in the lives of emails, as in the mail log.", ["step"])
@@ -304,14 +240,20 @@ CONFIGURATION_REFUSED = Counter(
 )
 TOKEN_EXPIRES_AT = Gauge(
     "mailfleet_graph_token_expiry_timestamp_seconds",
-    "When the newest token of the process type ends, in Unix time.",
+    "When the newest token of the process type ends, in Unix time. Of its processes one may fail to renew its own:"
+    " `mailfleet_graph_token_renewals_total` tells.",
     multiprocess_mode="livemax",
 )
+TOKEN_RENEWALS = Counter("mailfleet_graph_token_renewals", "Tries to get a token for Graph.", ["outcome"])
 LIMITER_ADMITTED = Counter("mailfleet_limiter_admitted", "What the limiter let pass: calls, reserved sends.", ["what"])
 LIMITER_REFUSALS = Counter("mailfleet_limiter_refusals", "Calls that the limiter held back.", ["budget"])
 LOWERED = Counter("mailfleet_limits_lowered", "Limits of mailboxes lowered because Graph kept throttling.", ["budget"])
 RESTORED = Counter("mailfleet_limiter_restored", "Times that what was spent was written down again in Redis.")
-DELIVERIES = Counter("mailfleet_deliveries", "Deliveries on send_email by what became of them.", ["outcome"])
+DELIVERIES = Counter(
+    "mailfleet_deliveries",
+    "Deliveries on send_email by what became of them: stored, duplicate or rejected, conflicts among these.",
+    ["outcome"],
+)
 INGEST_SECONDS = Histogram(
     "mailfleet_ingest_duration_seconds",
     "Time of one try of the bridge to store a batch of deliveries and have its events confirmed.",
@@ -332,6 +274,12 @@ MESSAGE_SECONDS = Histogram(
     ["actor"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
+PERIODIC_TURN_AT = Gauge(
+    "mailfleet_periodic_turn_timestamp_seconds",
+    "When an actor that the clock calls last ended well, or else when its worker began, in Unix time.",
+    ["actor"],
+    multiprocess_mode="max",
+)
 PURGED = Counter("mailfleet_purged", "Rows deleted, or payloads emptied, at the end of their retention.", ["kind"])
 UPLOADED_BYTES = Counter(
     "mailfleet_uploaded_bytes", "Bytes of attachments that Graph has taken, in one request or as a range.", ["way"]
@@ -351,6 +299,12 @@ for _step in Step:
     EMAILS.labels(_step.value)
 for _outcome in ("delivered", "failed"):
     NOTICES.labels(_outcome)
+for _outcome in ("done", "failed"):
+    TOKEN_RENEWALS.labels(_outcome)
+for _what in ("call", "send"):
+    LIMITER_ADMITTED.labels(_what)
+for _way in ("request", "range"):
+    UPLOADED_BYTES.labels(_way)
 
 
 class FleetGauge(NamedTuple):
@@ -362,6 +316,7 @@ class FleetGauge(NamedTuple):
 
 
 FLEET_GAUGES = (
+    FleetGauge("mailfleet_server_up", "Whether a server answers the console: 1 or 0.", "server"),
     FleetGauge("mailfleet_emails_waiting", "Emails that are not settled, by status.", "status"),
     FleetGauge("mailfleet_emails_oldest_waiting_age_seconds", "Age of the oldest email that could go out now."),
     FleetGauge("mailfleet_emails_in_doubt", "Emails whose send may or may not have happened."),
@@ -411,7 +366,8 @@ _INTRODUCTION = """\
 Made from `telemetry.py` by `python -m telemetry`. What a **process** counts is served on `METRICS_PORT` of each process
 type, in a worker summed over all of its processes and threads, and begins at nothing when it starts: use `rate` and
 `increase`, and `sum` over instances. What the **console** serves on its own `/metrics` (with a token) is the whole
-fleet's, read from PostgreSQL and RabbitMQ at each scrape: scrape one console. It counts 100,000 of anything at most; of
+fleet's, read from PostgreSQL and RabbitMQ at each scrape: scrape one console. Of a server that does not answer the
+gauges are missing and `mailfleet_server_up` is 0. It counts 100,000 of anything at most; of
 more emails that wait it tells PostgreSQL's estimate. No label has an address. Alerts are in
 `docker/prometheus/alerts.yaml`, a dashboard is `docker/grafana/mailfleet.json`.
 
@@ -463,6 +419,15 @@ class WorkerMetrics(dramatiq.Middleware):
     def forks(self) -> list[Callable[[], None]]:
         return [self._serve] if self._serve else []
 
+    def before_worker_boot(self, broker: Any, worker: Any) -> None:
+        """Have what the worker will count begin at nothing: what begins with its first event shows no increase."""
+        for actor in broker.actors.values():
+            if worker.consumer_whitelist is None or actor.queue_name in worker.consumer_whitelist:
+                for outcome in ("done", "failed"):
+                    MESSAGES.labels(actor.actor_name, outcome)
+                if "periodic" in actor.options:
+                    PERIODIC_TURN_AT.labels(actor.actor_name).set_to_current_time()
+
     def before_process_message(self, _broker: Any, message: Any) -> None:
         self._began[message.message_id] = time.monotonic()
 
@@ -478,6 +443,8 @@ class WorkerMetrics(dramatiq.Middleware):
         actor = message.actor_name if message.actor_name in broker.actors else OTHER
         MESSAGE_SECONDS.labels(actor).observe(time.monotonic() - began)
         MESSAGES.labels(actor, "failed" if exception else "done").inc()
+        if not exception and actor != OTHER and "periodic" in broker.actors[actor].options:
+            PERIODIC_TURN_AT.labels(actor).set_to_current_time()
 
     def after_skip_message(self, _broker: Any, message: Any) -> None:
         self._began.pop(message.message_id, None)

@@ -53,6 +53,9 @@ from vault import bind_to
 
 log = logging.getLogger(__name__)
 
+_GIVEN_UP_FOR = "backup_failed"
+# A counter that appears with its first event has no increase that an alert could see.
+DEAD_LETTERS.labels("backup", _GIVEN_UP_FOR)
 
 #: A mailbox may refuse us for so long before the copies of what it has sent use up their attempts: nothing is lost by
 #: waiting, for the mail is sent.
@@ -280,7 +283,7 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception, wait: timedelta | No
         return
     message = CurrentMessage.get_current_message()
     given_up = backup.fail(
-        reason="backup_failed",
+        reason=_GIVEN_UP_FOR,
         error=str(error),
         message_id=message.message_id,
         queue_name=message.queue_name,
@@ -289,8 +292,8 @@ def _retry_or_fail(backup: ClaimedBackup, error: Exception, wait: timedelta | No
     if not given_up:
         return
     runtime.crash_point(CrashPoint.BACKUP_FAILURE_RECORDED)
-    DEAD_LETTERS.labels(message.queue_name, "backup_failed").inc()
+    DEAD_LETTERS.labels(message.queue_name, _GIVEN_UP_FOR).inc()
     mail_log(
-        Step.BACKUP_FAILED, incoming_email_id=backup.incoming_email_id, reason="backup_failed", attempt=backup.attempt
+        Step.BACKUP_FAILED, incoming_email_id=backup.incoming_email_id, reason=_GIVEN_UP_FOR, attempt=backup.attempt
     )
     raise error

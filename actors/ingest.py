@@ -47,6 +47,10 @@ _MAX_DETAIL_BYTES = 2000
 #: AMQP's longest property.
 _MAX_PROPERTY_BYTES = 255
 _AWAY_PAUSE = timedelta(seconds=2)
+_REJECTED = "rejected"
+# A counter that appears with its first event has no increase that an alert could see.
+for _outcome in (Reception.STORED.value, Reception.DUPLICATE.value, _REJECTED):
+    telemetry.DELIVERIES.labels(_outcome)
 
 
 class Delivery(NamedTuple):
@@ -138,7 +142,8 @@ def _store(arrivals: list[_Arrived], rejections: list[_Rejection]) -> tuple[list
     stored = _store_sealed([arrived.arrival for arrived in arrivals]) if arrivals else []
     for (delivery, arrival, span), (reception, incoming_email_id, _) in zip(arrivals, stored, strict=True):
         publisher_message_id = arrival.accepted.publisher_message_id
-        telemetry.DELIVERIES.labels(reception.value).inc()
+        if reception is not Reception.CONFLICT:  # which is counted as rejected once its rejection is told
+            telemetry.DELIVERIES.labels(reception.value).inc()
         span.note(incoming_email_id=incoming_email_id, outcome=reception.value)
         if reception is Reception.STORED:
             mail_log(
@@ -235,7 +240,7 @@ def _announce(events: list[Event], rejections: list[_Rejection]) -> None:
 
 
 def _note_rejection(rejection: _Rejection) -> None:
-    telemetry.DELIVERIES.labels("rejected").inc()
+    telemetry.DELIVERIES.labels(_REJECTED).inc()
     mail_log(
         Step.REJECTED,
         incoming_email_id=rejection.incoming_email_id,

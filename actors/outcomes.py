@@ -71,6 +71,9 @@ _DRAFT_LAG = timedelta(seconds=1)
 #: Graph's words when it says which limit is exceeded (graph error ApplicationThrottled; users' reports).
 _BLAMED = {"MailboxConcurrency": limits.CONCURRENCY, "IncomingBytes": "upload_bytes"}
 
+# A counter that appears with its first event has no increase that an alert could see.
+for _budget in ("sends", "requests", *_BLAMED.values()):
+    LOWERED.labels(_budget)
 
 #: What a worker finds used up; of what is reserved the scheduler finds it out.
 _NOT_RESERVED = ("requests", "upload_bytes")

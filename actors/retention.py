@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 #: Batches of a kind in one turn: 100,000 rows. A backlog, after a shortened retention, takes several turns.
 MOST_BATCHES = 100
+# A counter that appears with its first event has no increase that an alert could see.
+for _kind in Kind:
+    PURGED.labels(_kind.value)
 
 
 def purge_kind(kind: Kind, *, who: str, most_batches: int = MOST_BATCHES) -> int:

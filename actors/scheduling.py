@@ -40,6 +40,7 @@ from contracts import Event
 from crash_points import CrashPoint
 from models import Route, scheduling, turns
 from models.scheduling import Dispatch, DueBackup, Pick
+from models.states import Status
 from models.turns import Busy, Candidate
 from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed, Unpublishable
 from telemetry import DISPATCHED, LEASES_EXPIRED, Step, mail_log
@@ -65,6 +66,11 @@ _BACKUPS_TOGETHER = 8
 
 #: The mailbox that each route served last. Only fairness depends on it: a new process starts anywhere.
 _last_served = dict.fromkeys(Route, "")
+# A counter that appears with its first event has no increase that an alert could see.
+for _route in Route:
+    DISPATCHED.labels(_route.value)
+for _status in (Status.DISPATCHED, Status.PROCESSING):
+    LEASES_EXPIRED.labels(_status.value)
 
 
 @dramatiq.actor(queue_name="scheduler", periodic=cron("* * * * *"))

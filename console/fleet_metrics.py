@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+import models
 import operations
-from models.inspection import Backlog
 from models.states import Status
 from telemetry import FLEET_GAUGES, FleetGauge
 
+log = logging.getLogger(__name__)
+
+#: Prometheus gives a scrape up after ten seconds, with all that the other server has told.
+_PATIENCE = timedelta(seconds=8)
 #: The value of a gauge, or its values by label. A gauge without a value is left out.
 Values = Mapping[str, float | Mapping[str, float]]
 
@@ -26,6 +31,7 @@ class FleetCollector(Collector):
         self._lock = threading.Lock()
         self._asked_at = float("-inf")
         self._values: Values = {}
+        self._questions = {"PostgreSQL": _Question(_backlog), "RabbitMQ": _Question(_queues)}
 
     def describe(self) -> list[Metric]:
         return []  # nothing is asked before the first scrape
@@ -38,9 +44,50 @@ class FleetCollector(Collector):
         with self._lock:
             if self._asked_at < came_at:
                 began_at = time.monotonic()
-                self._values = _named(_backlog(operations.backlog()) | _queues() | _limits())
+                self._values = _named(self._answers() | _limits())
                 self._asked_at = began_at
             return self._values
+
+    def _answers(self) -> dict[str, float | Mapping[str, float]]:
+        """Ask each server apart: what one does not tell is no reason to keep to oneself what the other does."""
+        for question in self._questions.values():
+            question.ask()
+        deadline = time.monotonic() + _PATIENCE.total_seconds()
+        answers = {server: question.answer(deadline) for server, question in self._questions.items()}
+        values: dict[str, float | Mapping[str, float]] = {}
+        for answer in answers.values():
+            values |= answer or {}
+        return values | {"server_up": {server: float(answer is not None) for server, answer in answers.items()}}
+
+
+class _Question:
+    """What one server is asked, in a thread of its own: a server that hangs holds up neither scrape nor process."""
+
+    def __init__(self, ask: Callable[[], Values]) -> None:
+        self._ask = ask
+        self._answer: Values | None = None
+        self._thread: threading.Thread | None = None
+
+    def ask(self) -> None:
+        """Begin to ask, unless the last time has not ended yet."""
+        if self._thread is None or not self._thread.is_alive():
+            self._answer = None
+            self._thread = threading.Thread(target=self._run, name="fleet's gauges", daemon=True)
+            self._thread.start()
+
+    def answer(self, deadline: float) -> Values | None:
+        """Return what was answered by then; None: nothing, the server is as good as away."""
+        if self._thread:
+            self._thread.join(max(0, deadline - time.monotonic()))
+        return self._answer
+
+    def _run(self) -> None:
+        try:
+            self._answer = self._ask()
+        except operations.ServerAway as away:
+            log.warning("the fleet's gauges lack what a server tells: %s", away)
+        finally:
+            models.disconnect()
 
 
 def _named(values: Values) -> Values:
@@ -54,7 +101,8 @@ def _family(gauge: FleetGauge, value: float | Mapping[str, float]) -> Metric:
     return family
 
 
-def _backlog(backlog: Backlog) -> dict[str, float | Mapping[str, float]]:
+def _backlog() -> dict[str, float | Mapping[str, float]]:
+    backlog = operations.backlog()
     waiting = (Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING)
     return {
         "emails_waiting": {status.value: backlog.by_status.get(status.value, 0) for status in waiting},

@@ -110,6 +110,7 @@ class TokenSource:
         clock: Callable[[], float] = time.monotonic,
         reread_secret: Callable[[], str | None] = lambda: None,
         on_credential: Callable[[datetime | None], None] = lambda _ends_at: None,
+        on_renewal: Callable[[bool], None] = lambda _done: None,
     ) -> None:
         """Exactly one of ``secret`` and ``certificate_pem_path`` (key and certificate in one file) is needed.
 
@@ -117,7 +118,8 @@ class TokenSource:
 
         ``clock`` counts seconds, by which the token's age is judged. A credential that is refused may have been
         replaced: the file is read again, and ``reread_secret`` asked for the secret (None: not known to be another).
-        ``on_credential`` is told when a credential comes into use, with the end of its certificate.
+        ``on_credential`` is told when a credential comes into use, with the end of its certificate; ``on_renewal`` of
+        each try to get a token, with whether there is a new one.
 
         Raises:
             InsecureUrl: The authority is plain http to another machine.
@@ -131,6 +133,7 @@ class TokenSource:
         self._secret = secret
         self._reread_secret = reread_secret
         self._on_credential = on_credential
+        self._on_renewal = on_renewal
         self._used: str | None = None
         self._certificate_path = None if certificate_pem_path is None else Path(certificate_pem_path)
         self._scope = scope
@@ -192,10 +195,13 @@ class TokenSource:
         try:
             token = self._acquire()
         except errors.GraphError:
+            self._on_renewal(False)
             if held is None or now >= held.valid_until:
                 raise
             pause = now + RENEWAL_PAUSE.total_seconds()
             token = _Token(held.text, held.expires_at, min(pause, held.valid_until), held.valid_until)
+        else:
+            self._on_renewal(True)
         self._token = token
         return token
 

@@ -251,10 +251,14 @@ def _best_code(detail: dict[str, Any]) -> tuple[str, type[errors.GraphError] | N
     return (codes[0] if codes else ""), None
 
 
+#: Of another form it is no code but words, which may quote a mail.
+_CODE = re.compile(r"[A-Za-z0-9_.]{1,100}")
+
+
 def _codes(detail: Any) -> Iterator[str]:
     while isinstance(detail, dict):
-        if isinstance(code := detail.get("code"), str):
-            yield code[:100]
+        if isinstance(code := detail.get("code"), str) and _CODE.fullmatch(code):
+            yield code
         detail = detail.get("innerError") or detail.get("innererror")
 
 

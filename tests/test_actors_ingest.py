@@ -13,9 +13,11 @@ from support import Fleet, everything, send_email, table, work
 import actors
 import models
 import runtime
+import telemetry
 from actors.ingest import Delivery, ingest
 from contracts import MAX_DELIVERY_BYTES
 from outbox import Unconfirmed
+from tracing import trace_id
 
 shared_database, tables, fleet = support.shared_database, support.tables, support.fleet
 configure = support.configure
@@ -131,6 +133,22 @@ def test_a_conflict_is_rejected_and_names_the_email_that_is_known(fleet: Fleet) 
     assert table("incoming_emails") == [row]
 
 
+def test_each_delivery_is_counted_once_whatever_becomes_of_it(fleet: Fleet) -> None:
+    before = counted()
+    ingest([delivery(), delivery(), delivery({"no": "email"})])
+    ingest([delivery(send_email(subject="Another"))])
+    assert {name: number - before.get(name, 0) for name, number in counted().items()} == {
+        "stored": 1,
+        "duplicate": 1,
+        "rejected": 2,
+    }
+
+
+def counted() -> dict[str, float]:
+    (family,) = telemetry.DELIVERIES.collect()
+    return {each.labels["outcome"]: each.value for each in family.samples if each.name.endswith("_total")}
+
+
 def test_a_rejection_that_is_repeated_has_the_same_id(fleet: Fleet) -> None:
     for _ in range(2):
         ingest([Delivery(b"{}")])
@@ -221,7 +239,8 @@ def test_a_python_producer_may_send_to_the_actors_queue(fleet: Fleet) -> None:
 def test_a_property_that_cannot_be_carried_is_left_out(fleet: Fleet, name: str, value: Any) -> None:
     given = {"correlation_id": None, "reply_to": None, "traceparent": None, name: value}
     ingest([Delivery.of(orjson.dumps(send_email()), **given), Delivery.of(b"{}", **given)])
-    assert table("incoming_emails")[0][name] is None
+    kept = table("incoming_emails")[0][name]
+    assert (trace_id(kept) and kept != value) if name == "traceparent" else kept is None
     assert sorted(type for type, _ in told(fleet)) == ["SendEmailReceived", "SendEmailRejected"]
 
 

@@ -72,9 +72,8 @@ def emails(count: int) -> list[bytes]:
 
 def test_every_delivery_is_stored_told_and_acknowledged(fleet: Fleet) -> None:
     # Given more than one batch, every email but the last twice
-    publish(
-        fleet, *emails(149), *emails(149), emails(150)[-1], correlation_id="c-1", headers={"traceparent": "00-a-b-01"}
-    )
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    publish(fleet, *emails(149), *emails(149), emails(150)[-1], correlation_id="c-1", headers=headers)
     # When
     with running():
         wait_until("all are told", lambda: count("outbox_events WHERE published_at IS NOT NULL") == 150)
@@ -82,7 +81,7 @@ def test_every_delivery_is_stored_told_and_acknowledged(fleet: Fleet) -> None:
     assert count("incoming_emails") == 150
     assert waiting(fleet, runtime.SEND_QUEUE) == 0
     assert len(fleet.take_raw("test.events")) == 150
-    assert table("incoming_emails")[0]["traceparent"] == "00-a-b-01"
+    assert table("incoming_emails")[0]["traceparent"] == headers["traceparent"]
 
 
 def count(what: str) -> int:

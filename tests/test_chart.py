@@ -233,7 +233,9 @@ def test_every_pod_is_restricted_and_gets_time_to_end(chart: helm_python.Chart) 
         assert container["resources"]["limits"]["memory"]
         if name != "release":
             assert pod["terminationGracePeriodSeconds"] >= 20
-            assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+            probes = [container[name] for name in ("startupProbe", "livenessProbe", "readinessProbe")]
+            # None looks at the servers, the console's neither: it is needed most when one of them is away.
+            assert {probe["httpGet"]["path"] for probe in probes} <= {"/metrics", "/healthz"}
             assert pod["topologySpreadConstraints"]
 
 
@@ -411,6 +413,28 @@ def test_pods_are_closed_but_for_metrics_and_the_console(chart: helm_python.Char
     assert [rule["ports"] for rule in every["ingress"]] == [[{"protocol": "TCP", "port": 9191}]]
     assert [rule["ports"] for rule in console["ingress"]] == [[{"protocol": "TCP", "port": 8000}]]
     assert all(rule["from"] == [{"podSelector": {}}] for rule in [*every["ingress"], *console["ingress"]])
+
+
+PROMETHEUS = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+
+
+@pytest.mark.parametrize("token", ["", "viewer"])
+def test_who_collects_the_fleets_own_metrics_reaches_the_port_that_they_are_asked_for_on(
+    chart: helm_python.Chart, token: str
+) -> None:
+    documents = rendered(
+        chart,
+        {
+            "podMonitor": {"enabled": True, "consoleToken": {"existingSecret": token}},
+            "networkPolicy": {"metricsFrom": PROMETHEUS, "consoleFrom": [{"podSelector": {"matchLabels": {"a": "b"}}}]},
+        },
+    )
+    [monitor] = of_kind(documents, "PodMonitor").values()
+    asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    rules = [rule for each in of_kind(documents, "NetworkPolicy").values() for rule in each["spec"]["ingress"]]
+    reached = {port["port"] for rule in rules if rule["from"] == PROMETHEUS for port in rule["ports"]}
+    assert reached == {{"metrics": 9191, "http": 8000}[name] for name in asked}
+    assert [8000] in [[port["port"] for port in rule["ports"]] for rule in rules if rule["from"] != PROMETHEUS]
 
 
 SERVERS, HTTPS, METADATA = {5432, 5671, 5672, 6379}, {443}, {80}

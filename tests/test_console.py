@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -352,7 +353,12 @@ def test_a_readiness_probe_names_the_server_that_is_away_until_it_is_back(tables
             support.wait_until("it is seen", lambda: status_of(f"{url}/readyz") == 503)
             away = requests.get(f"{url}/readyz", timeout=30)
             assert away.json() == {subject: "away" if subject == names[name] else "ok" for subject in names.values()}
-            assert status_of(f"{url}/metrics") == (200 if name == "REDIS_URL" else 503)
+            gauge = {"DATABASE_URL": "mailfleet_emails_in_doubt", "RABBITMQ_URL": "mailfleet_queue_consumers"}
+            told = requests.get(f"{url}/metrics", timeout=30).text
+            assert told.count('mailfleet_server_up{server="') == 2
+            for other in gauge:
+                assert f'up{{server="{names[other]}"}} {int(other != name)}.0' in told
+                assert (gauge[other] in told) == (other != name)
             assert status_of(f"{url}/healthz") == 200
             # And when it is back
             gate.open()
@@ -362,13 +368,34 @@ def test_a_readiness_probe_names_the_server_that_is_away_until_it_is_back(tables
         gate.shut()
 
 
+def test_a_server_that_hangs_keeps_back_nothing_of_the_other(tables: str) -> None:
+    # Given a RabbitMQ that takes connections and never answers
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        url = at(os.environ["RABBITMQ_URL"], hung.getsockname()[1])
+        with console(RABBITMQ_URL=url, DATABASE_URL=tables) as (address, process):
+            for _ in range(2):
+                # When
+                told = requests.get(f"{address}/metrics", timeout=10).text
+                # Then
+                assert 'mailfleet_server_up{server="PostgreSQL"} 1.0' in told
+                assert 'mailfleet_server_up{server="RabbitMQ"} 0.0' in told
+                assert "mailfleet_emails_in_doubt" in told
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=5) == 0
+
+
 def test_the_process_starts_without_its_servers_ignores_forged_origins_and_ends_at_sigterm() -> None:
     nowhere = {name: at(os.environ[name], free_port()) for name in ("DATABASE_URL", "RABBITMQ_URL", "REDIS_URL")}
     with console(**nowhere, FORWARDED_ALLOW_IPS="*") as (url, process), requests.Session() as kept_alive:
         assert kept_alive.get(f"{url}/readyz", timeout=30).json() == dict.fromkeys(
             ("PostgreSQL", "RabbitMQ", "Redis"), "away"
         )
-        assert status_of(f"{url}/metrics") == 503
+        told = requests.get(f"{url}/metrics", timeout=60).text
+        assert [line for line in told.splitlines() if line.startswith("mailfleet_server_up")] == [
+            f'mailfleet_server_up{{server="{server}"}} 0.0' for server in ("PostgreSQL", "RabbitMQ")
+        ]
+        assert "mailfleet_concurrency_limit" in told
+        assert "mailfleet_emails_waiting" not in told
         assert status_of(f"{url}/metrics", **{"X-Forwarded-For": "127.0.0.1"}) == 401
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 0

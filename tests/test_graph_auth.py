@@ -87,6 +87,23 @@ def test_a_token_is_asked_for_once_and_serves_until_shortly_before_its_end(
     assert "claims" not in first
 
 
+def test_each_try_to_get_a_token_is_told_also_when_the_one_in_hand_still_serves(entra: Mocker, clock: Clock) -> None:
+    told: list[bool] = []
+    source = TokenSource(AUTHORITY, "contoso", "app-id", secret=SECRET, clock=clock, on_renewal=told.append)
+    entra.post(TOKEN, [*grants("a", lifetime_seconds=200), refusal(401, "invalid_client", 7000215)])
+
+    assert [source.token() for _ in range(3)] == ["a", "a", "a"]
+    assert told == [True]
+    clock.seconds += 151
+    assert [source.token() for _ in range(3)] == ["a", "a", "a"]
+    assert told == [True, False]
+    clock.seconds += 100
+    for _ in range(2):
+        with pytest.raises(errors.AuthenticationFailed):
+            source.token()
+    assert told == [True, False, False, False]
+
+
 def test_nothing_is_asked_before_the_first_token_is_wanted(entra: Mocker, source: TokenSource) -> None:
     assert source.expires_at is None
     assert entra.call_count == 0

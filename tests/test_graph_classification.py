@@ -229,6 +229,17 @@ def test_the_innermost_code_that_is_known_decides(inner: str) -> None:
     assert (type(error), error.code) == (errors.InvalidRecipient, "ErrorInvalidRecipients")
 
 
+@pytest.mark.parametrize("words", ["bob@example.org", "Dear Bob", "https://a/b", "a\nb", "", "x" * 101, "Code-é"])
+def test_what_is_no_code_in_the_place_of_one_is_neither_told_nor_counted(words: str) -> None:
+    counted: list[tuple[int, str]] = []
+    body = {"error": {"code": words, "innerError": {"code": "New.Code_7", "innerError": {"code": words}}}}
+    error = classify(Reply(404, {}, json.dumps(body).encode(), "c1"), GET, lambda *told: counted.append(told))
+    assert (error.code, counted) == ("New.Code_7", [(404, "New.Code_7")])
+    alone = classify(reply(400, words, "message"), SEND)
+    assert not alone.code
+    assert not words or words not in str(alone)
+
+
 def test_a_code_is_known_in_any_case() -> None:
     assert type(classify(reply(400, "errorinvalidrecipients"), SEND)) is errors.InvalidRecipient
 

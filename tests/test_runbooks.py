@@ -291,6 +291,11 @@ def test_nothing_else_than_the_tools_of_a_host_is_asked_for() -> None:
     assert tools <= {"mailfleet", "bin/start", "pg_dump", "pg_restore"}
 
 
+@pytest.mark.parametrize("heading", re.findall(r"^## (.+)$", PAGE, re.MULTILINE))
+def test_every_section_says_how_to_know_that_it_worked(heading: str) -> None:
+    assert "**It worked**" in section(heading)
+
+
 def test_a_command_that_does_not_exist_would_be_found() -> None:
     page = "Type `mailfleet stop --now`, or\n\n    mailfleet halt\n\n"
     assert commands(page) == ["mailfleet halt", "mailfleet stop --now"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
 from dramatiq import Message
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY, generate_latest
 
+import actors  # noqa: F401 (they are declared)
 import runtime
 from telemetry import Step, WorkerMetrics
 
@@ -151,6 +154,62 @@ def test_no_statements_parameters_are_logged_at_any_level(servers: dict[str, str
         "DEBUG",
     )
     assert PLANTED not in str(lines)
+
+
+def test_counters_of_which_every_series_is_known_are_there_before_their_first_event() -> None:
+    """Of a counter that appears with its first event no alert sees an increase."""
+    lines = logged(
+        """
+        import sys, actors, runtime
+        from types import SimpleNamespace
+        from prometheus_client import generate_latest
+        for middleware in runtime.fleet_broker.middleware:
+            middleware.before_worker_boot(runtime.fleet_broker, SimpleNamespace(consumer_whitelist={"scheduler"}))
+        logging.getLogger("any").info("%d", 1)
+        for line in generate_latest().decode().splitlines():
+            if line.startswith("mailfleet") and "_total" in line:
+                telemetry.structlog.get_logger().info(line)
+        """
+    )
+    told = {line["event"] for line in lines}
+    for series in (
+        'dispatched_total{route="no-attachment"}',
+        'dispatched_total{route="attachment"}',
+        'deliveries_total{outcome="stored"}',
+        'deliveries_total{outcome="duplicate"}',
+        'deliveries_total{outcome="rejected"}',
+        'messages_total{actor="schedule_emails",outcome="failed"}',
+        'leases_expired_total{status="dispatched"}',
+        'leases_expired_total{status="processing"}',
+        'limits_lowered_total{budget="sends"}',
+        'dead_letters_total{queue="backup",reason="backup_failed"}',
+        'emails_total{step="backup failed"}',
+        'dead_letter_notices_total{outcome="failed"}',
+        'graph_token_renewals_total{outcome="failed"}',
+        'events_published_total{type="SendEmailSent"}',
+        'purged_total{kind="backups"}',
+    ):
+        assert f"mailfleet_{series} 0.0" in told
+    # A worker counts nothing of actors that others work for.
+    assert not [line for line in told if "mailfleet_messages_total" in line and "send_plain" in line]
+
+
+def test_a_periodic_actor_tells_its_last_turn_that_ended_well_and_at_first_its_workers_begin() -> None:
+    begun = time.time()
+    middleware = WorkerMetrics(None)
+    middleware.before_worker_boot(runtime.fleet_broker, SimpleNamespace(consumer_whitelist={"maintenance"}))
+    assert begun <= turn_at("purge_expired") <= time.time()
+    for exception, is_turn in ((KeyError(), False), (None, True)):
+        before = turn_at("purge_expired")
+        message = Message("maintenance", "purge_expired", (), {}, {})
+        middleware.before_process_message(runtime.fleet_broker, message)
+        middleware.after_process_message(runtime.fleet_broker, message, exception=exception)
+        assert (turn_at("purge_expired") > before) == is_turn
+    assert turn_at("send_plain") is None
+
+
+def turn_at(actor: str) -> Any:
+    return REGISTRY.get_sample_value("mailfleet_periodic_turn_timestamp_seconds", {"actor": actor})
 
 
 def test_what_a_stranger_writes_becomes_no_series() -> None:

@@ -137,11 +137,18 @@ LIBRARIES = """
     attempt(lambda: contracts.accept(BODY.encode()))
     """
 MAIL_LOG = """
+    import json
+    from graph_client.classification import Operation, Reply, classify
     from graph_client.errors import AnswerUnclear, InvalidRecipient
     from telemetry import Step, mail_log
     for secret in SECRETS:
         mail_log(Step.IN_DOUBT, incoming_email_id="e", why=str(AnswerUnclear(secret, status=500)))
         mail_log(Step.BACKUP_RETRIED, incoming_email_id="e", why=str(InvalidRecipient(secret, status=400)))
+    for planted in (BODY, ADDRESS, UPLOAD):
+        for status in (400, 403, 404, 429, 500):
+            body = {"error": {"code": planted, "message": planted, "innerError": {"code": planted}}}
+            error = classify(Reply(status, {}, json.dumps(body).encode(), "c"), Operation("send_mail", "mailbox"))
+            mail_log(Step.RETRIED, incoming_email_id="e", why=str(error), code=error.code)
     """
 
 

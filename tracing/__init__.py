@@ -3,7 +3,8 @@
 A mail waits in the database between its steps; what holds its trace together is the ``traceparent`` (W3C Trace Context)
 in its row, in its dispatch and on its events. Whether it is traced is decided once: by the publisher, if it sent a
 ``traceparent``, else by lot when the mail is received. The decision is part of the ``traceparent``, so that a step of a
-mail that is not traced costs a look at a string; and without a receiver OpenTelemetry is not even imported.
+mail that is not traced costs a look at a string; and without a receiver OpenTelemetry is not even imported. A mail that
+is not traced has an id of a trace all the same, by which its lines are found.
 
 Nobody waits for the receiver: a thread sends spans in batches, and what it cannot deliver is counted and dropped.
 
@@ -179,11 +180,14 @@ class Tracer:
         self._delivery: Any = None
 
     def root(self, name: str, traceparent: str | None, **attributes: Any) -> Span:
-        """Begin the first operation on a mail that has come: in its publisher's trace, or in a new one."""
-        if self._endpoint is None or _parse(traceparent):
+        """Begin the first operation on a mail that has come: in its publisher's trace, or in a new one.
+
+        What is told to no receiver has a trace's id as well: its lines are found by it.
+        """
+        if _parse(traceparent):
             return self.begin(name, traceparent, kind="consumer", **attributes)
         # No secret depends on these numbers.
-        if random.random() >= self._ratio:  # noqa: S311
+        if self._endpoint is None or random.random() >= self._ratio:  # noqa: S311
             return Span(f"00-{random.getrandbits(128) or 1:032x}-{random.getrandbits(64) or 1:016x}-00")
         return self._begin(name, None, "consumer", attributes)
 

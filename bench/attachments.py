@@ -9,7 +9,7 @@ copied from the same source to the same simulated Graph by a loop that does noth
 
 With ``--kills`` the workers are killed while files of 5 to 40 MB go up, one to five with a mail, about half of them
 stored with mailfleet and the others on a web server. Graph's record is held against what was published: every mail
-once, each attachment once, byte for byte. Every other kill waits for a worker that has a file part up; a run in which
+once, each attachment once, byte for byte. Half of the kills wait for a worker that has a file part up; a run in which
 fewer than a quarter struck one has not shown what it should.
 """
 

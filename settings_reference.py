@@ -35,9 +35,9 @@ _INTRODUCTION = """\
 
 Made from `settings.py` by `python -m settings`. Everything is read from the environment when a process starts;
 `mailfleet settings` shows the effective values. `bin/start` reads a few more: workers' processes and threads are
-`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 2 for scheduler and maintenance), or per type
-`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on. `REQUESTS_CA_BUNDLE` names the certificate authorities that are
-trusted. docs/security.md says how secrets are given, stored and rotated.
+`DRAMATIQ_PROCESSES` (1) and `DRAMATIQ_THREADS` (8; 1 for scheduler, 2 for maintenance), or per type
+`SEND_PLAIN_PROCESSES`, `SEND_PLAIN_THREADS`, and so on; each is 1 or more. `REQUESTS_CA_BUNDLE` names the certificate
+authorities that are trusted. docs/security.md says how secrets are given, stored and rotated.
 
 | variable | default | unit | meaning |
 |---|---|---|---|"""

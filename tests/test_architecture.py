@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -163,6 +165,27 @@ def test_what_happens_after_a_death_is_told_in_the_code_that_may_die_and_in_the_
 
 
 # Processes and queues
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SEND_PLAIN_THREADS", "0"),
+        ("SEND_PLAIN_THREADS", "-1"),
+        ("SEND_PLAIN_THREADS", "eight"),
+        ("SEND_PLAIN_PROCESSES", "0"),
+        ("DRAMATIQ_THREADS", "08"),
+        ("DRAMATIQ_PROCESSES", "10000"),
+    ],
+)
+def test_a_worker_with_no_thread_or_process_does_not_start(variable: str, value: str) -> None:
+    # It would take messages and do nothing with them
+    start = ["/bin/sh", ROOT / "bin" / "start", "send_plain"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONHOME": "/nowhere", variable: value}
+    ended = subprocess.run(start, env=environment, capture_output=True, text=True, check=False, timeout=20)
+    assert ended.returncode == 2
+    assert variable in ended.stderr
+    assert "must be a whole number from 1 to 9999" in ended.stderr
 
 
 def test_the_procfile_names_the_process_types_and_bin_start_knows_each() -> None:

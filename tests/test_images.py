@@ -164,8 +164,8 @@ def test_a_process_without_a_metrics_port_counts_as_healthy_while_it_runs() -> N
 def test_a_container_that_is_started_again_leaves_no_metrics_of_the_start_before(tmp_path: Path) -> None:
     # Given what a start left behind that had the process id of the next one, as it is in a container
     leave = 'mkdir "$TMPDIR/mailfleet-metrics.$$.left" && exec "$0" backup'
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "METRICS_PORT": "1", "DRAMATIQ_THREADS": "none"}
-    # When it starts, and ends at once since "none" is no number of threads
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "METRICS_PORT": "1", "PYTHONHOME": "/nowhere"}
+    # When it starts, and ends at once since Python cannot
     subprocess.run(["sh", "-c", leave, ROOT / "bin" / "start"], env=environment, capture_output=True, check=False)
     # Then only the new one is there
     [directory] = tmp_path.glob("mailfleet-metrics.*")

@@ -19,13 +19,18 @@ import dramatiq
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent has ended. Linux only; elsewhere nothing is done."""
-    parent = multiprocessing.parent_process()
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the kernel send SIGTERM to this process when its parent has ended. Linux only; elsewhere nothing is done.
+
+    Args:
+        parent: Its process id; default: that of the parent that `multiprocessing` knows, if there is one.
+    """
+    if parent is None and (known := multiprocessing.parent_process()):
+        parent = known.pid
     if sys.platform != "linux" or parent is None:
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent.pid:  # it has ended already
+    if os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -376,9 +376,8 @@ fleet_broker = FleetBroker(
         FlushAtShutdown(),
         EndWithParent(),
         PeriodiqMiddleware(skip_delay=30),
-        telemetry.WorkerMetrics(
-            worker_metrics.serve if configuration.prometheus_multiproc_dir and configuration.metrics_port else None
-        ),
+        telemetry.WorkerMetrics(in_files=configuration.prometheus_multiproc_dir is not None),
+        worker_metrics.ServeMetrics(configuration.prometheus_multiproc_dir if configuration.metrics_port else None),
     ],
 )
 dramatiq.set_broker(fleet_broker)

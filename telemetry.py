@@ -408,16 +408,12 @@ class WorkerMetrics(dramatiq.Middleware):
     """Counts and times the messages of a worker.
 
     Args:
-        serve: A function of a module, which Dramatiq runs in a process beside the workers to serve their metrics.
+        in_files: Whether processes add up their metrics in files; then an ended one must not count as alive.
     """
 
-    def __init__(self, serve: Callable[[], None] | None) -> None:
-        self._serve = serve
+    def __init__(self, *, in_files: bool = False) -> None:
+        self._in_files = in_files
         self._began: dict[str, float] = {}
-
-    @property
-    def forks(self) -> list[Callable[[], None]]:
-        return [self._serve] if self._serve else []
 
     def before_worker_boot(self, broker: Any, worker: Any) -> None:
         """Have what the worker will count begin at nothing: what begins with its first event shows no increase."""
@@ -450,7 +446,7 @@ class WorkerMetrics(dramatiq.Middleware):
         self._began.pop(message.message_id, None)
 
     def after_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
-        if self._serve:
+        if self._in_files:
             multiprocess.mark_process_dead(os.getpid())
 
 

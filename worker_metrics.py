@@ -1,19 +1,74 @@
-"""The process that serves the metrics of all processes of a worker type, beside them.
+"""The process that serves the metrics of all processes of a worker type, and who sees to it that there is one.
 
 It adds up the files that they write and knows nothing else: without broker, database and Graph it starts at once and
-stays small.
+stays small. One of the worker processes keeps it running: Dramatiq has `forks` for the like, and starts none again.
 """
 
 from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import dramatiq
 
 import settings
 import telemetry
 from orphans import end_with_parent
 
+log = logging.getLogger(__name__)
 
-def serve() -> None:
-    """Serve the metrics on ``METRICS_PORT`` until the process is ended. Dramatiq finds the function by its name."""
-    end_with_parent()
+#: Short beside the interval of a scrape.
+_AGAIN_AFTER = timedelta(seconds=2)
+
+
+class ServeMetrics(dramatiq.Middleware):
+    """Keeps the type's metrics served: ends with the worker process that started it, and then another starts it.
+
+    Args:
+        directory: Where the processes of the type add up their metrics; None: nothing is served.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._ended = Event()
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def after_process_boot(self, _broker: Any) -> None:
+        if self._directory:
+            Thread(target=self._keep_serving, args=[self._directory], name="metrics", daemon=True).start()
+
+    def after_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
+        self._ended.set()
+        if self._server:
+            self._server.terminate()
+
+    def _keep_serving(self, directory: Path) -> None:
+        with (directory / "served").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)  # by one process of the type, as long as it lives
+            while not self._ended.is_set():
+                command = [sys.executable, "-m", "worker_metrics", str(os.getpid())]
+                self._server = subprocess.Popen(command)  # noqa: S603  nothing in it is from outside
+                if self._ended.is_set():
+                    self._server.terminate()
+                self._server.wait()
+                if not self._ended.wait(_AGAIN_AFTER.total_seconds()):
+                    log.warning("the process that serves the metrics has ended: it is started again")
+
+
+def serve(parent: int) -> None:
+    """Serve the metrics on ``METRICS_PORT`` until the process, or ``parent``, is ended."""
+    end_with_parent(parent)
     configuration = settings.load()
     telemetry.configure_logging(configuration.log_level)
     telemetry.serve_workers_metrics(configuration.metrics_port)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -215,7 +215,7 @@ def turn_at(actor: str) -> Any:
 def test_what_a_stranger_writes_becomes_no_series() -> None:
     """Each series costs memory for as long as the process lives, and a name may be an address."""
     strange = Message("send_plain", "eve@example.com", (), {}, {})
-    middleware = WorkerMetrics(None)
+    middleware = WorkerMetrics()
     middleware.before_process_message(runtime.fleet_broker, strange)
     middleware.after_process_message(runtime.fleet_broker, strange, exception=KeyError())
     told = generate_latest().decode()

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import requests
 from fleet_support import a_mailbox, an_attachment, an_email, assert_each_left_once, emails, fates, settled
 from worlds import Worlds
 
@@ -58,6 +59,31 @@ def test_a_worker_ends_with_its_main_process_though_that_was_killed(world: World
     world.wait_until("all have ended", lambda: not any(alive(pid) for pid in tree))
     world.fleet.start(type)
     world.wait_until_ready()
+
+
+def test_metrics_are_served_again_after_the_process_that_served_them_was_killed(world: World) -> None:
+    # Given the process that serves a type's metrics
+    (server,) = [pid for pid in world.fleet.pids("send_plain") if serves_metrics(pid)]
+    others = set(world.fleet.pids("send_plain")) - {server}
+    # When
+    os.kill(server, signal.SIGKILL)
+    world.wait_until("it has ended", lambda: not alive(server))
+    # Then there is another, and nobody else had to end
+    world.wait_until("metrics are served again", lambda: bool(metrics_of(world, "send_plain.1")))
+    assert others <= set(world.fleet.pids("send_plain"))
+
+
+def serves_metrics(pid: int) -> bool:
+    return b"worker_metrics" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def metrics_of(world: World, name: str) -> str:
+    with requests.Session() as session:
+        session.trust_env = False
+        try:
+            return session.get(f"http://127.0.0.1:{world.fleet.ports[name].metrics_port}/metrics", timeout=5).text
+        except requests.ConnectionError:
+            return ""
 
 
 def parent_of(pid: int) -> int:

@@ -50,7 +50,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -62,6 +62,8 @@ SEGMENT_BYTES = 1024 * 1024
 #: A blob's first bytes, which are all that `Vault.rewrap` reads and replaces.
 HEADER_BYTES = 92
 KEY_BYTES = 32
+#: What rows say of how a blob was compressed before it was encrypted.
+COMPRESSION = "gzip"
 
 _MAGIC_AND_VERSION = b"MFVB\x01"
 _STREAM_MAGIC_AND_VERSION = b"MFVS\x01"
@@ -190,7 +192,7 @@ class SealedBlob:
     size_bytes: int
     compressed_size_bytes: int
     checksum: str
-    compression: Literal["gzip"] = "gzip"
+    compression: str = COMPRESSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,12 @@ class Seekable(Protocol):
     def seek(self, offset: int, /) -> object: ...
 
     def read(self, size: int, /) -> bytes: ...
+
+
+def compressed_size_bytes(ciphertext: Blob) -> int:
+    """Return how many compressed bytes a sealed blob holds, as its length tells."""
+    sealed = max(0, len(ciphertext) - HEADER_BYTES)
+    return sealed - -(-sealed // _SEALED_SEGMENT_BYTES) * _TAG_BYTES
 
 
 def bind_to(email_id: str, graph_message_id: str) -> bytes:

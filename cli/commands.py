@@ -7,6 +7,7 @@ usage. Everything else is imported where it is used, so that ``--help`` does not
 from __future__ import annotations
 
 import getpass
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,7 @@ def publish(file: Any) -> None:
     from contracts import MAX_DELIVERY_BYTES, Unacceptable
 
     try:
-        click.echo(operations.publish(file.read(MAX_DELIVERY_BYTES + 1)))
+        click.echo(operations.publish(file.read(MAX_DELIVERY_BYTES + 1), who=who()))
     except Unacceptable as unacceptable:
         raise click.ClickException(f"not a valid SendEmail: {unacceptable.detail}") from None
 
@@ -213,16 +214,22 @@ def dlq_groups(as_json: bool, **filters: Any) -> None:
 @json_option
 @connected
 def dlq_show(id: str, as_json: bool) -> None:
-    """Show a dead letter, by its ID, the email's or the publisher's."""
+    """Show a dead letter and its message, by its ID, the email's or the publisher's; who did is written down."""
     import operations
 
-    letter, body = operations.dead_letter(id)
+    letter, body = operations.read_message(id, who=who())
     message = body.decode("utf-8", "replace") if body is not None else None
     if as_json:
         print_json({**letter._asdict(), "message": message})
     else:
         table(["", ""], [[name, value] for name, value in letter._asdict().items() if value is not None])
         click.echo(harmless(message) if message else "RabbitMQ's copy of the message has not arrived yet.")
+
+
+def finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # what is not a number is within any range
+        raise click.BadParameter("must be a finite number")
+    return value
 
 
 def _resolving(replay: bool) -> Command:
@@ -248,7 +255,7 @@ def _resolving(replay: bool) -> Command:
     for decorate in (
         connected,
         _filter_options,
-        click.option("--rate", type=click.FloatRange(0.01), help="At most so many per second."),
+        click.option("--rate", type=click.FloatRange(0.01), callback=finite, help="At most so many per second."),
         click.option("--dry-run", is_flag=True, help="Only list what would be meant."),
         click.option("--all", "all_letters", is_flag=True, help="Every open dead letter."),
         click.argument("ids", nargs=-1),

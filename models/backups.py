@@ -230,10 +230,11 @@ def find_backup(id: str) -> StoredBackup | None:
 
 
 class SealedBytes(NamedTuple):
-    """The sealed bytes of a backup, and the key that they are sealed under."""
+    """The sealed bytes of a backup, the key that they are sealed under, and how they were compressed before."""
 
     blob: bytes
     key_id: str
+    compression: str
 
 
 def sealed_blob(backup_id: str, *, first_bytes: int | None = None) -> SealedBytes | None:
@@ -243,14 +244,14 @@ def sealed_blob(backup_id: str, *, first_bytes: int | None = None) -> SealedByte
     """
     found = rows(
         """
-        SELECT substring(compressed_blob FROM 1 FOR %(first_bytes)s), key_id
+        SELECT substring(compressed_blob FROM 1 FOR %(first_bytes)s), key_id, compression
         FROM email_backups WHERE id = %(id)s
         """
         if first_bytes
-        else "SELECT compressed_blob, key_id FROM email_backups WHERE id = %(id)s",
+        else "SELECT compressed_blob, key_id, compression FROM email_backups WHERE id = %(id)s",
         {"id": backup_id, "first_bytes": first_bytes},
     )
-    return SealedBytes(bytes(found[0][0]), found[0][1]) if found else None
+    return SealedBytes(bytes(found[0][0]), *found[0][1:]) if found else None
 
 
 def stored_after(backup_id: str | None, *, limit: int) -> list[StoredBackup]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import runtime
 from models import audit, backups
 from models.backups import StoredBackup
-from vault import HEADER_BYTES, Tampered, UnknownKey, bind_to
+from vault import COMPRESSION, HEADER_BYTES, Tampered, UnknownKey, bind_to, compressed_size_bytes
 
 _BATCH = 1000
 #: Damaged backups that are tried under each other's names: as many times themselves.
@@ -93,8 +93,14 @@ def _examine(backup: StoredBackup) -> Discrepancy | None:
         return _discrepancy(Fault.UNKNOWN_KEY, backup, str(error))
     except Tampered as error:
         return _discrepancy(Fault.DAMAGED, backup, str(error))
-    if size != backup.size:
-        return _discrepancy(Fault.DAMAGED, backup, f"it has {size} bytes, and {backup.size} are recorded")
+    compressed_size = compressed_size_bytes(sealed.blob)
+    for what, found, recorded in (
+        ("bytes", size, backup.size),
+        ("compressed bytes", compressed_size, backup.compressed_size),
+        ("for its compression", COMPRESSION, sealed.compression),
+    ):
+        if found != recorded:
+            return _discrepancy(Fault.DAMAGED, backup, f"it has {found} {what}, and {recorded} is recorded")
     return None
 
 

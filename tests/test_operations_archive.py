@@ -285,10 +285,16 @@ def test_swapped_rows_are_named_with_whose_they_are() -> None:
 
 
 def test_a_recorded_size_or_checksum_that_is_another_is_found() -> None:
-    archive("size"), archive("checksum")
+    names = ("size", "checksum", "compressed", "compression")
+    for name in (*names, "fine"):
+        archive(name)
     rows("UPDATE email_backups SET size = size + 1 WHERE graph_message_id = 'graph-size'")
     rows("UPDATE email_backups SET checksum = repeat('0', 64) WHERE graph_message_id = 'graph-checksum'")
-    assert {name: fault for name, (fault, _) in faults().items()} == {"size": "damaged", "checksum": "damaged"}
+    rows("UPDATE email_backups SET compressed_size = compressed_size + 1 WHERE graph_message_id = 'graph-compressed'")
+    rows("UPDATE email_backups SET compression = 'none' WHERE graph_message_id = 'graph-compression'")
+    found = faults()
+    assert {name: fault for name, (fault, _) in found.items()} == dict.fromkeys(names, "damaged")
+    assert found["compression"][1] == "it has gzip for its compression, and none is recorded"
 
 
 def test_a_backup_under_a_key_that_is_not_there_is_named(ring: Ring) -> None:

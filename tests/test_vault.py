@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import io
+import os
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from vault import (
     Vault,
     bind_to,
     bind_to_attachment,
+    compressed_size_bytes,
 )
 
 OLD_KEY = base64.b64encode(bytes(range(32))).decode()
@@ -498,3 +500,9 @@ def test_a_stream_of_any_length_is_sealed_and_opened_in_the_memory_of_a_few_segm
         assert tracemalloc.get_traced_memory()[1] < 6 * SEGMENT_BYTES
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [0, 1, SEGMENT_BYTES, 3 * SEGMENT_BYTES + 5])
+def test_a_blobs_length_tells_how_much_is_compressed_in_it(size: int) -> None:
+    sealed = Vault(Keyring({"2025": bytes(32)})).seal([os.urandom(size)], associated_data=MAIL)
+    assert compressed_size_bytes(sealed.ciphertext) == sealed.compressed_size_bytes

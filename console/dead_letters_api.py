@@ -155,14 +155,16 @@ def group_dead_letters(
 @router.get("/{id}")
 def show_dead_letter(_who: Viewer, id: Id) -> DeadLetter:
     """Show a dead letter, by its id, the email's or the publisher's: of several an open one, or the newest."""
-    letter, _ = operations.dead_letter(id)
-    return DeadLetter.model_validate(letter)
+    return DeadLetter.model_validate(operations.dead_letter(id))
 
 
 @router.get("/{id}/message")
-def show_message(_who: Operator, id: Id) -> Message:
-    """Show the message of a dead letter. Of an email it has the id alone; of a foreign one, whatever somebody wrote."""
-    _, body = operations.dead_letter(id)
+def show_message(who: Operator, id: Id) -> Message:
+    """Show the message of a dead letter; who read it is written down.
+
+    Of an email it has the id alone; of a foreign one, whatever somebody wrote.
+    """
+    _, body = operations.read_message(id, who=f"api:{who}")
     return Message(message=None if body is None else body.decode("utf-8", "replace"))
 
 
@@ -191,7 +193,7 @@ def discard_dead_letter(who: Operator, id: Id) -> Outcome:
 
 
 def _resolve_one(verb: Verb, id: str, who: str) -> Outcome:
-    letter, _ = operations.dead_letter(id)
+    letter = operations.dead_letter(id)
     if letter.status == _DONE[verb]:
         return Outcome(id=letter.id, outcome=f"{letter.status} before")
     (outcome,) = _resolved(verb, [operations.open_dead_letter(letter.id)], who, None)

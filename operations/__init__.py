@@ -20,7 +20,14 @@ from operations.budgets import (
     set_limits,
     unset_limits,
 )
-from operations.dead_letters import dead_letter, dead_letter_groups, find_dead_letters, open_dead_letter, resolve
+from operations.dead_letters import (
+    dead_letter,
+    dead_letter_groups,
+    find_dead_letters,
+    open_dead_letter,
+    read_message,
+    resolve,
+)
 from operations.emails import cancel, find_emails, publish, status, timeline
 from operations.errors import NotALimit, NotAttachable, NotFound, NotOpen, NotReplayable, ServerAway
 from operations.forecasting import forecast
@@ -80,6 +87,7 @@ __all__ = [
     "publish",
     "purge_backups",
     "queues",
+    "read_message",
     "ready",
     "recipient_firewall",
     "release",

@@ -24,14 +24,24 @@ from tracing import trace_id
 _REPLAY_LEASE = timedelta(minutes=2)
 
 
-def dead_letter(id: str) -> tuple[Letter, bytes | None]:
-    """Return the dead letter with this id (its own, the email's, the publisher's) and its message.
+def dead_letter(id: str) -> Letter:
+    """Return the dead letter with this id (its own, the email's, the publisher's).
 
     Of several it is an open one if there is one, else the newest.
     """
     letter = dead_letters.find(id)
     if letter is None:
         raise NotFound(f"no dead letter has the id {id}")
+    return letter
+
+
+def read_message(id: str, *, who: str) -> tuple[Letter, bytes | None]:
+    """Return a dead letter and its message, as far as it has arrived, and write down who read it.
+
+    A foreign message may be a whole mail of somebody's.
+    """
+    letter = dead_letter(id)
+    audit.record(who, "dlq.read", letter.id, incoming_email_id=letter.incoming_email_id)
     return letter, dead_letters.body_of(letter.id)
 
 
@@ -41,7 +51,7 @@ def open_dead_letter(id: str) -> Letter:
     Raises:
         NotOpen: There are only such as were replayed or discarded.
     """
-    letter, _ = dead_letter(id)
+    letter = dead_letter(id)
     if letter.status != "open":
         raise NotOpen(f"no open dead letter has the id {id}: it was {letter.status} by {letter.resolved_by}")
     return letter

@@ -21,14 +21,17 @@ from telemetry import Step, mail_log
 from tracing import trace_id
 
 
-def publish(body: bytes) -> str:
+def publish(body: bytes, *, who: str) -> str:
     """Put one ``SendEmail`` on the queue, as an application would, and return the publisher's id.
+
+    Who wants it is written down first: whoever sees no confirmation does not know that it was not published.
 
     Raises:
         Unacceptable: It would be rejected; nothing was published.
         Unconfirmed: RabbitMQ is away.
     """
     accepted = contracts.accept(body)
+    audit.record(who, "publish", accepted.publisher_message_id)
     properties = pika.BasicProperties(content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent)
     runtime.publisher.publish([Outgoing("", runtime.SEND_QUEUE, body, properties, mandatory=True)])
     return accepted.publisher_message_id

@@ -253,6 +253,14 @@ def test_a_foreign_letter_is_shown_whole_but_directs_no_terminal() -> None:
     assert ended.status == 0
     assert "first\nsecond �]0;title� �" in ended.output
     assert answer("dlq", "show", letter)["message"] == "first\nsecond \x1b]0;title\x07 �"
+    assert [(action, subject) for _, action, subject in audited()] == [("dlq.read", letter)] * 2
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "0", "-1"])
+def test_a_rate_that_is_none_is_a_sentence(rate: str) -> None:
+    for number in range(2):
+        give_up(f"order-{number}")
+    says(mailfleet("dlq", "replay", "--all", "--rate", rate), 2, "Invalid value for '--rate'")
 
 
 def test_a_dry_run_changes_nothing() -> None:

@@ -247,7 +247,7 @@ def test_gauges_tell_what_the_tables_and_queues_hold_now() -> None:
         """
     )
     before = gauges().get(("queue_messages_ready", "send_email"), 0)
-    operations.publish(orjson.dumps(support.send_email()))
+    operations.publish(orjson.dumps(support.send_email()), who="cli:ann")
     runtime.close()
     # When
     told = gauges()

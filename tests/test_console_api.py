@@ -276,8 +276,14 @@ def test_a_single_replay_may_be_repeated_and_cannot_be_undone_by_a_discard(opera
     assert audited() == [(BY_ANN, "dlq.replayed", letter)]
 
 
-def test_the_message_of_a_dead_letter_is_shown_to_an_operator(operator: Caller) -> None:
-    assert operator.get(f"/dead-letters/{foreign(b'not a message')}/message") == {"message": "not a message"}
+def test_the_message_of_a_dead_letter_is_shown_to_an_operator_and_who_read_it_is_written_down(
+    operator: Caller,
+) -> None:
+    letter = foreign(b"not a message")
+    operator.get(f"/dead-letters/{letter}")
+    assert audited() == []
+    assert operator.get(f"/dead-letters/{letter}/message") == {"message": "not a message"}
+    assert audited() == [(BY_ANN, "dlq.read", letter)]
     give_up()
     assert operator.get("/dead-letters/order-1/message") == {"message": None}
 

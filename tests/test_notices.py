@@ -251,14 +251,14 @@ def test_a_letter_that_is_resolved_before_the_turn_wakes_nobody_and_one_that_fai
 ) -> None:
     # Given
     discarded = foreign(b"no message")
-    letter, _ = operations.dead_letter(discarded)
+    letter = operations.dead_letter(discarded)
     operations.resolve([letter], replay=False, who="ann")
     notify()
     assert receiver.posts == []
     # When the same message of an email fails, is replayed and fails again
     id = give_up()
     notify()
-    letter, _ = operations.dead_letter(id)
+    letter = operations.dead_letter(id)
     operations.resolve([letter], replay=True, who="ann")
     message_id = table("dlq")[-1]["message_id"]
     support.claim(id).fail(

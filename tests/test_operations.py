@@ -70,14 +70,16 @@ def channel() -> Iterator[Any]:
 
 def test_a_published_email_is_put_on_the_queue_as_it_is_and_lastingly(channel: Any) -> None:
     body = orjson.dumps(support.send_email(), option=orjson.OPT_INDENT_2)
-    assert operations.publish(body) == "order-1"
+    assert operations.publish(body, who=WHO) == "order-1"
     _, properties, published = channel.basic_get(runtime.SEND_QUEUE, auto_ack=True)
     assert (published, properties.delivery_mode) == (body, 2)
+    assert audited() == [(WHO, "publish", "order-1")]
 
 
 def test_what_would_be_rejected_is_not_published(channel: Any) -> None:
     with pytest.raises(Unacceptable):
-        operations.publish(b'{"from": "ann"}')
+        operations.publish(b'{"from": "ann"}', who=WHO)
+    assert audited() == []
     assert channel.basic_get(runtime.SEND_QUEUE)[0] is None
 
 
@@ -103,6 +105,8 @@ def test_an_id_that_nobody_has_is_not_found_whatever_it_looks_like(id: str) -> N
         operations.cancel(id, who=WHO)
     with pytest.raises(NotFound):
         operations.dead_letter(id)
+    with pytest.raises(NotFound):
+        operations.read_message(id, who=WHO)
     with pytest.raises(NotFound):
         operations.export_backup(id, who=WHO)
     assert not letters(reason=id or "none")

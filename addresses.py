@@ -63,6 +63,18 @@ def https(url: str) -> str:
     return url
 
 
+def without_credentials(url: str) -> str:
+    """Refuse an address with a user or a password: it is no secret, and shown. A container of Azure is no user."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url  # whoever knows its form refuses it
+    is_container = parts.scheme in ("abfs", "abfss") and parts.password is None
+    if "@" in parts.netloc and not is_container:
+        raise ValueError("must hold no user and no password: it is no secret, and is shown")
+    return url
+
+
 def webhook(secret: SecretStr | None) -> SecretStr | None:
     """Check an address that is a secret: its path may be what lets one in."""
     if secret is not None:

@@ -43,6 +43,7 @@ from attachments import (
     check_store_url,
 )
 from broker import MIRROR_QUEUE, DeadLettering, FleetBroker, declare_if_missing
+from console_tokens import parse_tokens
 from contracts import Event, EventType, __version__
 from crash_points import CrashPoint, CrashPoints
 from graph_client import Call, GraphClient, TokenSource
@@ -80,6 +81,7 @@ def _load() -> settings.Settings:
                 "ATTACHMENT_CLOUD_URLS": lambda text: [*map(CloudPlace.parse, settings.comma_separated(text))],
                 "ATTACHMENT_STORE_URL": check_store_url,
                 "BACKUP_KEYS": Keyring.parse,
+                "CONSOLE_TOKENS": parse_tokens,
                 "DEAD_LETTER_WEBHOOK_SECRET": notices.check_secret,
                 "OTEL_EXPORTER_OTLP_ENDPOINT": check_endpoint,
                 "OTEL_EXPORTER_OTLP_HEADERS": header_pairs,

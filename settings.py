@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 import settings_sources
-from addresses import https, on_loopback, postgresql, server, webhook
+from addresses import https, on_loopback, postgresql, server, webhook, without_credentials
 from bounds import CONCURRENCY_BOUNDS, COUNT_BOUNDS, REQUESTS_BOUNDS, UPLOAD_MB_BOUNDS
 from mail_rules import RecipientFirewall, SenderRule
 from settings_sources import is_needed, secret_in_file, variable_of
@@ -70,6 +70,10 @@ def comma_separated(value: Any) -> Any:
     return parts
 
 
+def _all_without_credentials(urls: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(without_credentials, urls))
+
+
 def _readable(path: Path) -> Path:
     try:
         path.read_text(encoding="utf-8")
@@ -90,6 +94,7 @@ Concurrency = Annotated[int, AfterValidator(CONCURRENCY_BOUNDS.check)]
 Requests = Annotated[int, AfterValidator(REQUESTS_BOUNDS.check)]
 Megabytes = Annotated[int, AfterValidator(UPLOAD_MB_BOUNDS.check)]
 Limit = Annotated[int, AfterValidator(COUNT_BOUNDS.check)]
+PublicAddress = Annotated[str, AfterValidator(https), AfterValidator(without_credentials)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(comma_separated)]
 
 
@@ -118,12 +123,12 @@ class Settings(settings_sources.StoreSettings):
         "REDIS_URL", "Redis, `redis://:password@host:port/0`."
     )
 
-    graph_base_url: Annotated[str, AfterValidator(https)] = _setting(
+    graph_base_url: PublicAddress = _setting(
         "GRAPH_BASE_URL",
         "Microsoft Graph. Must be https except on loopback.",
         default="https://graph.microsoft.com/v1.0",
     )
-    graph_authority: Annotated[str, AfterValidator(https)] = _setting(
+    graph_authority: PublicAddress = _setting(
         "GRAPH_AUTHORITY",
         "Where tokens come from; the tenant is appended. Must be https except on loopback.",
         default="https://login.microsoftonline.com",
@@ -266,12 +271,12 @@ class Settings(settings_sources.StoreSettings):
         " private address. Empty: any public host on port 443.",
         default="",
     )
-    attachment_cloud_urls: Names = _setting(
+    attachment_cloud_urls: Annotated[Names, AfterValidator(_all_without_credentials)] = _setting(
         "ATTACHMENT_CLOUD_URLS",
         "Where in clouds' object stores attachments may come from: prefixes, as `s3://bucket/folder`, comma-separated.",
         default="",
     )
-    attachment_store_url: str = _setting(
+    attachment_store_url: Annotated[str, AfterValidator(without_credentials)] = _setting(
         "ATTACHMENT_STORE_URL",
         "Where stored attachments are kept, sealed: a folder that console and `send_attached` share, or `s3://…`,"
         " `abfs://…`.",

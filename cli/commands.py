@@ -355,12 +355,9 @@ def _write_whole(path: Path, chunks: Iterator[bytes]) -> None:
 @json_option
 def settings_command(as_json: bool) -> None:
     """Show the effective settings, secrets masked."""
-    import settings
+    import runtime  # with every check that a process makes when it starts
 
-    try:
-        shown = settings.load().shown()
-    except settings.SettingsInvalid as invalid:
-        raise click.ClickException(str(invalid)) from None
+    shown = runtime.configuration.shown()
     if as_json:
         print_json(shown)
     else:

@@ -11,9 +11,10 @@ import uvicorn
 import actors  # noqa: F401  declares the queues whose depth is shown
 import runtime
 import telemetry
-from console.access import Access, parse_tokens
+from console.access import Access
 from console.app import make_app
 from console.failed_tries import FailedTries
+from console_tokens import parse_tokens
 
 #: A proxy in front may keep requests for a moment after SIGTERM.
 _GRACE_SECONDS = 10
@@ -27,10 +28,7 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     configuration = runtime.configuration
     secret = configuration.console_tokens
-    try:
-        tokens = parse_tokens(secret.get_secret_value() if secret else "")
-    except ValueError as problem:
-        sys.exit(f"The settings are not usable:\n  - {problem}")
+    tokens = parse_tokens(secret.get_secret_value() if secret else "")
     telemetry.serve_own_metrics(configuration.metrics_port)
     # uvicorn stops by itself and then passes the signal on to whoever was there before.
     signal.signal(signal.SIGTERM, _end)

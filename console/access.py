@@ -10,11 +10,12 @@ import hmac
 import logging
 import re
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request
 
 from console.failed_tries import FailedTries
+from console_tokens import Role, Token
 from telemetry import CONSOLE_REFUSALS
 
 log = logging.getLogger(__name__)
@@ -25,48 +26,6 @@ LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 _OWN_NAMES = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 #: A proxy on this machine passes on what comes from others.
 _PASSED_ON = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
-
-
-class Role(StrEnum):
-    """What a token allows: a viewer looks, an operator acts too."""
-
-    VIEWER = "viewer"
-    OPERATOR = "operator"
-
-
-class Token(NamedTuple):
-    """One entry of ``CONSOLE_TOKENS``."""
-
-    name: str
-    role: Role
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"Token({self.name!r}, {self.role.value!r})"
-
-
-#: Shorter tokens can be guessed.
-MIN_TOKEN_CHARACTERS = 16
-
-
-def parse_tokens(text: str) -> list[Token]:
-    """Read ``name:role:token, …``.
-
-    Raises:
-        ValueError: An entry is not of that form, by its position: its text may be a secret.
-    """
-    return [_parse(position, entry.strip()) for position, entry in enumerate(text.split(","), 1) if entry.strip()]
-
-
-def _parse(position: int, entry: str) -> Token:
-    name, _, rest = entry.partition(":")
-    role, _, secret = rest.partition(":")
-    if not name or role not in set(Role) or len(secret) < MIN_TOKEN_CHARACTERS:
-        raise ValueError(
-            f"CONSOLE_TOKENS: entry {position} is not name:role:token with the role viewer or operator"
-            f" and a token of {MIN_TOKEN_CHARACTERS} characters or more"
-        )
-    return Token(name, Role(role), secret)
 
 
 class Refusal(StrEnum):
@@ -158,6 +117,8 @@ def _operator(request: Request) -> str:
     return access.operator(request)
 
 
+#: What asks for a token.
+GUARDS = (_viewer, _operator)
 #: Parameters of what the application of `app.make_app` answers: the name of who asks.
 Viewer = Annotated[str, Depends(_viewer)]
 Operator = Annotated[str, Depends(_operator)]

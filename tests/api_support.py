@@ -11,8 +11,9 @@ import requests
 import uvicorn
 from support import wait_until
 
-from console.access import Access, parse_tokens
+from console.access import Access
 from console.app import make_app
+from console_tokens import parse_tokens
 from sandbox.processes import free_port
 
 VIEWER, OPERATOR = "a-token-of-the-viewer", "a-token-of-the-operator"

@@ -27,6 +27,7 @@ LEAVES = {
     "attachments",
     "bounds",
     "broker",
+    "console_tokens",
     "contracts",
     "crash_points",
     "forecast",

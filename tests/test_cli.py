@@ -373,6 +373,27 @@ def test_settings_are_shown_without_the_secrets() -> None:
     assert not [secret for secret in secrets if secret in output or secret in str(shown)]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("BACKUP_KEYS", ","),
+        ("BACKUP_KEYS", f"k:{'A' * 43}=,k:{'B' * 43}="),
+        ("CONSOLE_TOKENS", "ann:operator:hunter2"),
+        ("CONSOLE_TOKENS", "ann:operator:hunter2hunter2hunter2,bob:viewer:hunter2hunter2hunter2"),
+        ("ATTACHMENT_STORE_URL", "nonsense"),
+        ("ATTACHMENT_STORE_URL", "s3://AKIA:hunter2@bucket/x"),
+        ("ATTACHMENT_CLOUD_URLS", "s3://AKIA:hunter2@bucket/x"),
+        ("GRAPH_BASE_URL", "https://u:hunter2@graph.microsoft.com/v1.0"),
+        ("GRAPH_AUTHORITY", "https://u:hunter2@login.microsoftonline.com"),
+    ],
+)
+def test_settings_with_which_no_process_starts_are_refused_and_not_shown(variable: str, value: str) -> None:
+    for command in ("settings", "doctor"):
+        ended = mailfleet(command, **{variable: value})
+        says(ended, 1, f"{variable}: ")
+        assert "hunter2" not in ended.output + ended.complaint
+
+
 def test_the_doctor_says_that_all_is_well_with_0(graph: Simulator) -> None:
     with workers():
         assert {finding["fine"] for finding in answer("doctor")} == {True}

@@ -21,9 +21,10 @@ from support import table
 import runtime
 from attachments import Store
 from console import attachments_api
-from console.access import Access, parse_tokens
+from console.access import Access
 from console.app import make_app
 from console.attachments_api import Patience
+from console_tokens import parse_tokens
 
 shared_database, tables, configure = support.shared_database, support.tables, support.configure
 pytestmark = pytest.mark.usefixtures("tables")

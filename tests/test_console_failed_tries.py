@@ -8,8 +8,9 @@ from test_console import GUARDED, SECRET, STRANGER
 
 import telemetry
 from console import failed_tries
-from console.access import Access, Refusal, parse_tokens
+from console.access import Access, Refusal
 from console.failed_tries import FailedTries
+from console_tokens import parse_tokens
 
 
 class Clock:

@@ -27,7 +27,7 @@ COMPLETE = {
     "GRAPH_CLIENT_ID": "app",
     "GRAPH_CLIENT_SECRET": SECRET,
     "BACKUP_KEYS": f"k1:{KEY}",
-    "CONSOLE_TOKENS": f"olga:operator:{SECRET}",
+    "CONSOLE_TOKENS": f"olga:operator:{SECRET}-{SECRET}",
     "VAULT_TOKEN": SECRET,
     "VAULT_SECRET_ID": SECRET,
     "AZURE_CLIENT_SECRET": SECRET,

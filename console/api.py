@@ -9,10 +9,12 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import AwareDatetime
 
+from console.access import GUARDS
 from console.problems import Problem
 from models.dead_letters import Place
 from models.ids import as_uuid
@@ -26,6 +28,7 @@ _NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 _MAX_ID_CHARACTERS = 1000
 _MAX_ADDRESS_CHARACTERS = 254
 _MAX_TEXT_CHARACTERS = 256
+_MAX_NAME_CHARACTERS = 64
 _ADDRESS = r"[^\x00-\x20\x7f/@]+@[^\x00-\x20\x7f/@]+"
 
 Id = Annotated[str, Path(max_length=_MAX_ID_CHARACTERS, pattern=_NO_CONTROLS)]
@@ -53,7 +56,65 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="At most so many.")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next` of the page before; default: the first page.")]
 
 
-class BoundedRoute(APIRoute):
+Problems = dict[int | str, dict[str, Any]]
+
+
+def problems(descriptions: dict[int, str]) -> Problems:
+    """Return what the schema says of the answers that are problems."""
+    return {
+        status: {
+            "description": description,
+            "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+        }
+        for status, description in descriptions.items()
+    }
+
+
+class CheckedRoute(APIRoute):
+    """Asks for the token before anything else, knows every parameter, and tells the schema of its problems."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.responses = {**self._problems(), **self.responses}
+
+    def _problems(self) -> Problems:
+        told: dict[int, str] = {}
+        if "/{id}" in self.path:
+            told |= {404: "Nothing has this id."}
+            if "POST" in self.methods:
+                told |= {409: "It is too late for this."}
+        if self.body_field:
+            told |= {400: "The body is no text.", 413: "The body is too large."}
+        return problems(told)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+        guards = [each.call for each in self.dependant.dependencies if each.call in GUARDS]
+        parameters = {parameter.alias for parameter in self.dependant.query_params}
+
+        async def checked(request: Request) -> Response:
+            for guard in guards:
+                guard(request)  # FastAPI would read the body first, and say what is wrong with it
+            _check_query(request, parameters)
+            return await answer(request)
+
+        return checked
+
+
+def _check_query(request: Request, parameters: set[str]) -> None:
+    """Refuse what would be left out of account: a filter that is misspelt, or the first of two."""
+    given = [name for name, _ in request.query_params.multi_items()]
+    faults = [_fault(name, "there is no such parameter") for name in dict.fromkeys(given) if name not in parameters]
+    faults += [_fault(name, "is given more than once") for name in parameters if given.count(name) > 1]
+    if faults:
+        raise RequestValidationError(faults)
+
+
+def _fault(name: str, said: str) -> dict[str, Any]:
+    return {"loc": ("query", name[:_MAX_NAME_CHARACTERS]), "msg": said}
+
+
+class BoundedRoute(CheckedRoute):
     """Reads no more of a body than `MAX_BODY_BYTES`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -86,25 +147,13 @@ def private(response: Response) -> None:
 
 #: It only tells the schema how to authenticate: `access` decides.
 _BEARER = HTTPBearer(auto_error=False, description="A token of CONSOLE_TOKENS.")
-Problems = dict[int | str, dict[str, Any]]
-
-
-def problems(descriptions: dict[int, str]) -> Problems:
-    """Return what the schema says of the answers that are problems."""
-    return {
-        status: {
-            "description": description,
-            "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
-        }
-        for status, description in descriptions.items()
-    }
-
 
 _PROBLEMS = problems(
     {
         401: "No token, or a wrong one.",
         403: "A viewer's token, and this acts or takes content out.",
         422: "The request is not valid.",
+        429: "Too many wrong tokens from this address.",
         503: "A server is away: try again.",
     }
 )

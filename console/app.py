@@ -48,9 +48,9 @@ def make_app(access: Access, patience: Patience = PATIENCE) -> FastAPI:
         return {"status": "alive"}
 
     @app.api_route("/readyz", methods=_LOOKING, include_in_schema=False)
-    def readyz() -> JSONResponse:
+    async def readyz() -> JSONResponse:
         """Say whether the servers answer. Open to all: it names no address and no secret."""
-        findings = readiness.findings()
+        findings = await readiness.findings()
         body = {finding.subject: "ok" if finding.fine else "away" for finding in findings}
         return JSONResponse(body, 200 if all(finding.fine for finding in findings) else 503)
 

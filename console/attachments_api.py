@@ -14,13 +14,12 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 from fastapi import HTTPException, Query, Request
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
 import operations
 from console.access import Operator
-from console.api import make_router, problems
+from console.api import CheckedRoute, make_router, problems
 
 #: How many files come in at a time; each has a thread and a few megabytes. More wait for their turn.
 MAX_AT_A_TIME = 8
@@ -40,7 +39,7 @@ class Patience(NamedTuple):
 PATIENCE = Patience()
 
 router = make_router("/attachments", "attachments")
-router.route_class = APIRoute  # no bound on the body here: `operations.attach` has its own
+router.route_class = CheckedRoute  # no bound on the body here: `operations.attach` has its own
 _turns = anyio.Semaphore(MAX_AT_A_TIME)
 #: The rest of a body is not read, however long it would go on.
 _CLOSE = {"Connection": "close"}
@@ -50,6 +49,7 @@ _UNKNOWN_TYPE = "application/octet-stream"
 _NO_TYPE_GIVEN = "application/x-www-form-urlencoded"
 _PROBLEMS = problems(
     {
+        400: "The body broke off.",
         408: "The body did not come, or too slowly.",
         413: "The body is too large.",
         415: "The body is a form, not the file itself.",

@@ -1,11 +1,16 @@
-"""What the fleet's servers last answered: many may ask whether they are there, few may open connections to find out."""
+"""What the fleet's servers last answered: many may ask whether they are there, few may open connections to find out.
+
+Whoever waits for that has no thread: strangers may ask, and must not keep an operator's request from being answered.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+
+import anyio
+import anyio.to_thread
 
 from operations import Finding
 
@@ -13,7 +18,7 @@ _LASTS = timedelta(seconds=2)
 
 
 class Readiness:
-    """Remembers for a moment what a check has found. Safe between threads: while one asks, the others wait for it.
+    """Remembers for a moment what a check has found. While it is made, in a thread of its own, all wait for its answer.
 
     Args:
         check: What finds out.
@@ -23,14 +28,14 @@ class Readiness:
     def __init__(self, check: Callable[[], list[Finding]], clock: Callable[[], float] = time.monotonic) -> None:
         self._check = check
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = anyio.Lock()
         self._found: list[Finding] = []
         self._known_until = float("-inf")
 
-    def findings(self) -> list[Finding]:
+    async def findings(self) -> list[Finding]:
         """Return what was found, at most two seconds ago."""
-        with self._lock:
+        async with self._lock:
             if self._clock() >= self._known_until:
-                self._found = self._check()
+                self._found = await anyio.to_thread.run_sync(self._check, limiter=anyio.CapacityLimiter(1))
                 self._known_until = self._clock() + _LASTS.total_seconds()
             return self._found

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import anyio.to_thread
 import orjson
 import pytest
 import requests
@@ -25,9 +25,10 @@ from support import rows
 
 import operations
 import runtime
-from console.access import Access, Token, parse_tokens
+from console.access import Access
 from console.app import make_app
 from console.readiness import Readiness
+from console_tokens import Token, parse_tokens
 from models import inspection, uploads
 from operations import Finding
 from sandbox.processes import free_port
@@ -184,6 +185,14 @@ def test_a_token_of_another_form_is_told_by_its_position(text: str) -> None:
     assert SECRET not in str(error.value)
 
 
+@pytest.mark.parametrize("role", ["viewer", "operator"])
+def test_two_entries_with_one_token_are_refused(role: str) -> None:
+    """Who acts is written down by a name, and a viewer's token must not be an operator's."""
+    with pytest.raises(ValueError, match="entry 2 has the token of an earlier one") as error:
+        parse_tokens(f"ann:operator:{SECRET}, grafana:{role}:{SECRET}")
+    assert SECRET not in str(error.value)
+
+
 # What is answered
 
 
@@ -207,15 +216,36 @@ def test_many_that_ask_whether_it_is_ready_at_once_are_answered_from_one_look() 
         return [Finding("Redis", True, "answers")]
 
     readiness = Readiness(look, clock=lambda: now[0])
-    # When
-    with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda _: readiness.findings(), range(8)))
-    # Then
-    assert answers == [[Finding("Redis", True, "answers")]] * 8
-    assert looks == [0.0]
-    for now[0] in (1.9, 2.0, 3.9):
-        readiness.findings()
+
+    async def ask_for_long() -> None:
+        # When
+        answers = await asyncio.gather(*(readiness.findings() for _ in range(8)))
+        # Then
+        assert answers == [[Finding("Redis", True, "answers")]] * 8
+        assert looks == [0.0]
+        for now[0] in (1.9, 2.0, 3.9):
+            await readiness.findings()
+
+    asyncio.run(ask_for_long())
     assert looks == [0.0, 2.0]
+
+
+def test_strangers_who_wait_for_an_answer_of_the_servers_keep_nobody_else_from_theirs() -> None:
+    # Given a check that hangs, as while RabbitMQ stands still
+    hangs = threading.Event()
+    readiness = Readiness(lambda: [Finding("RabbitMQ", hangs.wait(30), "answers")])
+
+    async def ask_all() -> None:
+        strangers = [asyncio.create_task(readiness.findings()) for _ in range(60)]
+        await asyncio.sleep(0)
+        # When somebody else needs one of the threads that all requests share
+        await asyncio.wait_for(anyio.to_thread.run_sync(lambda: None), 5)
+        assert not any(stranger.done() for stranger in strangers)
+        hangs.set()
+        await asyncio.gather(*strangers)
+
+    # Then they are answered
+    asyncio.run(ask_all())
 
 
 def gauges() -> dict[tuple[str, str], float]:

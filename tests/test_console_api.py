@@ -113,6 +113,39 @@ def test_without_a_token_nothing_is_answered(url: str) -> None:
         Caller(url, None).problem(method, path, 401, json=body)
 
 
+def test_a_token_is_asked_for_before_anything_is_said_of_the_request(url: str, viewer: Caller) -> None:
+    for method, path, body in ACTIONS:
+        wrong = {"data": b"{", "headers": {"Content-Type": "application/json"}} if body is not None else {}
+        Caller(url, None).problem(method, f"{path}?unknown=1", 401, **wrong)
+        viewer.problem(method, f"{path}?unknown=1", 403, **wrong)
+
+
+@pytest.mark.parametrize("path", [path for method, path in EVERYTHING if path != "/openapi.json"])
+def test_a_parameter_that_there_is_not_or_that_is_given_twice_is_refused(viewer: Caller, path: str) -> None:
+    """A misspelt filter would have everything shown, or replayed."""
+    (fault,) = viewer.problem("GET", f"{path}?malibox=ann@example.com", 422)["errors"]
+    assert fault == {"where": "query.malibox", "problem": "there is no such parameter"}
+    if path in ("/emails", "/dead-letters", "/backups"):
+        (fault,) = viewer.problem("GET", f"{path}?mailbox=a@example.com&mailbox=b@example.com", 422)["errors"]
+        assert fault == {"where": "query.mailbox", "problem": "is given more than once"}
+
+
+def test_the_schema_tells_every_status_that_a_path_may_answer(operator: Caller) -> None:
+    told = operator.get("/openapi.json")["paths"]
+
+    def statuses(method: str, path: str) -> set[str]:
+        return set(told[f"/api/v1{path}"][method]["responses"])
+
+    always = {"401", "403", "422", "429", "503"}
+    assert statuses("get", "/emails") == always | {"200"}
+    assert statuses("get", "/emails/{id}") == always | {"200", "404"}
+    assert statuses("post", "/emails/{id}/cancel") == always | {"200", "404", "409"}
+    assert statuses("post", "/dead-letters/replay") == always | {"200", "400", "413"}
+    assert statuses("put", "/limits/{mailbox}/{budget}") == always | {"200", "400", "413"}
+    assert statuses("get", "/backups/{id}/mime") == always | {"200", "404"}
+    assert statuses("post", "/attachments") == always | {"201", "400", "408", "413", "415"}
+
+
 def test_a_viewer_looks_and_neither_acts_nor_takes_content_out(viewer: Caller) -> None:
     give_up()
     archive("order-2")

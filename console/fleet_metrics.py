@@ -44,7 +44,7 @@ class FleetCollector(Collector):
         with self._lock:
             if self._asked_at < came_at:
                 began_at = time.monotonic()
-                self._values = _named(self._answers() | _limits())
+                self._values = _named(self._answers())
                 self._asked_at = began_at
             return self._values
 
@@ -102,14 +102,15 @@ def _family(gauge: FleetGauge, value: float | Mapping[str, float]) -> Metric:
 
 
 def _backlog() -> dict[str, float | Mapping[str, float]]:
-    backlog = operations.backlog()
+    backlog, limits = operations.backlog(), operations.concurrency_limits()
     waiting = (Status.RECEIVED, Status.DISPATCHED, Status.PROCESSING)
     return {
         "emails_waiting": {status.value: backlog.by_status.get(status.value, 0) for status in waiting},
         "emails_oldest_waiting_age_seconds": _age(backlog.oldest_waiting),
         "emails_in_doubt": backlog.in_doubt,
         "emails_oldest_in_doubt_age_seconds": _age(backlog.oldest_doubt),
-        "in_flight": dict.fromkeys(operations.concurrency_limits(), 0) | backlog.in_flight,
+        "concurrency_limit": limits,
+        "in_flight": dict.fromkeys(limits, 0) | backlog.in_flight,
         "uploads_in_hand": backlog.uploads_in_hand,
         "upload_bytes_in_hand": {
             "uploaded": backlog.uploaded_bytes_in_hand,
@@ -138,7 +139,3 @@ def _queues() -> dict[str, float | Mapping[str, float]]:
         "queue_messages_ready": {name: state.ready for name, state in queues.items()},
         "queue_consumers": {name: state.consumers for name, state in queues.items()},
     }
-
-
-def _limits() -> dict[str, float | Mapping[str, float]]:
-    return {"concurrency_limit": operations.concurrency_limits()}

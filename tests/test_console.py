@@ -424,7 +424,6 @@ def test_the_process_starts_without_its_servers_ignores_forged_origins_and_ends_
         assert [line for line in told.splitlines() if line.startswith("mailfleet_server_up")] == [
             f'mailfleet_server_up{{server="{server}"}} 0.0' for server in ("PostgreSQL", "RabbitMQ")
         ]
-        assert "mailfleet_concurrency_limit" in told
         assert "mailfleet_emails_waiting" not in told
         assert status_of(f"{url}/metrics", **{"X-Forwarded-For": "127.0.0.1"}) == 401
         process.send_signal(signal.SIGTERM)

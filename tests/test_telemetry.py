@@ -196,7 +196,7 @@ def test_counters_of_which_every_series_is_known_are_there_before_their_first_ev
 
 def test_a_periodic_actor_tells_its_last_turn_that_ended_well_and_at_first_its_workers_begin() -> None:
     begun = time.time()
-    middleware = WorkerMetrics(None)
+    middleware = WorkerMetrics()
     middleware.before_worker_boot(runtime.fleet_broker, SimpleNamespace(consumer_whitelist={"maintenance"}))
     assert begun <= turn_at("purge_expired") <= time.time()
     for exception, is_turn in ((KeyError(), False), (None, True)):

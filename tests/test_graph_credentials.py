@@ -109,7 +109,7 @@ def test_the_doctor_names_the_permission_that_is_missing(
     found = {finding.subject: finding for finding in operations.doctor()}["Graph"]
     # Then
     assert not found.fine
-    assert found.detail.startswith(f"gives a token without {missing};")
+    assert found.detail.startswith(f"gives a token without {missing}")
 
 
 def test_the_page_asks_for_no_other_permission() -> None:

@@ -85,8 +85,8 @@ def finish(id: str, *, size: int, sha256: str, keep: timedelta) -> datetime | No
 def find(id: str) -> Stored | None:
     """Find a whole attachment that is not being deleted.
 
-    One that has expired is there only for as long as it is kept for a mail that came in time: what a later one gets
-    does not depend on how soon somebody deletes it.
+    One that has expired is there only for as long as it is kept for a mail that came in time, or that is on hold: what
+    a later one gets does not depend on how soon somebody deletes it.
     """
     found = rows(
         """
@@ -94,7 +94,8 @@ def find(id: str) -> Stored | None:
         WHERE id = %(id)s AND stored_at IS NOT NULL AND deleting_at IS NULL AND (
             expires_at > now() OR EXISTS (
                 SELECT FROM stored_attachment_uses u JOIN incoming_emails e ON e.id = u.incoming_email_id
-                WHERE u.stored_attachment_id = s.id AND e.status <> ALL(%(settled)s)
+                WHERE u.stored_attachment_id = s.id
+                  AND (e.status <> ALL(%(settled)s) OR EXISTS (SELECT FROM holds h WHERE h.incoming_email_id = e.id))
             )
         )
         """,

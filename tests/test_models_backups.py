@@ -71,7 +71,7 @@ def test_copies_that_are_stored_together_each_keep_their_own() -> None:
         "graph-2": (second.incoming_email_id, 100),
         "graph-3": (third.incoming_email_id, 3),
     }
-    assert backups.sealed_blob(kept["graph-3"]["id"]) == (b"sealed 3", "k1")
+    assert backups.sealed_blob(kept["graph-3"]["id"]) == (b"sealed 3", "k1", "gzip")
 
 
 def test_what_a_mailbox_sends_within_half_of_the_delay_is_due_together_and_none_before_it() -> None:
@@ -102,7 +102,7 @@ def test_a_stored_backup_is_done_and_known_by_every_id() -> None:
         found = backups.find_backup(id)
         assert found is not None
         assert (found.id, found.mailbox, found.size, found.key_id) == (row["id"], "ann@example.com", 100, "k1")
-    assert backups.sealed_blob(row["id"]) == (b"sealed", "k1")
+    assert backups.sealed_blob(row["id"]) == (b"sealed", "k1", "gzip")
     assert backups.find_backup("unknown") is None
     assert ClaimedBackup.claim([(backup.incoming_email_id, backup.attempt)], lease=LEASE) == []
 

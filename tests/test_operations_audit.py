@@ -15,7 +15,7 @@ import operations
 VERBS = {
     name: getattr(operations, name) for name in operations.__all__ if inspect.isfunction(getattr(operations, name))
 }
-#: What looks and changes nothing; and `publish`, which only puts a mail on the queue, as its publisher does.
+#: What looks and changes nothing.
 UNAUDITED = {
     "backlog",
     "backup",
@@ -37,7 +37,6 @@ UNAUDITED = {
     "older_keys",
     "open_dead_letter",
     "pauses",
-    "publish",
     "queues",
     "ready",
     "recipient_firewall",

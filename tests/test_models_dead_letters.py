@@ -222,6 +222,8 @@ def test_an_id_is_looked_up_in_indexes_alone(monkeypatch: pytest.MonkeyPatch) ->
         plans.append("\n".join(line for (line,) in execute("EXPLAIN " + sql, parameters).fetchall()))
         return execute(sql, parameters)
 
+    # Of tables that are known to have a page each any plan is as cheap.
+    execute("UPDATE pg_class SET relpages = 0, reltuples = -1 WHERE relnamespace = 'public'::regnamespace", None)
     monkeypatch.setattr(database, "execute_sql", explain)
     dead_letters.find("order-1")
     backups.find_backup("order-1")

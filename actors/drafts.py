@@ -13,7 +13,8 @@ none of them is in that state. At the end every draft is compared with what shou
 Where the worker may die, and what the next claimant does once the lease has run out:
 
 * ``draft.created``, before its id is recorded: finds the draft by the tag. ``draft.recorded``: has its id.
-* ``attachment.begun``, before or during the request: sees it on the draft, or makes another draft.
+* ``attachment.begun``, before or during the request: sees it on the draft, or makes another draft, or waits until it
+  can take effect no more and goes on with this one.
 * ``attachment.attached``, before it is recorded: sees it on the draft. ``upload.recorded``: goes on with the next.
 * ``session.created``, before its address is recorded: opens another; the first leaves nothing on the draft.
 * ``session.recorded``, ``range.recorded``: goes on in the session, where it was.
@@ -110,7 +111,7 @@ def _plan(email: ClaimedEmail) -> list[Upload]:
 
 
 def _may_change(planned: list[Upload]) -> bool:
-    """Say whether a file may still appear on the draft, of which an earlier attempt asked for and never heard.
+    """Say whether a file may still appear on the draft that an earlier attempt asked for and never heard of.
 
     Raises:
         FileInDoubt: It may, and so much is on the draft that waiting is better than another.

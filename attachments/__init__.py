@@ -166,7 +166,7 @@ class AttachmentSource:
         with fetcher.fetch(url_or_id, offset, version, waiting) as answer:
             demand_type(answer.origin, answer.content_type, declared_type)
             stream = AttachmentStream(answer, declared_size=declared_size, max_bytes=self._max_bytes)
-            stream.skip_to(offset, waiting)
+            stream.skip_to(offset)
             yield stream
 
 
@@ -198,10 +198,9 @@ class AttachmentStream:
         while chunk := self.read(chunk_bytes):
             yield chunk
 
-    def skip_to(self, offset: int, waiting: Waiting) -> None:
+    def skip_to(self, offset: int) -> None:
         """Discard the bytes before ``offset``, where a source could not start there by itself."""
         while self._position < offset:
-            waiting()
             if not self.receive(offset - self._position):
                 raise SizeMismatch(
                     f"{self._answer.origin} has {self._position} bytes, reading was to go on at {offset}"

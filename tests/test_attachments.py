@@ -708,15 +708,14 @@ def test_whoever_waits_for_the_offset_is_asked_and_may_end_it(source: Source, in
 
     def waiting() -> None:
         asked.append(1)
-        if len(asked) == 2:
+        if len(asked) == 30:  # far behind the headers, which take a few receipts
             raise Over
 
-    source.answers["/file.pdf"] = lambda request: (
-        part for piece in answer()(request) for part in (piece[:900], piece[900:])
-    )
+    whole = f"HTTP/1.1 200 OK\r\nContent-Length: {len(FILE)}\r\n\r\n".encode()
+    source.answers["/file.pdf"] = lambda _: _dripping(whole, b"x", source.stopping)
     with pytest.raises(Over), opener(internet).open(URL, declared_size=len(FILE), offset=1020, waiting=waiting):
         pytest.fail("what lies behind the offset was handed out")
-    assert asked == [1, 1]
+    assert len(asked) == 30
 
 
 @pytest.mark.parametrize("content_range", ["bytes 0-23/1024", "bytes 1000-1010/1024", "bytes */1024", "nonsense"])

@@ -130,7 +130,7 @@ class FleetConsumer(_RabbitmqConsumer):
     def _next_arrived(self) -> tuple[Any, Any, bytes] | None:
         self._settle()
         if not self._arrived and not self._cancelled:
-            busy = self.known_tags or self._given_up
+            busy = self.known_tags or self._done or self._given_up
             self.connection.process_data_events(_SETTLE_EVERY.total_seconds() if busy else self._timeout_seconds)
         if not self.channel.is_open:  # of which pika tells only who uses it
             raise pika.exceptions.ChannelWrongStateError
@@ -331,7 +331,7 @@ def _exists(connection: Any, queue_name: str) -> bool:
     try:
         channel.queue_declare(queue_name, passive=True)
     except pika.exceptions.ChannelClosedByBroker as closed:
-        if closed.reply_code != 404:
+        if closed.reply_code != _NO_QUEUE:
             raise
         return False
     channel.close()

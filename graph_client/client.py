@@ -34,9 +34,6 @@ SMALL_ATTACHMENT_BYTES = 3_000_000
 #: The JSON around an attachment's base64, with a name of 255 characters of any script.
 ATTACH_JSON_BYTES = 1536
 
-#: Bounds the memory that reading a MIME takes.
-MIME_CHUNK_BYTES = 64 * 1024
-
 _PAGE_SIZE = 100
 #: What a query may hold as it is (RFC 3986, section 3.4), but for what separates its parts.
 _QUERY_SAFE = "/?:@!$'()*,;"
@@ -234,7 +231,7 @@ class GraphClient:
 
     @contextmanager
     def fetch_mime(self, mailbox: str, message_id: str) -> Iterator[Iterator[bytes]]:
-        """Give the message as RFC 5322 text in chunks of at most ``MIME_CHUNK_BYTES``, for the length of the block.
+        """Give the message as RFC 5322 text in chunks of at most ``PIECE_BYTES``, for the length of the block.
 
         Exchange writes it anew each time, so two fetches may differ. The iterator raises what a call would; a text that
         it ended without raising is whole.
@@ -243,7 +240,7 @@ class GraphClient:
         headers = {**_IMMUTABLE, "Accept": "*/*"}
         response = self._calls.open(Request(_FETCH_MIME, mailbox, "GET", url, None, headers))
         try:
-            yield chunks(response, MIME_CHUNK_BYTES)
+            yield chunks(response)
         finally:
             response.close()
 

@@ -4,9 +4,9 @@ The difference decides whether a mail may be sent again, and neither requests no
 timeout in the TLS handshake is reported as a read timeout, and a broken record while reading as a TLS error. So the
 connections note the moment at which a request begins to be written.
 
-Requests go through urllib3; of requests, which costs as much again for each, only the rules are used, once per host:
-``REQUESTS_CA_BUNDLE``, ``HTTPS_PROXY`` and ``NO_PROXY`` count as they are when a host is first talked to. (msal wants a
-session of requests': `new_session`.) There is no retry and no redirect at this level.
+Connections are made by urllib3, by requests' rules: ``REQUESTS_CA_BUNDLE``, ``HTTPS_PROXY`` and ``NO_PROXY`` count as
+they are when a host is first talked to. What goes over them is `graph_client.exchange`'s. (msal wants a session of
+requests': `new_session`.) There is no retry and no redirect at this level.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3 import BaseHTTPResponse
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from graph_client import errors
+from graph_client.exchange import Answer, Connection
 
 #: A connection idle for longer is not used again. Whoever closes first risks that a request meets the closing,
 #: which for a send costs a look into the mailbox; load balancers and proxies commonly close at 60 seconds or later.
 MAX_IDLE = timedelta(seconds=50)
 
 #: A thread talks to Graph and to a few hosts that take uploads.
-_MOST_POOLS = 16
+_MOST_HOSTS = 16
+_PORTS = {"http": 80, "https": 443}
 
 #: Everything that the libraries below raise for a network that misbehaves.
 FOREIGN = (
@@ -258,22 +259,57 @@ def _is_loopback(host: str) -> bool:
 class Response(NamedTuple):
     """An answer as far as its headers; the body is read with `read` or `chunks`, or given up with `close`."""
 
-    raw: BaseHTTPResponse
+    answer: Answer
     client_request_id: str
 
     @property
     def status(self) -> int:
-        return self.raw.status
+        return self.answer.status
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Their names compare without case."""
-        return self.raw.headers
+        """Their names are in lower case."""
+        return self.answer.headers
 
     def close(self) -> None:
         """Let go of the answer; a connection on which some of it is still to come is closed."""
-        self.raw.close()
-        self.raw.release_conn()
+        self.answer.close()
+
+
+class _Host:
+    """A host that a thread talks to, over one connection that is made anew when it cannot be used any more."""
+
+    def __init__(self, origin: str, timeout: float) -> None:
+        self._pool = _Adapter().pool(origin)
+        self._timeout = timeout
+        host = f"[{self._pool.host}]" if ":" in self._pool.host else self._pool.host
+        parts = urlsplit(origin)
+        self._name = host if parts.port in (None, _PORTS[parts.scheme]) else f"{host}:{parts.port}"
+        self._connection: Connection | None = None
+
+    def connection(self) -> Connection:
+        """Return a connection that stands, and on which nothing is under way."""
+        if self._connection is None or not self._connection.is_usable(MAX_IDLE):
+            self.leave()
+            self._connection = self._connect()
+        return self._connection
+
+    def leave(self) -> None:
+        """Close the connection when its exchange is over."""
+        if self._connection is not None:
+            self._connection.retire()
+        self._connection = None
+
+    def _connect(self) -> Connection:
+        # urllib3 sees to the name, the proxy and the certificate, as for what goes through requests.
+        connection: Any = self._pool._new_conn()
+        connection.timeout = self._timeout
+        if self._pool.proxy is None:
+            connection.connect()
+        else:
+            self._pool._prepare_proxy(connection)
+        connection.sock.settimeout(self._timeout)
+        return Connection(connection.sock, self._name)
 
 
 class Transport:
@@ -314,29 +350,23 @@ class Transport:
         finally:
             _wire.departed = True
 
-    def _exchange(
-        self, method: str, origin: str, url: str, headers: Mapping[str, str], body: bytes | None
-    ) -> BaseHTTPResponse:
-        return self._pool(origin).urlopen(
-            method,
-            url[len(origin) :] or "/",
-            body,
-            headers,
-            retries=False,
-            redirect=False,
-            assert_same_host=False,
-            timeout=self._timeout,
-            preload_content=False,
-            decode_content=False,
-        )
+    def _exchange(self, method: str, origin: str, url: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        connection = self._host(origin).connection()
+        if _wire.look:
+            _wire.look()
+        _wire.departed = True
+        target = url[len(origin) :].partition("#")[0]
+        return connection.ask(method, target if target.startswith("/") else f"/{target}", headers, body)
 
-    def _pool(self, origin: str) -> HTTPConnectionPool:
-        pools: dict[str, HTTPConnectionPool] = self._threads.__dict__.setdefault("pools", {})
-        if origin not in pools:
-            if len(pools) >= _MOST_POOLS:
-                pools.clear()
-            pools[origin] = _Adapter().pool(origin)
-        return pools[origin]
+    def _host(self, origin: str) -> _Host:
+        hosts: dict[str, _Host] = self._threads.__dict__.setdefault("hosts", {})
+        if origin not in hosts:
+            if len(hosts) >= _MOST_HOSTS:
+                for host in hosts.values():
+                    host.leave()
+                hosts.clear()
+            hosts[origin] = _Host(origin, self._timeout)
+        return hosts[origin]
 
 
 @contextmanager
@@ -350,23 +380,26 @@ def translating(repeatable: bool, client_request_id: str | None) -> Iterator[Non
 
 def read(response: Response, limit_bytes: int) -> bytes | None:
     """Return the body, whose end frees the connection; None when it exceeds the limit or did not arrive whole."""
+    pieces, left = [], limit_bytes
     try:
-        body: bytes = response.raw.read(limit_bytes + 1, decode_content=True)
+        for piece in response.answer.pieces():
+            pieces.append(piece)
+            left -= len(piece)
+            if left < 0:
+                response.close()
+                return None
     except FOREIGN:
         response.close()
         return None
-    if len(body) > limit_bytes:
-        response.close()
-        return None
-    return body
+    return b"".join(pieces)
 
 
-def chunks(response: Response, chunk_bytes: int) -> Iterator[bytes]:
-    """Yield the body piece by piece, each at most ``chunk_bytes`` long.
+def chunks(response: Response) -> Iterator[bytes]:
+    """Yield the body piece by piece, each at most `exchange.PIECE_BYTES` long.
 
     Raises:
         ConnectionLost: The body ended early; what was yielded is not the whole.
     """
     with translating(True, response.client_request_id):
         _wire.departed = True
-        yield from response.raw.stream(chunk_bytes, decode_content=True)
+        yield from response.answer.pieces()

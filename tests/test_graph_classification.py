@@ -22,7 +22,7 @@ EVERY_OPERATION = [SEND, SEND_DRAFT, CREATE, GET, ATTACH, UPLOAD]
 
 def reply(status: int, code: str = "", message: str = "", **headers: str) -> Reply:
     body = json.dumps({"error": {"code": code, "message": message}}).encode() if code or message else b""
-    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, body, "c1")
+    return Reply(status, {name.replace("_", "-").lower(): value for name, value in headers.items()}, body, "c1")
 
 
 @pytest.mark.parametrize("operation", [SEND, SEND_DRAFT])

@@ -42,6 +42,8 @@ from sandbox.world import ROOT, World
 MOST_CPU_RATIO = 1.5
 #: So many mails that went wrong are named.
 _NAMED = 10
+#: Mails that go through before either is measured: what a process does once is no part of what a mail costs.
+_FIRST = 64
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,33 @@ class Measurement:
 
 
 def measure_pipeline(world: World, measured: Groups, bodies: Sequence[bytes]) -> Measurement:
+    """Send the first of the bodies, and measure how the others are sent and archived."""
+    _send(world, bodies[:_FIRST], already=0)
     before = cpu_seconds(measured)
-    began = time.monotonic()
-    publish(world.environment["RABBITMQ_URL"], "send_email", bodies)
-    sent_after = seconds_until(began, lambda: len(world.events("SendEmailSent")) >= len(bodies))
-    archived_after = seconds_until(began, lambda: world.count("SELECT count(*) FROM email_backups") >= len(bodies))
+    sent_after, archived_after = _send(world, bodies[_FIRST:], already=_FIRST)
     cpu = spent(before, cpu_seconds(measured))
-    return Measurement(len(bodies), sent_after, archived_after, cpu, TYPES)
+    return Measurement(len(bodies) - _FIRST, sent_after, archived_after, cpu, TYPES)
+
+
+def _send(world: World, bodies: Sequence[bytes], *, already: int) -> tuple[float, float]:
+    """Publish, and wait for the last; return after how many seconds it was sent and archived."""
+    began, wanted = time.monotonic(), already + len(bodies)
+    publish(world.environment["RABBITMQ_URL"], "send_email", bodies)
+    sent_after = seconds_until(began, lambda: len(world.events("SendEmailSent")) >= wanted)
+    archived = "SELECT count(*) FROM email_backups"
+    return sent_after, seconds_until(began, lambda: world.count(archived) >= wanted)
 
 
 def measure_naive(world: World, measured: Groups, bodies: Sequence[bytes], processes: int) -> Measurement:
     """Have the naive sender send the same mail; its worker is up and has its connections before the first publish."""
     with naive_worker(world, processes) as pid:
-        _send_naively(world, bodies[:1], processes * 4)
+        _send_naively(world, bodies[:_FIRST])
         others = {name: pids for name, pids in measured.items() if name not in TYPES}
         measured = {"naive": partial(_family, pid), **others}
         before, began = cpu_seconds(measured), time.monotonic()
-        _send_naively(world, bodies, len(bodies))
+        _send_naively(world, bodies[_FIRST:])
         took, cpu = time.monotonic() - began, spent(before, cpu_seconds(measured))
-    return Measurement(len(bodies), took, None, cpu, ("naive",))
+    return Measurement(len(bodies) - _FIRST, took, None, cpu, ("naive",))
 
 
 @contextmanager
@@ -105,14 +115,14 @@ def naive_worker(world: World, processes: int) -> Iterator[int]:
             worker.terminate()
 
 
-def _send_naively(world: World, bodies: Sequence[bytes], count: int) -> None:
-    """Publish so many, and wait until they are sent."""
+def _send_naively(world: World, bodies: Sequence[bytes]) -> None:
+    """Publish, and wait until they are sent."""
     began = time.monotonic()
     with naive.app.producer_pool.acquire(block=True) as producer:
-        for number in range(count):
-            naive.send.apply_async([orjson.loads(bodies[number % len(bodies)])], producer=producer)
+        for body in bodies:
+            naive.send.apply_async([orjson.loads(body)], producer=producer)
     sent = "SELECT count(*) FROM naive_emails WHERE status = 'sent'"
-    seconds_until(began, lambda: world.count(sent) >= count)
+    seconds_until(began, lambda: world.count(sent) >= len(bodies))
     world.rows("TRUNCATE naive_emails")
 
 
@@ -179,7 +189,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = report.parser("pipeline", __doc__)
     report.add_durable(parser, default=True)
     add = parser.add_argument
-    add("--emails", type=int, default=2000)
+    add("--emails", type=int, default=5000)
     add("--mailboxes", type=int, default=200)
     add("--body-kb", type=float, default=2)
     add("--attachment-kb", type=int, default=0, help="of one attachment to each email; 0: none")
@@ -195,7 +205,7 @@ def _bodies(options: argparse.Namespace, world: World) -> list[bytes]:
     size = options.attachment_kb * 1024
     # One file for all: what it costs to serve is the same, and nobody keeps it.
     file = {"name": "figures.bin", "size": size, "urlOrId": world.simulator.file_url(size, seed="figures")}
-    return emails(options.emails, options.mailboxes, options.body_kb, [file] if size else [])
+    return emails(_FIRST + options.emails, options.mailboxes, options.body_kb, [file] if size else [])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world.wait_until_ready()
         measured = groups(servers, world, TYPES)
         pipeline = measure_pipeline(world, measured, bodies)
-        problems = not_once(world, options.emails)
+        problems = not_once(world, len(bodies))
         world.fleet.stop()
         simple = measure_naive(world, measured, bodies, options.naive_processes) if options.naive_processes else None
     return _tell(options, pipeline, simple, problems)

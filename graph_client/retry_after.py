@@ -37,7 +37,10 @@ def retry_after_in(headers: Mapping[str, str]) -> timedelta | None:
 
     A date is compared with the answer's own: by our clock, if it is ahead, the wait would be over already.
     """
-    return parse_retry_after(headers.get("retry-after"), _instant(headers.get("date", "")) or datetime.now(UTC))
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    return parse_retry_after(value, _instant(headers.get("date", "")) or datetime.now(UTC))
 
 
 def _instant(http_date: str) -> datetime | None:

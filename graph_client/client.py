@@ -15,6 +15,7 @@ import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -346,7 +347,7 @@ class GraphClient:
     # Below: how a call is put together
 
     def _mailbox(self, mailbox: str) -> str:
-        return f"{self._base_url}/users/{quote(mailbox, safe='@')}"
+        return f"{self._base_url}/users/{_quoted(mailbox)}"
 
     def _message(self, mailbox: str, message_id: str) -> str:
         return f"{self._mailbox(mailbox)}/messages/{quote(message_id, safe='')}"
@@ -373,6 +374,11 @@ class GraphClient:
             if url is not None and origin_of(url) != self._origin:
                 raise errors.InsecureUrl("the next page is on another host")
             yield items, reply.request_id
+
+
+@lru_cache(maxsize=4096)
+def _quoted(mailbox: str) -> str:
+    return quote(mailbox, safe="@")
 
 
 def _page(body: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T]) -> tuple[list[T], str | None]:

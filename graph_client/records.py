@@ -92,8 +92,7 @@ class UploadSession:
     next_offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One HTTP request as it went, for metrics and logs. ``status`` is None when no answer arrived."""
 
     operation: str

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,8 @@ MAX_IDLE = timedelta(seconds=50)
 #: A thread talks to Graph and to a few hosts that take uploads.
 _MOST_HOSTS = 16
 _PORTS = {"http": 80, "https": 443}
+#: Scheme and authority of a URL (RFC 3986, section 3): each call has another URL, so it is not read any further.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[!\"$-.0->@-~]*", re.ASCII)
 
 #: Everything that the libraries below raise for a network that misbehaves.
 FOREIGN = (
@@ -229,11 +232,15 @@ def surroundings(origin: str) -> Surroundings:
 
 
 def origin_of(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise errors.InsecureUrl("not a URL") from None
-    return f"{parts.scheme}://{parts.netloc}"
+    """Return a URL's ``scheme://host:port``, of which `require_secure` says whether we talk to it.
+
+    Raises:
+        InsecureUrl: It has none.
+    """
+    found = _ORIGIN.match(url)
+    if found is None:
+        raise errors.InsecureUrl("not a URL")
+    return found[0]
 
 
 @lru_cache(maxsize=64)
@@ -243,7 +250,10 @@ def require_secure(origin: str) -> None:
     Raises:
         InsecureUrl: The scheme is not https, and the host is not on the loopback.
     """
-    parts = urlsplit(origin)
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        raise errors.InsecureUrl("not a URL") from None
     secure = parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or ""))
     if not secure or not parts.hostname:
         raise errors.InsecureUrl("https is required, except on the loopback")

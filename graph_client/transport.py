@@ -40,7 +40,7 @@ MAX_IDLE = timedelta(seconds=50)
 _MOST_HOSTS = 16
 _PORTS = {"http": 80, "https": 443}
 #: Scheme and authority of a URL (RFC 3986, section 3): each call has another URL, so it is not read any further.
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[!\"$-.0->@-~]*", re.ASCII)
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://[!\"$-.0->@-~]*)", re.ASCII | re.IGNORECASE)
 
 #: Everything that the libraries below raise for a network that misbehaves.
 FOREIGN = (
@@ -240,7 +240,7 @@ def origin_of(url: str) -> str:
     found = _ORIGIN.match(url)
     if found is None:
         raise errors.InsecureUrl("not a URL")
-    return found[0]
+    return found[1].lower() + found[2]
 
 
 @lru_cache(maxsize=64)

@@ -430,3 +430,22 @@ def test_a_certificate_is_held_against_the_environments_bundle(monkeypatch: pyte
 
     with pytest.raises(errors.ConnectionFailed):
         client_at("https://graph.bundled.example/v1.0").send_mail(MAILBOX, MESSAGE)
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://graph.microsoft.com/v1.0/me", "https://graph.microsoft.com"),
+        ("HTTPS://graph.microsoft.com?a=/", "https://graph.microsoft.com"),
+        ("http://[::1]:8080#a", "http://[::1]:8080"),
+        ("https://good.example\\@evil.example/a", "https://good.example\\@evil.example"),
+    ],
+)
+def test_a_url_is_asked_for_its_host_and_for_nothing_else(url: str, origin: str) -> None:
+    assert transport.origin_of(url) == origin
+
+
+@pytest.mark.parametrize("url", ["", "/v1.0/me", "//graph.example/a", "1http://a", "https:graph.example"])
+def test_what_names_no_host_is_no_url(url: str) -> None:
+    with pytest.raises(errors.InsecureUrl):
+        transport.origin_of(url)

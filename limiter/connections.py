@@ -41,8 +41,8 @@ class OwnConnections:
     """A connection to a client's Redis for each thread that asks, closed when the thread ends.
 
     As redis-py's pool does, it looks whether a connection has ended before it sends a command, and makes another; and a
-    forked process makes its own. It repeats nothing. A connection is used again only if its last command was answered:
-    whatever comes between, and be it the end of the thread's time, another answer would be taken for the next one's.
+    forked process makes its own. It repeats nothing. A connection whose last command was not answered, whatever came
+    between, is not used again: the answer might be taken for the next one's.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -57,20 +57,16 @@ class OwnConnections:
         """
         own = self._take()
         try:
-            try:
-                answer = own.ask(command)
-            except NoScriptError:
-                # It has not run.
-                own.ask(load)
-                answer = own.ask(command)
-        except BaseException:
-            own.close()
-            raise
+            answer = own.ask(command)
+        except NoScriptError:
+            # It has not run.
+            own.ask(load)
+            answer = own.ask(command)
         self._of_thread.own = own
         return answer
 
     def _take(self) -> _Connection:
-        # Taken away, so that none is there if this thread is interrupted at whatever line before the answer is read.
+        # Taken away: whatever fails, or interrupts the thread at whatever line before the answer is read, leaves none.
         own: _Connection | None = self._of_thread.__dict__.pop("own", None)
         if own and own.is_usable():
             return own
@@ -79,14 +75,14 @@ class OwnConnections:
 
 
 class _Connection:
-    """A connection of redis-py's that ends with its last reference, for itself it would wait for the collector."""
+    """A connection of redis-py's that ends with the last reference to it; by itself it would wait for the collector."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         connection.connect()
 
     def __del__(self) -> None:
-        self.close()
+        self._connection.disconnect()
 
     def is_usable(self) -> bool:
         """Say whether this process has made it, and Redis has neither closed it nor said anything unasked."""
@@ -100,9 +96,6 @@ class _Connection:
     def ask(self, command: bytes) -> Any:
         self._connection.send_packed_command([command])
         return self._connection.read_response()
-
-    def close(self) -> None:
-        self._connection.disconnect()
 
 
 class Opening(NamedTuple):

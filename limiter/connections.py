@@ -1,8 +1,8 @@
 """How Redis is reached: a client, and a connection of each thread's own for what every call to Graph asks.
 
-What a script costs a worker is mostly redis-py's pool, its way to repeat a command and what it measures: three times of
-what sending the command and reading the answer takes. So the scripts of every call do without: the thread has a
-connection that nobody else uses, made as the client's pool makes its own.
+What a script costs a worker is mostly redis-py's pool, its way to repeat a command and what it measures: three times as
+much as to send the command and read the answer. So the scripts of every call do without: each thread has a connection
+that nobody else uses, made as the client's pool makes its own. What is rare, and what waits, stays with the client.
 """
 
 from __future__ import annotations

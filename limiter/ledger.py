@@ -61,7 +61,7 @@ _WRITING_DOWN = timedelta(seconds=30)
 #: So many windows or limits are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
 _WRITTEN_TOGETHER = 100
 
-#: Of so many mailboxes a process remembers the keys, and how its calls are asked for: some 6 kB each.
+#: Of so many mailboxes a process remembers the keys, and of so many kinds of call to one how it asks: some 5 kB each.
 _KNOWN_MAILBOXES = 1_000
 #: No pause is longer: its end must be a date.
 _LONGEST_PAUSE = timedelta(days=36_500)
@@ -121,12 +121,12 @@ class Ledger:
         own = OwnConnections(redis)
         self._admit = Script(own, scripts.ADMIT)
         self._release = Script(own, scripts.RELEASE)
+        self._paused = Script(own, scripts.PAUSED)
         # A registered script sends its digest, and its text once if Redis does not know it (any more).
         self._reserve = redis.register_script(scripts.RESERVE)
         self._refund = redis.register_script(scripts.REFUND)
         self._usage = redis.register_script(scripts.USAGE)
         self._pause = redis.register_script(scripts.PAUSE)
-        self._paused = redis.register_script(scripts.PAUSED)
         self._throttled = redis.register_script(scripts.THROTTLED)
         self._hold = redis.register_script(scripts.HOLD)
         self._whole = redis.register_script(scripts.WHOLE)
@@ -300,7 +300,8 @@ class Ledger:
     def paused_until(self, *mailboxes: str | None) -> datetime | None:
         """Return when the last of these pauses ends, or None when none is on."""
         with _answering():
-            ends: int | None = self._paused([self._key(self.owner(mailbox), "pause") for mailbox in mailboxes])
+            pauses = self._paused.opening([self._key(self.owner(mailbox), "pause") for mailbox in mailboxes])
+            ends: int | None = self._paused.ask(pauses)
         return None if ends is None else EPOCH + ends * MILLISECOND
 
     def throttled(self, mailbox: str, wait: timedelta, budget: str) -> tuple[Slowed | None, bool]:

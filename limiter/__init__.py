@@ -73,7 +73,8 @@ from .budgets import (
     Wanted,
     check_units,
 )
-from .ledger import RAMP_STEP, TENANT, Ledger, Slot, Verdict, connect
+from .connections import connect
+from .ledger import RAMP_STEP, TENANT, Ledger, Slot, Verdict
 from .refusals import Emptied, Exhausted, NeverFits, Refused, Unavailable
 from .scripts import RECOVERY_MS
 
@@ -103,7 +104,7 @@ _NO_WAIT = timedelta()
 
 
 class Limiter:
-    """The limits of every mailbox and of the tenant. Threads share one; it holds a connection pool and no state.
+    """The limits of every mailbox and of the tenant. Threads share one; it holds connections and no state.
 
     Args:
         redis: A client, or a URL; a client made from a URL gives up after a second, and repeats nothing.
@@ -177,9 +178,9 @@ class Limiter:
             Unavailable: Redis does not answer.
             NeverFits: A charge is above its limit, however long one waits.
         """
-        extra = (send.charges() if send else {}) | {"upload_bytes": upload_bytes}
-        check_units(extra.values())
-        check_units([requests - 1])
+        extra = send.charges() if send else {}
+        extra["upload_bytes"] = upload_bytes
+        check_units([requests - 1, *extra.values()])
         reserved_at_ms = reservation.at_ms if reservation else 0
         bucket = FleetBucket(self._ledger, mailbox, extra, wait=wait, reserved_at_ms=reserved_at_ms)
         # Leaking would start a thread, and there is nothing to leak.

@@ -11,7 +11,7 @@ from secrets import token_hex
 
 from pyrate_limiter import AbstractBucket, Decision, Rate, RateItem
 
-from .ledger import MILLISECOND, TENANT, Ledger, Slot, Verdict
+from .ledger import MILLISECOND, Ledger, Slot, Verdict
 from .refusals import Emptied, Exhausted, NeverFits
 
 
@@ -34,7 +34,6 @@ class FleetBucket(AbstractBucket):
     ) -> None:
         self._ledger = ledger
         self._mailbox = mailbox
-        self._windows = ledger.windows(mailbox) + ledger.windows(TENANT)
         # Not through the property, which wants rates of one unit.
         self._rates = ledger.rates
         self._extra = extra
@@ -50,27 +49,21 @@ class FleetBucket(AbstractBucket):
             NeverFits: A charge is above its limit.
             Unavailable: Redis does not answer.
         """
-        charges = [(window, units) for window in self._windows if (units := self._units(window.budget, item.weight))]
+        charges = {budget: units for budget, units in self._extra.items() if units}
+        charges["requests"] = charges["tenant_requests"] = item.weight
         verdict = self._ledger.admit(
-            self.slot,
-            charges,
-            sends=bool(self._extra.get("sends")),
-            wait=self._wait,
-            reserved_at_ms=self._reserved_at_ms,
+            self.slot, self._mailbox, charges, wait=self._wait, reserved_at_ms=self._reserved_at_ms
         )
         if not verdict.by:
-            self.slot = self.slot._replace(at_ms=verdict.wait_ms)
+            self.slot = Slot(self.slot.owner, self.slot.token, at_ms=verdict.wait_ms)
             self.refusal = None
             return self._record(item, Decision())
-        refused = refusal(verdict, self._units(verdict.by, item.weight))
+        refused = refusal(verdict, charges.get(verdict.by, 0))
         if isinstance(refused, NeverFits):
             raise refused
         self.refusal = refused
         # Whatever refused lets one such call pass per wait.
         return self._record(item, Decision(Rate(item.weight, max(verdict.wait_ms, 1)), verdict.wait_ms))
-
-    def _units(self, budget: str, requests: int) -> int:
-        return requests if budget in ("requests", "tenant_requests") else self._extra.get(budget, 0)
 
     def waiting(self, item: RateItem) -> int:
         """Return the milliseconds after which the last ``put`` would be admitted."""

@@ -175,7 +175,7 @@ class Window(NamedTuple):
         width = -(-interval // SUBWINDOWS)
         return cls(budget, key, limit, width, -(-interval // width) + 1 + SLACK)
 
-    def described(self, units: int) -> str:
+    def described(self, units: int | str) -> str:
         """What a script is told of the window."""
         return f"{self.budget} {self.limit} {self.width} {self.ring} {units}"
 

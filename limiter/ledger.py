@@ -19,12 +19,11 @@ from typing import NamedTuple
 
 from pyrate_limiter import Rate
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from . import scripts
 from .budgets import CONCURRENCY, Budgets, BudgetUsage, Slowed, Spent, Wanted, Window, check_units
+from .connections import Opening, OwnConnections, Script
 from .refusals import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -56,15 +55,13 @@ SLOWED_TO_AT_LEAST_PERCENT = 10
 #: So many throttled mailboxes within 20 s, if they are half of those that talked to Graph, are the tenant's matter.
 THROTTLED_MAILBOXES = 10
 
-#: How long to wait for Redis before giving up, in seconds as redis-py wants it.
-REDIS_TIMEOUT_SECONDS = 1
 #: Longer than finding out what was spent takes; writing it down takes as long as it needs, each part less than this.
 _FINDING_OUT = timedelta(minutes=2)
 _WRITING_DOWN = timedelta(seconds=30)
 #: So many windows or limits are written down at a time: some 100 kB, some ten milliseconds of Redis's time.
 _WRITTEN_TOGETHER = 100
 
-#: Of so many mailboxes a process remembers the keys: some 2 kB each.
+#: Of so many mailboxes a process remembers the keys, and of so many kinds of call to one how it asks: some 5 kB each.
 _KNOWN_MAILBOXES = 1_000
 #: No pause is longer: its end must be a date.
 _LONGEST_PAUSE = timedelta(days=36_500)
@@ -103,7 +100,7 @@ class Ledger:
 
     Nothing is asked twice. A script may have run though its answer was lost: run again, it would charge twice, or give
     back what is another's. A connection that ended while it lay idle is no such case, for it is looked at and made anew
-    before a command is sent (see `connect`).
+    before a command is sent (see `connections`).
     """
 
     def __init__(
@@ -121,14 +118,15 @@ class Ledger:
         self._ramp_step = ramp_step
         self._intervals = windows
         self._prefix = f"{prefix}:{{limits}}"
+        own = OwnConnections(redis)
+        self._admit = Script(own, scripts.ADMIT)
+        self._release = Script(own, scripts.RELEASE)
+        self._paused = Script(own, scripts.PAUSED)
         # A registered script sends its digest, and its text once if Redis does not know it (any more).
-        self._admit = redis.register_script(scripts.ADMIT)
-        self._release = redis.register_script(scripts.RELEASE)
         self._reserve = redis.register_script(scripts.RESERVE)
         self._refund = redis.register_script(scripts.REFUND)
         self._usage = redis.register_script(scripts.USAGE)
         self._pause = redis.register_script(scripts.PAUSE)
-        self._paused = redis.register_script(scripts.PAUSED)
         self._throttled = redis.register_script(scripts.THROTTLED)
         self._hold = redis.register_script(scripts.HOLD)
         self._whole = redis.register_script(scripts.WHOLE)
@@ -139,14 +137,18 @@ class Ledger:
 
         self._speed = (self._limits[CONCURRENCY], _ms(ramp_step))
         # Each call asks for its mailbox's keys, and they are a dozen.
-        self.windows = lru_cache(maxsize=_KNOWN_MAILBOXES)(self._windows)
-        self._head = lru_cache(maxsize=_KNOWN_MAILBOXES)(self._head_of)
+        remembered = lru_cache(maxsize=_KNOWN_MAILBOXES)
+        self.owner = remembered(self._owner)
+        self.windows = remembered(self._windows)
+        self._head = remembered(self._head_of)
+        self._claim = remembered(self._claim_of)
+        self._opening_of_release = remembered(self._open_release)
         in_order = sorted(windows.items(), key=itemgetter(1))
         self.rates = [Rate(max(self._limits[budget], 1), interval) for budget, interval in in_order]
 
     # Keys
 
-    def owner(self, mailbox: str | None) -> str:
+    def _owner(self, mailbox: str | None) -> str:
         """Return how keys name a mailbox, or the `TENANT`."""
         return "tenant" if mailbox is TENANT else sha256(mailbox.lower().encode()).hexdigest()[:32]
 
@@ -179,35 +181,26 @@ class Ledger:
     # Calls
 
     def admit(
-        self,
-        slot: Slot,
-        charges: Sequence[tuple[Window, int]],
-        *,
-        sends: bool,
-        wait: timedelta,
-        reserved_at_ms: int,
+        self, slot: Slot, mailbox: str, charges: Mapping[str, int], *, wait: timedelta, reserved_at_ms: int
     ) -> Verdict:
-        """Take the slot and every charge, or nothing; wait for a slot if it is only that."""
-        keys = [*self._head(slot.owner), *(window.key for window, _ in charges)]
-        described = " ".join(window.described(units) for window, units in charges)
-        leases = (_ms(self._lease), _ms(SLOT_RETRY), _ms(HANDOVER))
-        prefixes = (self._key("tenant", "talking:"), self._key("tenant", "woken:"))
+        """Take the slot and every charge, or nothing; wait for a slot if it is only that. No charge may be 0."""
+        opening, described = self._claim(mailbox, tuple(charges))
+        windows, sends = described % charges, int("sends" in charges)
 
         def ask(wait_ms: int) -> Verdict:
-            arguments: list[str | int] = [
-                *self._speed,
-                described,
-                slot.token,
-                *leases,
-                wait_ms,
-                int(sends),
-                reserved_at_ms,
-                *prefixes,
-            ]
-            return Verdict.parse(self._admit(keys, arguments))
+            return Verdict.parse(self._admit.ask(opening, windows, slot.token, wait_ms, sends, reserved_at_ms))
 
         with _answering():
             return self._wait_for(slot, wait, ask) if wait > timedelta() else ask(0)
+
+    def _claim_of(self, mailbox: str, charged: tuple[str, ...]) -> tuple[Opening, str]:
+        """Return what is the same in each call that charges these budgets, and their windows but for the units."""
+        windows = [each for each in self.windows(mailbox) + self.windows(TENANT) if each.budget in charged]
+        keys = [*self._head(self.owner(mailbox)), *(window.key for window in windows)]
+        leases = (_ms(self._lease), _ms(SLOT_RETRY), _ms(HANDOVER))
+        prefixes = (self._key("tenant", "talking:"), self._key("tenant", "woken:"))
+        described = " ".join(window.described(f"%({window.budget})d") for window in windows)
+        return self._admit.opening(keys, [*self._speed, *leases, *prefixes]), described
 
     def _wait_for(self, slot: Slot, wait: timedelta, ask: Callable[[int], Verdict]) -> Verdict:
         """Ask, again when woken, and by itself from time to time, until nothing or something else refuses."""
@@ -237,11 +230,12 @@ class Ledger:
     def release(self, slot: Slot) -> None:
         """Return a slot, held or not. Never raises: the call it was for is over, and its lease returns it too."""
         try:
-            self._release(
-                self._head(slot.owner), [*self._speed, slot.token, _ms(HANDOVER), self._key("tenant", "woken:")]
-            )
+            self._release.ask(self._opening_of_release(slot.owner), slot.token)
         except RedisError as error:
             logger.warning("Redis does not answer, a slot is left to its lease: %s", type(error).__name__)
+
+    def _open_release(self, owner: str) -> Opening:
+        return self._release.opening(self._head(owner), [*self._speed, _ms(HANDOVER), self._key("tenant", "woken:")])
 
     def reserve(self, wanted: Mapping[str, Sequence[Wanted]]) -> dict[str, tuple[int, list[Verdict]]]:
         """Charge for the sends of each mailbox what fits.
@@ -306,7 +300,8 @@ class Ledger:
     def paused_until(self, *mailboxes: str | None) -> datetime | None:
         """Return when the last of these pauses ends, or None when none is on."""
         with _answering():
-            ends: int | None = self._paused([self._key(self.owner(mailbox), "pause") for mailbox in mailboxes])
+            pauses = self._paused.opening([self._key(self.owner(mailbox), "pause") for mailbox in mailboxes])
+            ends: int | None = self._paused.ask(pauses)
         return None if ends is None else EPOCH + ends * MILLISECOND
 
     def throttled(self, mailbox: str, wait: timedelta, budget: str) -> tuple[Slowed | None, bool]:
@@ -449,21 +444,6 @@ def _usage(
         why = str(Slowed.parse(budget, _text(slowed)))
     next_free_in, all_free_in = (None if ms < 0 else ms * MILLISECOND for ms in (wait_ms, all_ms))
     return BudgetUsage(budget, limit, used, next_free_in, set_to, why, all_free_in)
-
-
-def connect(url: str) -> Redis:
-    """Return a client that gives up soon: a worker that waits for Redis holds a thread and sends nothing.
-
-    It repeats no command whose answer it lost. Before it sends one it looks whether the connection has ended meanwhile,
-    as after a restart of Redis, and makes another: redis-py's pool does so without being told.
-    """
-    return Redis.from_url(
-        url,
-        socket_timeout=REDIS_TIMEOUT_SECONDS,
-        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
-        socket_keepalive=True,
-        retry=Retry(NoBackoff(), retries=0),
-    )
 
 
 @contextmanager

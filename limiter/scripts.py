@@ -1,9 +1,9 @@
 """What Redis decides: one script per decision, because Redis runs nothing else meanwhile.
 
 Every script reads Redis's clock, so the workers' clocks may differ. ``KEYS`` begin with what each decision about a
-mailbox needs (`HEAD`), and go on with windows; ``ARGV`` begins with what the settings say of concurrency, of the ramp
-and of these windows, whose descriptions (`Window.described`) are one argument, for each costs more than to take it
-apart.
+mailbox needs (`HEAD`), and go on with windows; ``ARGV`` begins with what the settings say of concurrency and of the
+ramp. What they say of these windows (`Window.described`) is one argument, for each costs more than to take it apart.
+What is the same in every call comes before what is not, for it is packed once.
 
 Numbers are Lua's, exact up to 2**53: none that is handed in is more than half of that. A name stands for what refuses:
 a budget, ``concurrency``, ``pause`` or ``tenant_pause``; none admits, and ``emptied`` says that the counts are lost.
@@ -136,13 +136,18 @@ end
 
 _WINDOWS = """
 local windows = {}
-for budget, limit, width, ring, units in ARGV[3]:gmatch('(%S+) (%d+) (%d+) (%d+) (%d+)') do
+for budget, limit, width, ring, units in ARGUMENT:gmatch('(%S+) (%d+) (%d+) (%d+) (%d+)') do
   local window = read(KEYS[#windows + FIRST], tonumber(width), tonumber(ring))
   window.budget, window.units = budget, tonumber(units)
   window.limit, window.set, window.by = limit_of(budget, tonumber(limit))
   windows[#windows + 1] = window
 end
 """.replace("FIRST", str(len(HEAD) + 1))
+
+
+def _windows_in(argument: int) -> str:
+    return _WINDOWS.replace("ARGUMENT", f"ARGV[{argument}]")
+
 
 _REFUSALS = """
 -- What refuses for longest, its wait, 1 if nothing is left of it, and its limit if that is too low as a whole.
@@ -194,9 +199,9 @@ local function hand_over(concurrency, lease, woken)
 end
 """
 
-#: ARGV: concurrency, ramp step, windows, token, lease, slot retry, lease of a slot that is handed over, wait, 1 for a
-#: send, when budget was reserved (0: it was not), the prefix of the counts of mailboxes that talk, that of what wakes a
-#: waiting call.
+#: ARGV: concurrency, ramp step, lease, slot retry, lease of a slot that is handed over, the prefix of the counts of
+#: mailboxes that talk, that of what wakes a waiting call, windows, token, wait, 1 for a send, when budget was reserved
+#: (0: it was not).
 #: Returns a refusal, or for its wait the instant.
 ADMIT = (
     _HEAD
@@ -206,12 +211,12 @@ if not is_whole(key.born) then return {'emptied', 0, 1, 0} end
 """
     + _WINDOW
     + _LIMITS
-    + _WINDOWS
+    + _windows_in(8)
     + _REFUSALS
     + _SLOTS
     + """
-local token, wait, reserved_at = ARGV[4], tonumber(ARGV[8]), tonumber(ARGV[10])
-local waiting = ARGV[9] == '1' and key.waiting_send or key.waiting
+local token, wait, reserved_at = ARGV[9], tonumber(ARGV[10]), tonumber(ARGV[12])
+local waiting = ARGV[11] == '1' and key.waiting_send or key.waiting
 local reservable = {sends = true, recipients = true, tenant_external_recipients = true}
 
 for _, window in ipairs(windows) do
@@ -226,10 +231,10 @@ end
 local waits = anyone_waits()
 if refusal[1] == '' and concurrency > 0 then
   local slots = concurrency_now()
-  if waits then hand_over(slots, tonumber(ARGV[7]), ARGV[12]) end
+  if waits then hand_over(slots, tonumber(ARGV[5]), ARGV[7]) end
   local handed_over = tonumber(redis.call('ZSCORE', key.slots, token) or 0) > now
   if not handed_over and held() >= slots then
-    refuse('concurrency', tonumber(ARGV[6]), 1)
+    refuse('concurrency', tonumber(ARGV[4]), 1)
     if wait > 0 then
       redis.call('ZADD', waiting, 'NX', now + wait, token)
       redis.call('PEXPIRE', waiting, math.max(wait, redis.call('PTTL', waiting)))
@@ -238,32 +243,32 @@ if refusal[1] == '' and concurrency > 0 then
 end
 if refusal[1] ~= '' then return refusal end
 
-hold(token, tonumber(ARGV[5]))
+hold(token, tonumber(ARGV[3]))
 if waits then redis.call('ZREM', waiting, token) end
 for _, window in ipairs(windows) do
   charge(window, window.units)
   if window.moves then take_back(window, window.units, reserved_at) end
 end
-local talking = ARGV[11] .. math.floor(now / 10000)
+local talking = ARGV[6] .. math.floor(now / 10000)
 if redis.call('PFADD', talking, key.slots) == 1 then redis.call('PEXPIRE', talking, 30000) end
 return {'', now, 0, 0}
 """
 )
 
-#: ARGV: concurrency, ramp step, token, lease of a slot that is handed over, the prefix of what wakes a waiting call.
+#: ARGV: concurrency, ramp step, lease of a slot that is handed over, the prefix of what wakes a waiting call, token.
 #: Returns a slot, or ends the wait for one, and hands on what is free.
 RELEASE = (
     _HEAD
     + _SLOTS
     + """
-redis.call('ZREM', key.slots, ARGV[3])
+redis.call('ZREM', key.slots, ARGV[5])
 if not anyone_waits() then return end
-redis.call('ZREM', key.waiting_send, ARGV[3])
-redis.call('ZREM', key.waiting, ARGV[3])
+redis.call('ZREM', key.waiting_send, ARGV[5])
+redis.call('ZREM', key.waiting, ARGV[5])
 """
     + _LIMITS
     + """
-hand_over(concurrency_now(), tonumber(ARGV[4]), ARGV[5])
+hand_over(concurrency_now(), tonumber(ARGV[3]), ARGV[4])
 """
 )
 
@@ -287,7 +292,7 @@ if redis.call('EXISTS', key.born) == 0 then return {-1} end
 """
     + _WINDOW
     + _LIMITS
-    + _WINDOWS
+    + _windows_in(3)
     + _REFUSALS
     + """
 local paused, answer = refusal, {now}
@@ -334,7 +339,7 @@ USAGE = (
     _HEAD
     + _WINDOW
     + _LIMITS
-    + _WINDOWS
+    + _windows_in(3)
     + _SLOTS
     + """
 local first = redis.call('ZRANGEBYSCORE', key.slots, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)

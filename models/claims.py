@@ -40,10 +40,10 @@ MAX_ERROR_CHARACTERS = 1000
 #: A mail that cannot be looked up is asked for again and again, for days.
 MAX_EVIDENCE = 50
 
-#: Goes on while this process, or the whole machine, is suspended; Linux's monotonic clock does not do the latter.
 #: A mailbox's backups are due at instants that are this part of the delay apart, and other mailboxes' at others.
 _TICKS_OF_DELAY = 2
 _SHORTEST_TICK = timedelta(microseconds=1)
+#: Goes on while this process, or the whole machine, is suspended; Linux's monotonic clock does not do the latter.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -147,20 +147,8 @@ class ClaimedEmail:
 
     @classmethod
     def _from_row(cls, row: tuple[Any, ...], attempt: int, token: str, intent: bool) -> ClaimedEmail:
-        (
-            id,
-            publisher_id,
-            mailbox,
-            recipient_count,
-            external_recipient_count,
-            charged_at_ms,
-            payload,
-            draft_id,
-            correlation_id,
-            reply_to,
-            traceparent,
-            created_at,
-        ) = row[:12]
+        id, publisher_id, mailbox, recipient_count, external_recipient_count, charged_at_ms = row[:6]
+        payload, draft_id, correlation_id, reply_to, traceparent, created_at = row[6:12]
         sending, doubted_draft_id, intended_for, replayed_for, paused = row[12:]
         in_doubt = sending in (Sending.SENDING, Sending.IN_DOUBT)
         return cls(
@@ -425,11 +413,7 @@ class ClaimedEmail:
         """
         check(Status.PROCESSING, target)
         if event:
-            parameters |= {
-                "event_id": event.id,
-                "event_body": event.body.decode(),
-                "publish_within": publish_within,
-            }
+            parameters |= {"event_id": event.id, "event_body": event.body.decode(), "publish_within": publish_within}
         if evidence:
             parameters["evidence"] = _dated(evidence)
         statement = _move_to(target, assignments, also, event.type if event else None, amends=bool(evidence))

@@ -211,6 +211,29 @@ def test_counters_of_which_every_series_is_known_are_there_before_their_first_ev
     assert not [line for line in told if "mailfleet_messages_total" in line and "send_plain" in line]
 
 
+def test_what_is_counted_in_a_series_from_before_a_fork_is_added_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    (line,) = logged(
+        """
+        import os
+        from prometheus_client import CollectorRegistry, multiprocess
+        from telemetry import EMAILS, Step, series
+        series(EMAILS, Step.SENT).inc()
+        if child := os.fork():
+            os.waitpid(child, 0)
+        series(EMAILS, Step.SENT).inc()
+        if child:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+            sent = registry.get_sample_value("mailfleet_emails_total", {"step": "sent"})
+            logging.getLogger("any").warning("%d", sent)
+        """
+    )
+    assert line["event"] == "3"
+
+
 def test_a_periodic_actor_tells_its_last_turn_that_ended_well_and_at_first_its_workers_begin() -> None:
     begun = time.time()
     middleware = WorkerMetrics()

@@ -44,6 +44,9 @@ _SERVER_SETTINGS = {
     "enable_bitmapscan": "off",
     **{f"tcp_{name}": value for name, value in _KEEPALIVES.items()},
 }
+#: Where statements are prepared. PostgreSQL takes an array that it does not know for long, and would plan anew for each
+#: that is not: that takes longer than the statement. Each has its index whatever it is given.
+_PREPARING_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
 
 #: Codes of the class *invalid transaction state* that are no mistake of ours.
 _OUTAGES = {
@@ -135,7 +138,7 @@ def connect(
 
 def _parameters(url: str, application_name: str, *, pooled: bool) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(url)
-    settings = " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items())
+    settings = " ".join(f"-c {name}={value}" for name, value in (_SERVER_SETTINGS | _PREPARING_SETTINGS).items())
     return unquote(parts.path.lstrip("/")), {
         "host": parts.hostname,
         "port": parts.port or 5432,

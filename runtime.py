@@ -177,8 +177,8 @@ def _find_data_key(id: str) -> WrappedKey | None:
 
 
 def _count_call(call: Call) -> None:
-    telemetry.GRAPH_REQUESTS.labels(call.operation, str(call.status or "none")).inc()
-    telemetry.GRAPH_SECONDS.labels(call.operation).observe(call.duration.total_seconds())
+    telemetry.series(telemetry.GRAPH_REQUESTS, call.operation, str(call.status or "none")).inc()
+    telemetry.series(telemetry.GRAPH_SECONDS, call.operation).observe(call.duration.total_seconds())
     if call.status == 429 or (call.status == 503 and call.retry_after):
         telemetry.THROTTLED.labels(call.operation).inc()
     if expires_at := tokens.expires_at:
@@ -187,6 +187,8 @@ def _count_call(call: Call) -> None:
 
 def _tell_of_call(call: Call) -> None:
     _count_call(call)
+    if not tracer.is_recording():
+        return
     failure = None if call.status and call.status < 400 else str(call.status or "no answer")
     tracer.record_call(
         f"graph {call.operation}",
@@ -237,7 +239,7 @@ def publish_events(events: Sequence[Event]) -> None:
         models.mark_published([event.id for event in confirmed])
         crash_point(CrashPoint.EVENTS_MARKED)
     for event in confirmed:
-        telemetry.PUBLISHED.labels(event.type).inc()
+        telemetry.series(telemetry.PUBLISHED, event.type).inc()
     # One that may succeed the next time says more than one that never will.
     for failure in sorted(filter(None, failures), key=lambda failure: isinstance(failure, Unpublishable)):
         raise failure

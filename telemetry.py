@@ -19,9 +19,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cache
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import dramatiq
 import orjson
@@ -60,11 +62,12 @@ class Step(StrEnum):
     DEAD_LETTER_MIRRORED = "dead letter mirrored"
 
 
-_mail = structlog.get_logger("mail")
 #: Written to at once: Dramatiq puts a pipe through its main process in the place of ``sys.stderr``.
 _STANDARD_ERROR = os.fdopen(2, "wb", buffering=0, closefd=False)
 _STANDARD_ERROR_TEXT = io.TextIOWrapper(_STANDARD_ERROR, write_through=True)
-
+#: Says whether the mail log is wanted; its lines go past `logging`, for each mail has several.
+_mail = logging.getLogger("mail")
+_mail_lines = structlog.BytesLogger(_STANDARD_ERROR)
 
 #: The ids of the mail that is worked on, by which every line tells what it is about; None: nobody's.
 _ids: ContextVar[dict[str, str] | None] = ContextVar("ids", default=None)
@@ -74,9 +77,13 @@ def mail_log(
     step: Step, *, incoming_email_id: str | None, publisher_message_id: str | None = None, **fields: Any
 ) -> None:
     """Write one line of the mail log and count it. Fields that are None are left out."""
-    EMAILS.labels(step.value).inc()
+    series(EMAILS, step.value).inc()
+    if not _mail.isEnabledFor(logging.INFO):
+        return
     fields |= {"incoming_email_id": incoming_email_id, "publisher_message_id": publisher_message_id}
-    _mail.info(step.value, **_known(fields))
+    told = {"event": step.value, "level": "info", "timestamp": datetime.now(UTC)}
+    line = {**(_ids.get() or {}), **_known(fields), **told}
+    _mail_lines.msg(orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z))
 
 
 @contextmanager
@@ -127,21 +134,15 @@ class MailOfMessage(dramatiq.Middleware):
 
 def configure_logging(level: str) -> None:
     """Send every line, ours and the libraries', to standard error as JSON."""
-    shared = [
-        _with_ids,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    structlog.configure(
-        processors=[*shared, _exceptions, structlog.processors.JSONRenderer(orjson.dumps)],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.BytesLoggerFactory(_STANDARD_ERROR),
-        cache_logger_on_first_use=True,
-    )
     handler = _Handler(_STANDARD_ERROR_TEXT)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            foreign_pre_chain=[
+                _with_ids,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.stdlib.add_logger_name,
+            ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 redacted,
@@ -211,6 +212,8 @@ _exceptions = structlog.processors.ExceptionRenderer(_without_text)
 
 
 # --- metrics
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 EMAILS = Counter("mailfleet_emails", "Events in the lives of emails, as in the mail log.", ["step"])
 STAGE_SECONDS = Histogram(
@@ -291,6 +294,16 @@ CONSOLE_REFUSALS = Counter(
 )
 ATTACHMENTS_STORED = Counter("mailfleet_attachments_stored", "Attachments stored for later mails.")
 ATTACHMENTS_DELETED = Counter("mailfleet_attachments_deleted", "Stored attachments that nobody needed any more.")
+
+
+@cache
+def series(metric: Metric, *labels: str) -> Metric:
+    """Return a metric's series, as its ``labels`` does: for what is counted for each mail, where that takes longer.
+
+    A series that was made before a fork counts for the process that it is in.
+    """
+    return metric.labels(*labels)
+
 
 #: The value of a label that came from outside and is none of ours: what strangers write must not become series.
 OTHER = "other"
@@ -437,8 +450,8 @@ class WorkerMetrics(dramatiq.Middleware):
     ) -> None:
         began = self._began.pop(message.message_id, time.monotonic())
         actor = message.actor_name if message.actor_name in broker.actors else OTHER
-        MESSAGE_SECONDS.labels(actor).observe(time.monotonic() - began)
-        MESSAGES.labels(actor, "failed" if exception else "done").inc()
+        series(MESSAGE_SECONDS, actor).observe(time.monotonic() - began)
+        series(MESSAGES, actor, "failed" if exception else "done").inc()
         if not exception and actor != OTHER and "periodic" in broker.actors[actor].options:
             PERIODIC_TURN_AT.labels(actor).set_to_current_time()
 

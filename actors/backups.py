@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -135,10 +135,8 @@ def _ids(backup: ClaimedBackup) -> dict[str, str | None]:
     }
 
 
-@contextmanager
-def _told_of(backup: ClaimedBackup) -> Iterator[None]:
-    with mail_context(**_ids(backup)):
-        yield
+def _told_of(backup: ClaimedBackup) -> AbstractContextManager[None]:
+    return mail_context(**_ids(backup))
 
 
 def _copy_all(left: deque[ClaimedBackup], copies: list[Copy], spans: Mapping[str, Span]) -> None:

@@ -24,7 +24,7 @@ from graph_client import looking_first
 from limiter import Exhausted, Reservation, Slot, Wanted
 from models import ClaimedEmail
 from settings import LEASE_MARGIN
-from telemetry import LIMITER_ADMITTED
+from telemetry import LIMITER_ADMITTED, series
 
 #: How long a call may wait for one of the mailbox's slots: a few calls of others. The worker waits with it.
 SLOT_WAIT = timedelta(seconds=1)
@@ -78,7 +78,7 @@ class _Admission:
             wait=wait,
         )
         self._admitted_at = time.monotonic()
-        LIMITER_ADMITTED.labels("call").inc()
+        series(LIMITER_ADMITTED, "call").inc()
         if self._sends:
             email.charged_at_ms = self.slot.at_ms
 
@@ -105,7 +105,7 @@ def backup_call(mailbox: str, *, requests: int = 1) -> Iterator[Renewing]:
     """
     with runtime.limiter.slot(mailbox, requests=requests, wait=SLOT_WAIT) as slot:
         looked_at = admitted_at = time.monotonic()
-        LIMITER_ADMITTED.labels("call").inc()
+        series(LIMITER_ADMITTED, "call").inc()
 
         def look() -> None:
             nonlocal looked_at

@@ -50,7 +50,16 @@ from models.spending import record_slowed
 from models.turns import EVERY, Full
 from outbox import PUBLISH_WITHIN
 from payloads import PayloadPurged
-from telemetry import CONFIGURATION_REFUSED, DEAD_LETTERS, LIMITER_REFUSALS, LOWERED, STAGE_SECONDS, Step, mail_log
+from telemetry import (
+    CONFIGURATION_REFUSED,
+    DEAD_LETTERS,
+    LIMITER_REFUSALS,
+    LOWERED,
+    STAGE_SECONDS,
+    Step,
+    mail_log,
+    series,
+)
 from vault import Tampered, UnknownKey
 
 log = logging.getLogger(__name__)
@@ -134,7 +143,7 @@ def record_sent(
     )
     runtime.crash_point(CrashPoint.SEND_RECORDED)
     runtime.events.add(events)
-    STAGE_SECONDS.labels("sent").observe(email.waited.total_seconds())
+    series(STAGE_SECONDS, "sent").observe(email.waited.total_seconds())
     mail_log(Step.SENT, incoming_email_id=email.id, graph_message_id=graph_message_id, attempt=email.attempt)
 
 

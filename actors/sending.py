@@ -20,7 +20,7 @@ A dispatch that arrives twice claims once. ``settle`` is the only way out of dou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ from actors.waiting import CLOCKS_DIFFER
 from crash_points import CrashPoint
 from graph_client.errors import PermanentError
 from models import ClaimedEmail, Route
-from telemetry import STAGE_SECONDS, Step, mail_log, note_ids
+from telemetry import STAGE_SECONDS, Step, mail_log, note_ids, series
 from tracing import Span, trace_id
 
 
@@ -114,7 +114,7 @@ def _settle_or(send: Callable[[ClaimedEmail], None], email: ClaimedEmail) -> Non
         outcomes.record_expired(email)
     else:
         if email.attempt == 1:
-            STAGE_SECONDS.labels("claimed").observe(email.waited.total_seconds())
+            series(STAGE_SECONDS, "claimed").observe(email.waited.total_seconds())
         send(email)
 
 
@@ -201,12 +201,11 @@ def _claimed(incoming_email_id: str, attempt: int, route: Route, *, intent: bool
             runtime.wake_soon("schedule_emails")
 
 
-@contextmanager
-def _traced(email: ClaimedEmail, route: Route) -> Iterator[Span]:
+def _traced(email: ClaimedEmail, route: Route) -> AbstractContextManager[Span]:
     """Trace the block as what follows from the dispatch: the row knows only what that followed from."""
     message = CurrentMessage.get_current_message()
     dispatched = message.options.get("traceparent") if message else None
-    with runtime.tracer.span(
+    return runtime.tracer.span(
         ACTORS[route],
         dispatched or email.traceparent,
         kind="consumer",
@@ -214,5 +213,4 @@ def _traced(email: ClaimedEmail, route: Route) -> Iterator[Span]:
         publisher_message_id=email.publisher_message_id,
         correlation_id=email.correlation_id,
         attempt=email.attempt,
-    ) as span:
-        yield span
+    )

@@ -38,6 +38,8 @@ ATTACH_JSON_BYTES = 1536
 _PAGE_SIZE = 100
 #: What a query may hold as it is (RFC 3986, section 3.4), but for what separates its parts.
 _QUERY_SAFE = "/?:@!$'()*,;"
+#: Between two values of which a message may carry either.
+_OR = quote(" or ep/value eq ", safe=_QUERY_SAFE)
 
 _SEND_MAIL = Operation("send_mail", target="mailbox", repeatable=False)
 _SEND_DRAFT = Operation("send_draft", repeatable=False)
@@ -101,7 +103,7 @@ class GraphClient:
         # Outlook understands the tag in exactly this form, and no other. Quoted here, for it is long.
         tagged = f"singleValueExtendedProperties/Any(ep: ep/id eq {_literal(tag_id)} and ep/value eq "
         self._tagged = f"$select={Message.SELECT}&$top={_PAGE_SIZE}&$filter={quote(tagged, safe=_QUERY_SAFE)}"
-        alternatives = f"singleValueExtendedProperties/Any(ep: ep/id eq {_literal(tag_id)} and "
+        alternatives = f"singleValueExtendedProperties/Any(ep: ep/id eq {_literal(tag_id)} and (ep/value eq "
         expanded = quote(f"singleValueExtendedProperties($filter=id eq {_literal(tag_id)})", safe=_QUERY_SAFE)
         self._tagged_any = (
             f"$select={Message.SELECT}&$expand={expanded}&$top={_PAGE_SIZE}"
@@ -174,15 +176,14 @@ class GraphClient:
         if since is None or self._refuses_dates:
             return self._find_tagged(mailbox, value, "")
         try:
-            created = f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
-            return self._find_tagged(mailbox, value, created)
+            return self._find_tagged(mailbox, value, _created_since(since))
         except errors.InvalidMessage:
             found = self._find_tagged(mailbox, value, "")
             self._refuses_dates = True  # or each look-up would be two requests from now on
             return found
 
     def _find_tagged(self, mailbox: str, value: str, further: str) -> Found:
-        query = self._tagged + quote(f"{_literal(value)}){further}", safe=_QUERY_SAFE)
+        query = f"{self._tagged}{_quoted_literal(value)}){further}"
         found = Found([], [])
         for messages, request_id in self._pages(
             _FIND, mailbox, f"{self._mailbox(mailbox)}/messages?{query}", Message.from_graph
@@ -218,9 +219,8 @@ class GraphClient:
         return {value: self.find_by_tag(mailbox, value, since).messages for value in values}
 
     def _find_all_tagged(self, mailbox: str, values: Sequence[str], since: datetime | None) -> dict[str, list[Message]]:
-        alternatives = " or ".join(f"ep/value eq {_literal(value)}" for value in values)
-        created = f" and createdDateTime ge {since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if since else ""
-        query = self._tagged_any + quote(f"({alternatives})){created}", safe=_QUERY_SAFE)
+        alternatives = _OR.join(map(_quoted_literal, values))
+        query = f"{self._tagged_any}{alternatives})){_created_since(since) if since else ''}"
         wanted = {value.lower(): value for value in values}
         found: dict[str, list[Message]] = {value: [] for value in values}
         url = f"{self._mailbox(mailbox)}/messages?{query}"
@@ -398,3 +398,12 @@ def _with_properties(body: Mapping[str, Any]) -> tuple[Message, list[str]]:
 def _literal(text: str) -> str:
     """Write a string as OData does, with quotes doubled."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def _quoted_literal(text: str) -> str:
+    return quote(_literal(text), safe=_QUERY_SAFE)
+
+
+def _created_since(since: datetime) -> str:
+    # Quoted already, as `_OR` is: of a query only the values differ.
+    return f"%20and%20createdDateTime%20ge%20{since.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"

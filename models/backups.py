@@ -53,7 +53,9 @@ class ClaimedBackup:
             FROM unnest(%(ids)s::uuid[], %(attempts)s::int[]) AS dispatched (id, attempt)
             JOIN incoming_emails e ON e.id = dispatched.id
             WHERE s.incoming_email_id = dispatched.id AND s.backup_due_at IS NOT NULL
-              AND s.backup_attempt_count = dispatched.attempt - 1 AND s.backup_lease_until IS NOT NULL
+              AND s.backup_attempt_count = dispatched.attempt - 1
+              -- Has a lease. Found by the key, whatever the planner thinks of the index of leases.
+              AND coalesce(s.backup_lease_until, '-infinity') > '-infinity'
             RETURNING e.id::text, e.publisher_message_id, e.mailbox, s.graph_message_id, e.created_at,
                       s.backup_attempt_count, e.correlation_id, e.traceparent
             """,

@@ -23,6 +23,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -39,10 +40,10 @@ MAX_ERROR_CHARACTERS = 1000
 #: A mail that cannot be looked up is asked for again and again, for days.
 MAX_EVIDENCE = 50
 
-#: Goes on while this process, or the whole machine, is suspended; Linux's monotonic clock does not do the latter.
 #: A mailbox's backups are due at instants that are this part of the delay apart, and other mailboxes' at others.
 _TICKS_OF_DELAY = 2
 _SHORTEST_TICK = timedelta(microseconds=1)
+#: Goes on while this process, or the whole machine, is suspended; Linux's monotonic clock does not do the latter.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -130,7 +131,7 @@ class ClaimedEmail:
         parameters = {
             "id": incoming_email_id,
             "attempt": attempt,
-            "route": route,
+            "route": route.value,
             "token": token,
             "lease": lease,
             "intent": intent,
@@ -146,20 +147,8 @@ class ClaimedEmail:
 
     @classmethod
     def _from_row(cls, row: tuple[Any, ...], attempt: int, token: str, intent: bool) -> ClaimedEmail:
-        (
-            id,
-            publisher_id,
-            mailbox,
-            recipient_count,
-            external_recipient_count,
-            charged_at_ms,
-            payload,
-            draft_id,
-            correlation_id,
-            reply_to,
-            traceparent,
-            created_at,
-        ) = row[:12]
+        id, publisher_id, mailbox, recipient_count, external_recipient_count, charged_at_ms = row[:6]
+        payload, draft_id, correlation_id, reply_to, traceparent, created_at = row[6:12]
         sending, doubted_draft_id, intended_for, replayed_for, paused = row[12:]
         in_doubt = sending in (Sending.SENDING, Sending.IN_DOUBT)
         return cls(
@@ -283,7 +272,7 @@ class ClaimedEmail:
                            ))
                        ),
                        updated_at = now(), response_metadata = {amended}
-                WHERE incoming_email_id IN (SELECT id FROM email)
+                FROM email WHERE incoming_email_id = email.id
             ), answering AS (
                 UPDATE mailboxes SET refusal_count = 0 WHERE mailbox = %(mailbox)s AND refusal_count > 0
             ), {event}
@@ -424,35 +413,44 @@ class ClaimedEmail:
         """
         check(Status.PROCESSING, target)
         if event:
-            parameters |= {"event_id": event.id, "event_type": event.type, "event_body": event.body.decode()}
-            parameters |= {"publish_within": publish_within}
+            parameters |= {"event_id": event.id, "event_body": event.body.decode(), "publish_within": publish_within}
         if evidence:
             parameters["evidence"] = _dated(evidence)
-        found = self.write(
-            f"""
-            WITH email AS (
-                UPDATE incoming_emails
-                SET status = %(target)s, lease_token = NULL, lease_until = NULL, updated_at = now(), {assignments}
-                WHERE {{held}} RETURNING id, correlation_id, reply_to, traceparent
-            ), {also.replace("{event}", _EVENT).replace("{amended}", _AMENDED if evidence else "response_metadata")}
-            SELECT {"EXISTS (SELECT 1 FROM event)" if event else "false"} FROM email
-            """,
-            target=target,
-            **parameters,
-        )
+        statement = _move_to(target, assignments, also, event.type if event else None, amends=bool(evidence))
+        found = self.write(statement, **parameters)
         self.withdrawn = _WITHDRAWN in also and self.in_doubt_for is None
         return [event] if event and found[0][0] else []
 
     def write(self, sql: str, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement that returns a row exactly if this worker still holds the email (``{held}``)."""
-        statement = sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
         asked_at = _now()
-        found = rows(statement, {"id": self.id, "token": self._token, **parameters}, prepared=True)
+        found = rows(_while_held(sql), {"id": self.id, "token": self._token, **parameters}, prepared=True)
         if not found:
             raise LeaseLost(f"email {self.id} is no longer held by this worker")
         if lease := parameters.get("lease"):
             self._held_until = asked_at + lease.total_seconds()
         return found
+
+
+@cache
+def _move_to(target: Status, assignments: str, also: str, event_type: str | None, *, amends: bool) -> str:
+    """Return the statement of a move: one for each outcome, made once."""
+    parts = {"{event}": _EVENT, "{type}": f"'{event_type}'", "{amended}": _AMENDED if amends else "response_metadata"}
+    for name, part in parts.items():
+        also = also.replace(name, part)
+    return f"""
+        WITH email AS (
+            UPDATE incoming_emails
+            SET status = '{target}', lease_token = NULL, lease_until = NULL, updated_at = now(), {assignments}
+            WHERE {{held}} RETURNING id, correlation_id, reply_to, traceparent
+        ), {also}
+        SELECT {"EXISTS (SELECT 1 FROM event)" if event_type else "false"} FROM email
+    """
+
+
+@cache
+def _while_held(sql: str) -> str:
+    return sql.replace("{held}", "id = %(id)s AND lease_token = %(token)s AND status = 'processing'")
 
 
 # What was seen of an earlier send is kept.
@@ -469,7 +467,7 @@ _EVENT = """
     event AS (
         INSERT INTO outbox_events (id, incoming_email_id, type, body,
                                    correlation_id, reply_to, traceparent, claimed_until)
-        SELECT %(event_id)s, id, %(event_type)s, %(event_body)s,
+        SELECT %(event_id)s, id, {type}, %(event_body)s,
                correlation_id, reply_to, traceparent, now() + %(publish_within)s
         FROM email ON CONFLICT (incoming_email_id, type) DO NOTHING RETURNING 1
     )

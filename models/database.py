@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
-from weakref import WeakKeyDictionary
 
 import peewee
 import psycopg2
 import psycopg2.errorcodes
+import psycopg2.extensions
 import psycopg2.extras
 
 #: A statement that runs longer is stuck: the slowest of ours reads one index range.
@@ -43,12 +44,38 @@ _SERVER_SETTINGS = {
     "enable_bitmapscan": "off",
     **{f"tcp_{name}": value for name, value in _KEEPALIVES.items()},
 }
+#: Where statements are prepared. PostgreSQL takes an array that it does not know for long, and would plan anew for each
+#: that is not: that takes longer than the statement. Each has its index whatever it is given.
+_PREPARING_SETTINGS = {"plan_cache_mode": "force_generic_plan"}
 
 #: Codes of the class *invalid transaction state* that are no mistake of ours.
 _OUTAGES = {
     psycopg2.errorcodes.READ_ONLY_SQL_TRANSACTION: "is read-only",
     psycopg2.errorcodes.IDLE_IN_TRANSACTION_SESSION_TIMEOUT: "ended a transaction that stood still",
 }
+
+
+class _Connection(psycopg2.extensions.connection):
+    """A thread's connection.
+
+    Attributes:
+        prepared: The names of the statements that are prepared on it.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.prepared: set[str] = set()
+        self._incoming = select.poll()
+        self._incoming.register(self, select.POLLIN)
+
+    def has_ended(self) -> bool:
+        """Read what the server has said unasked, and say whether that was good-bye."""
+        try:
+            while not self.closed and self._incoming.poll(0):
+                self.poll()
+        except psycopg2.Error:
+            return True
+        return bool(self.closed)
 
 
 class _Database(peewee.PostgresqlDatabase):
@@ -111,7 +138,7 @@ def connect(
 
 def _parameters(url: str, application_name: str, *, pooled: bool) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(url)
-    settings = " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items())
+    settings = " ".join(f"-c {name}={value}" for name, value in (_SERVER_SETTINGS | _PREPARING_SETTINGS).items())
     return unquote(parts.path.lstrip("/")), {
         "host": parts.hostname,
         "port": parts.port or 5432,
@@ -119,6 +146,7 @@ def _parameters(url: str, application_name: str, *, pooled: bool) -> tuple[str, 
         "password": unquote(parts.password or ""),
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "application_name": application_name,
+        "connection_factory": _Connection,
         **({} if pooled else {"options": settings}),
         **_KEEPALIVES,
         **dict(parse_qsl(parts.query)),
@@ -154,7 +182,7 @@ def rows(sql: str, parameters: Mapping[str, Any] | None = None, *, prepared: boo
     Raises:
         DatabaseAway: See there.
     """
-    with _dropping_dead_connections():
+    with _dropping_dead_connections:
         if prepared and not database.pooled:
             sql = _prepare(sql)
         cursor = database.execute_sql(sql, parameters)  # type: ignore[no-untyped-call]
@@ -164,11 +192,10 @@ def rows(sql: str, parameters: Mapping[str, Any] | None = None, *, prepared: boo
 def _prepare(sql: str) -> str:
     """Prepare a statement unless this connection has done so, and return the one that executes it."""
     statement = _Prepared.of(sql)
-    connection = database.connection()  # type: ignore[no-untyped-call]
-    known = _prepared_by.setdefault(connection, set())
-    if statement.name not in known:
+    prepared = database.connection().prepared  # type: ignore[no-untyped-call]
+    if statement.name not in prepared:
         database.execute_sql(statement.prepare)  # type: ignore[no-untyped-call]
-        known.add(statement.name)  # a transaction that is rolled back leaves it prepared
+        prepared.add(statement.name)  # a transaction that is rolled back leaves it prepared
     return statement.execute
 
 
@@ -194,8 +221,6 @@ class _Prepared(NamedTuple):
 
 
 _PARAMETER = re.compile(r"%\((\w+)\)s((?:::\w+(?:\[\])?)?)")
-#: The names of what each connection has prepared; a connection that is dropped takes them with it.
-_prepared_by: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def now() -> datetime:
@@ -210,7 +235,7 @@ def insert_many(sql: str, values: list[tuple[Any, ...]], row: str | None = None)
     Args:
         row: How one row is written, if it is more than its values: ``(%s, now() + %s)``.
     """
-    with _dropping_dead_connections():
+    with _dropping_dead_connections:
         cursor = database.cursor()  # type: ignore[no-untyped-call]
         returned: list[tuple[Any, ...]] = psycopg2.extras.execute_values(
             cursor, sql, values, template=row, page_size=len(values), fetch=True
@@ -221,53 +246,53 @@ def insert_many(sql: str, values: list[tuple[Any, ...]], row: str | None = None)
 @contextmanager
 def transaction() -> Iterator[None]:
     """Make the statements of the block take effect together. Nothing in it may wait for the network."""
-    with _dropping_dead_connections(), database.atomic():
+    with _dropping_dead_connections, database.atomic():
         yield
 
 
-@contextmanager
-def _dropping_dead_connections() -> Iterator[None]:
-    if not database.is_closed() and not database.in_transaction():
-        _drop_if_closed_by_server()
-    try:
-        yield
-    except DatabaseAway:
-        _drop_connection()
-        raise
-    except (
-        peewee.OperationalError,
-        peewee.InterfaceError,
-        psycopg2.OperationalError,
-        psycopg2.InterfaceError,
-    ) as error:
-        if _code(error) == psycopg2.errorcodes.PROGRAM_LIMIT_EXCEEDED:
-            raise NotStorable("PostgreSQL refuses a value (it is too long for an index)") from error
-        _drop_connection()
-        raise DatabaseAway(f"PostgreSQL is away ({_diagnosis(error)})") from error
-    except (peewee.DataError, psycopg2.DataError) as error:
-        raise NotStorable(f"PostgreSQL refuses a value ({_diagnosis(error)})") from error
-    except (peewee.ProgrammingError, psycopg2.ProgrammingError) as error:
-        if _code(error) != psycopg2.errorcodes.UNDEFINED_TABLE:
-            raise
-        raise DatabaseAway("PostgreSQL has no tables yet") from error
-    except (peewee.InternalError, psycopg2.InternalError) as error:
-        outage = _OUTAGES.get(_code(error) or "")
-        if outage is None:
-            raise
-        _drop_connection()
-        raise DatabaseAway(f"PostgreSQL {outage}") from error
+class _DroppingDeadConnections:
+    """What every statement runs within: a connection that has ended is dropped, and errors are told in our words."""
+
+    def __enter__(self) -> None:
+        if not database.is_closed() and not database.in_transaction():
+            connection: _Connection = database.connection()  # type: ignore[no-untyped-call]
+            if connection.has_ended():
+                _drop_connection()  # nothing is lost with it
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            _translate(error)
 
 
-def _drop_if_closed_by_server() -> None:
-    """Read what the server has said unasked. If that was good-bye, nothing is lost with the connection."""
-    connection = database.connection()  # type: ignore[no-untyped-call]
-    incoming = select.poll()
-    incoming.register(connection, select.POLLIN)
-    try:
-        while incoming.poll(0):
-            connection.poll()
-    except psycopg2.Error:
-        _drop_connection()
+_dropping_dead_connections = _DroppingDeadConnections()
+
+
+def _translate(error: BaseException) -> None:
+    """Raise what a caller is to know of an error, unless it is to know it as it is."""
+    match error:
+        case DatabaseAway():
+            _drop_connection()
+        case (
+            peewee.OperationalError()
+            | peewee.InterfaceError()
+            | psycopg2.OperationalError()
+            | psycopg2.InterfaceError()
+        ):
+            if _code(error) == psycopg2.errorcodes.PROGRAM_LIMIT_EXCEEDED:
+                raise NotStorable("PostgreSQL refuses a value (it is too long for an index)") from error
+            _drop_connection()
+            raise DatabaseAway(f"PostgreSQL is away ({_diagnosis(error)})") from error
+        case peewee.DataError() | psycopg2.DataError():
+            raise NotStorable(f"PostgreSQL refuses a value ({_diagnosis(error)})") from error
+        case peewee.ProgrammingError() | psycopg2.ProgrammingError():
+            if _code(error) == psycopg2.errorcodes.UNDEFINED_TABLE:
+                raise DatabaseAway("PostgreSQL has no tables yet") from error
+        case peewee.InternalError() | psycopg2.InternalError():
+            if outage := _OUTAGES.get(_code(error) or ""):
+                _drop_connection()
+                raise DatabaseAway(f"PostgreSQL {outage}") from error
 
 
 def _drop_connection() -> None:
@@ -293,5 +318,5 @@ def _diagnosis(error: BaseException) -> str:
 @contextmanager
 def reading() -> Iterator[None]:
     """Let peewee's own queries run in the block, with the same errors as `rows`."""
-    with _dropping_dead_connections():
+    with _dropping_dead_connections:
         yield

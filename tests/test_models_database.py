@@ -201,6 +201,7 @@ def test_a_prepared_statement_is_planned_once_for_each_connection(tables: str) -
     # Then each has its own values, and there is one plan
     assert [answer[:2] for answer in answers] == [(n + 1, n * 2) for n in range(10)]
     assert plans_known() == before + 1
+    assert rows("SELECT sum(custom_plans) FROM pg_prepared_statements") == [(0,)]
     # And a new connection has to prepare it again
     terminate(tables, backend())
     assert plans_known() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,22 @@ def test_the_mail_log_is_one_line_per_step_with_the_ids() -> None:
         "correlation_id": "c-1",
         "attempt": 2,
     }
+
+
+def test_a_line_of_the_mail_log_begins_with_whose_it_is_and_ends_with_what_happened_when() -> None:
+    (line,) = logged(
+        """
+        from telemetry import Step, mail_context, mail_log
+        with mail_context(incoming_email_id="e-1", trace_id="t-1"):
+            mail_log(Step.IN_DOUBT, incoming_email_id="e-1", why="Ü", seconds=1.5, publisher_message_id="p-1")
+        """
+    )
+    assert list(line) == [
+        *("incoming_email_id", "trace_id", "why", "seconds", "publisher_message_id"),
+        *("event", "level", "timestamp"),
+    ]
+    assert (line["event"], line["level"], line["why"]) == ("in doubt", "info", "Ü")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", line["timestamp"])
 
 
 def test_the_steps_of_the_mail_log_are_a_closed_set() -> None:
@@ -160,7 +177,7 @@ def test_counters_of_which_every_series_is_known_are_there_before_their_first_ev
     """Of a counter that appears with its first event no alert sees an increase."""
     lines = logged(
         """
-        import sys, actors, runtime
+        import sys, actors, orjson, runtime
         from types import SimpleNamespace
         from prometheus_client import generate_latest
         for middleware in runtime.fleet_broker.middleware:
@@ -168,7 +185,7 @@ def test_counters_of_which_every_series_is_known_are_there_before_their_first_ev
         logging.getLogger("any").info("%d", 1)
         for line in generate_latest().decode().splitlines():
             if line.startswith("mailfleet") and "_total" in line:
-                telemetry.structlog.get_logger().info(line)
+                print(orjson.dumps({"event": line}).decode(), file=sys.stderr)
         """
     )
     told = {line["event"] for line in lines}
@@ -192,6 +209,29 @@ def test_counters_of_which_every_series_is_known_are_there_before_their_first_ev
         assert f"mailfleet_{series} 0.0" in told
     # A worker counts nothing of actors that others work for.
     assert not [line for line in told if "mailfleet_messages_total" in line and "send_plain" in line]
+
+
+def test_what_is_counted_in_a_series_from_before_a_fork_is_added_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    (line,) = logged(
+        """
+        import os
+        from prometheus_client import CollectorRegistry, multiprocess
+        from telemetry import EMAILS, Step, series
+        series(EMAILS, Step.SENT).inc()
+        if child := os.fork():
+            os.waitpid(child, 0)
+        series(EMAILS, Step.SENT).inc()
+        if child:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)
+            sent = registry.get_sample_value("mailfleet_emails_total", {"step": "sent"})
+            logging.getLogger("any").warning("%d", sent)
+        """
+    )
+    assert line["event"] == "3"
 
 
 def test_a_periodic_actor_tells_its_last_turn_that_ended_well_and_at_first_its_workers_begin() -> None:

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Literal
@@ -147,6 +147,12 @@ def ending(spans: Iterable[Span]) -> Iterator[None]:
             span.end()
 
 
+@contextmanager
+def _block_of(span: Span) -> Iterator[Span]:
+    with ending([span]):
+        yield span
+
+
 class Tracer:
     """Begins spans, and hands those that have ended to the receiver.
 
@@ -197,12 +203,17 @@ class Tracer:
             return Span(traceparent)
         return self._begin(name, traceparent, kind, attributes)
 
-    @contextmanager
-    def span(self, name: str, traceparent: str | None, *, kind: Kind = "internal", **attributes: Any) -> Iterator[Span]:
+    def span(
+        self, name: str, traceparent: str | None, *, kind: Kind = "internal", **attributes: Any
+    ) -> AbstractContextManager[Span]:
         """Begin an operation that is the block."""
         span = self.begin(name, traceparent, kind=kind, **attributes)
-        with ending([span]):
-            yield span
+        return _block_of(span) if span.recorded or _current.get() else nullcontext(span)  # as for almost every mail
+
+    @staticmethod
+    def is_recording() -> bool:
+        """Say whether a call that is made now is one of a mail that is traced."""
+        return bool(_current.get())
 
     def record_call(self, name: str, took: timedelta, *, failure: str | None, **attributes: Any) -> None:
         """Tell of a call to another system that has just ended, for each mail that it was made for.

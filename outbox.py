@@ -13,8 +13,9 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -314,15 +315,16 @@ class Publisher:
 
     def _send(self, channel: Any, messages: list[Outgoing]) -> None:
         for message in messages:
-            # Noted first: publishing reads from the socket too, and the confirmation may be there at once.
             self._published += 1
             self._pending.add(self._published)
             self._sent[self._published] = message
-            channel.basic_publish(
+            # BlockingChannel would write each to the socket by itself; the channel beneath it keeps them for one write.
+            channel._impl.basic_publish(
                 message.exchange, message.routing_key, message.body, message.properties, mandatory=message.mandatory
             )
 
     def _await_confirms(self) -> None:
+        """Write what is to be sent, and wait until all of it is confirmed."""
         deadline = time.monotonic() + CONFIRM_WITHIN.total_seconds()
         # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come. By itself it
         # would wait for as long as the connection lives, whatever became of the channel.
@@ -381,6 +383,34 @@ class Publisher:
             log.debug("the connection was lost while it was closed")
 
 
+class Pace:
+    """Keeps the turns of a thread apart, so that each finds more to do. After a lull the first begins at once.
+
+    Args:
+        apart: Between the beginnings of two.
+        rest: How many times as long as a turn took there is a pause after it: so the turns take up no more than a part
+            of a processor that is busy, and of the others' time.
+        at_most: Between the beginnings of two, however long the pause would be.
+    """
+
+    def __init__(self, apart: timedelta, *, rest: float = 0, at_most: timedelta | None = None) -> None:
+        self._apart_seconds = apart.total_seconds()
+        self._at_most_seconds = (at_most or apart).total_seconds()
+        self._rest = rest
+        self._next_at = float("-inf")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until it is time for the next turn, which is the block."""
+        time.sleep(max(0.0, self._next_at - time.monotonic()))
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            wanted = (1 + self._rest) * (time.monotonic() - began)
+            self._next_at = began + min(max(self._apart_seconds, wanted), self._at_most_seconds)
+
+
 class Batcher(Generic[Item]):
     """Gathers what threads add and passes it on in batches, from a thread of its own.
 
@@ -388,15 +418,16 @@ class Batcher(Generic[Item]):
     makes up for it or nothing depends on it.
 
     Args:
-        linger: For how long items are gathered, from the first one on.
+        apart: Batches begin so far apart: what is added meanwhile goes together. After a lull the first item goes at
+            once.
     """
 
     def __init__(
-        self, name: str, pass_on: Callable[[list[Item]], object], linger: timedelta = timedelta(milliseconds=10)
+        self, name: str, pass_on: Callable[[list[Item]], object], apart: timedelta = timedelta(milliseconds=50)
     ) -> None:
         self._name = name
         self._pass_on = pass_on
-        self._linger = linger
+        self._pace = Pace(apart)
         self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -422,12 +453,13 @@ class Batcher(Generic[Item]):
         open = True
         while open:
             gathered = [self._waiting.get()]
-            if gathered[0] is not None:
-                time.sleep(self._linger.total_seconds())
-            while len(gathered) < _BATCH and not self._waiting.empty():
-                gathered.append(self._waiting.get())
-            open = None not in gathered
-            self._flush([item for item in gathered if item is not None])
+            if gathered[0] is None:
+                return
+            with self._pace.turn():
+                while len(gathered) < _BATCH and not self._waiting.empty():
+                    gathered.append(self._waiting.get())
+                open = None not in gathered
+                self._flush([item for item in gathered if item is not None])
 
     def _flush(self, batch: list[Item]) -> None:
         try:

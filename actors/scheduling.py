@@ -341,7 +341,7 @@ def _tell(receipts: list[tuple[str, int]]) -> None:
 
 #: What workers have in hand, on its way to the scheduler. The receipts themselves are rows, written by the claims.
 #: Nobody waits for them; what a process that dies has gathered stays unacknowledged.
-receipts: Batcher[tuple[str, int]] = runtime.batcher("receipts", _tell, linger=timedelta(milliseconds=50))
+receipts: Batcher[tuple[str, int]] = runtime.batcher("receipts", _tell, apart=timedelta(milliseconds=250))
 
 
 class _Pace:

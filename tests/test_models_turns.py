@@ -278,4 +278,4 @@ def test_a_mailbox_that_refuses_us_is_probed_by_one_call_at_a_time_be_it_a_send_
 )
 def test_routes_and_everything_can_be_paused(paused: str, routes: set[Route]) -> None:
     rows(paused)
-    assert turns.closed().routes == routes
+    assert scheduling.agenda().closed.routes == routes

@@ -13,9 +13,8 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -384,31 +383,15 @@ class Publisher:
 
 
 class Pace:
-    """Keeps the turns of a thread apart, so that each finds more to do. After a lull the first begins at once.
+    """Keeps the turns of a thread apart, so that each finds more to do. After a lull the first begins at once."""
 
-    Args:
-        apart: Between the beginnings of two.
-        rest: How many times as long as a turn took there is a pause after it: so the turns take up no more than a part
-            of a processor that is busy, and of the others' time.
-        at_most: Between the beginnings of two, however long the pause would be.
-    """
+    def __init__(self) -> None:
+        self._began_at = float("-inf")
 
-    def __init__(self, apart: timedelta, *, rest: float = 0, at_most: timedelta | None = None) -> None:
-        self._apart_seconds = apart.total_seconds()
-        self._at_most_seconds = (at_most or apart).total_seconds()
-        self._rest = rest
-        self._next_at = float("-inf")
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until it is time for the next turn, which is the block."""
-        time.sleep(max(0.0, self._next_at - time.monotonic()))
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            wanted = (1 + self._rest) * (time.monotonic() - began)
-            self._next_at = began + min(max(self._apart_seconds, wanted), self._at_most_seconds)
+    def keep(self, apart: timedelta) -> None:
+        """Wait until it is so long since the last turn began; the next begins now."""
+        time.sleep(max(0.0, self._began_at + apart.total_seconds() - time.monotonic()))
+        self._began_at = time.monotonic()
 
 
 class Batcher(Generic[Item]):
@@ -427,7 +410,8 @@ class Batcher(Generic[Item]):
     ) -> None:
         self._name = name
         self._pass_on = pass_on
-        self._pace = Pace(apart)
+        self._apart = apart
+        self._pace = Pace()
         self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -455,11 +439,11 @@ class Batcher(Generic[Item]):
             gathered = [self._waiting.get()]
             if gathered[0] is None:
                 return
-            with self._pace.turn():
-                while len(gathered) < _BATCH and not self._waiting.empty():
-                    gathered.append(self._waiting.get())
-                open = None not in gathered
-                self._flush([item for item in gathered if item is not None])
+            self._pace.keep(self._apart)
+            while len(gathered) < _BATCH and not self._waiting.empty():
+                gathered.append(self._waiting.get())
+            open = None not in gathered
+            self._flush([item for item in gathered if item is not None])
 
     def _flush(self, batch: list[Item]) -> None:
         try:

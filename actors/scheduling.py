@@ -59,10 +59,10 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
-#: And so many times as long as a sweep took no other begins, for so long at most: where they take long, there is much
-#: to hand out, or little of the processors left for who works on it.
-_REST = 3
-_SWEEPS_APART_AT_MOST = timedelta(milliseconds=200)
+#: After one that handed out so many emails the workers have something to do, and the next may gather more. Where it is
+#: fewer, a few mailboxes have as much in flight as they may, and each that ends makes room for one that waits.
+_MUCH = 4
+_SWEEPS_APART_AFTER_MUCH = timedelta(milliseconds=100)
 
 #: Backups of one mailbox that one message asks for: they are read one after the other, under one lease.
 _BACKUPS_TOGETHER = 8
@@ -79,11 +79,7 @@ for _status in (Status.DISPATCHED, Status.PROCESSING):
 @dramatiq.actor(queue_name="scheduler", periodic=cron("* * * * *"))
 def schedule_emails() -> None:
     """Dispatch what may go out, and see to it that the next due time is not slept through. Safe to repeat."""
-    with _pace.turn():
-        _schedule()
-
-
-def _schedule() -> None:
+    _pace.keep()
     can_count = runtime.wake_ups.arrived("schedule_emails")
     runtime.crash_point(CrashPoint.SCHEDULER_WOKEN)
     try:
@@ -176,6 +172,7 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     )
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _dispatch(claims, backups)
+    _pace.handed_out += len(claimed)
     full_batch = any(len(dispatches) >= scheduling.BATCH for dispatches in claims.values())
     return reserved.passed_over or full_batch or more_backups, reserved.everybody_waits
 
@@ -374,8 +371,19 @@ def _tell(receipts: list[tuple[str, int]]) -> None:
 receipts: Batcher[tuple[str, int]] = runtime.batcher("receipts", _tell, apart=timedelta(milliseconds=250))
 
 
-#: Of a process. Wake-ups that come while one waits are one with it.
-_pace = Pace(_SWEEPS_APART, rest=_REST, at_most=_SWEEPS_APART_AT_MOST)
+class _Pace:
+    """Keeps the sweeps of a process apart. Wake-ups that come while one waits are one with it."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self.handed_out = 0
+
+    def keep(self) -> None:
+        self._pace.keep(_SWEEPS_APART if self.handed_out < _MUCH else _SWEEPS_APART_AFTER_MUCH)
+        self.handed_out = 0
+
+
+_pace = _Pace()
 
 
 class _Alarm:

@@ -220,11 +220,13 @@ class FleetConsumer(_RabbitmqConsumer):
             # Of a body that is no message at all Dramatiq tells no middleware, and of others before it is true.
             self.broker.emit_after("nack", None)
         before = bisect_left(done, oldest_in_hand)
+        # BlockingChannel would write each to the socket by itself; the channel beneath it keeps them for one write.
         if before:
-            self.channel.basic_ack(done[before - 1], multiple=True)
+            self.channel._impl.basic_ack(done[before - 1], multiple=True)
         for tag in done[before:]:
-            self.channel.basic_ack(tag)
+            self.channel._impl.basic_ack(tag)
         if done:
+            self.channel._flush_output()
             self.broker.crash_point(CrashPoint.MESSAGE_ACKNOWLEDGED, self.queue_name)
 
     def close(self) -> None:

@@ -314,15 +314,16 @@ class Publisher:
 
     def _send(self, channel: Any, messages: list[Outgoing]) -> None:
         for message in messages:
-            # Noted first: publishing reads from the socket too, and the confirmation may be there at once.
             self._published += 1
             self._pending.add(self._published)
             self._sent[self._published] = message
-            channel.basic_publish(
+            # BlockingChannel would write each to the socket by itself; the channel beneath it keeps them for one write.
+            channel._impl.basic_publish(
                 message.exchange, message.routing_key, message.body, message.properties, mandatory=message.mandatory
             )
 
     def _await_confirms(self) -> None:
+        """Write what is to be sent, and wait until all of it is confirmed."""
         deadline = time.monotonic() + CONFIRM_WITHIN.total_seconds()
         # Unlike process_data_events with a time limit, this returns as soon as a confirmation has come. By itself it
         # would wait for as long as the connection lives, whatever became of the channel.
@@ -381,6 +382,18 @@ class Publisher:
             log.debug("the connection was lost while it was closed")
 
 
+class Pace:
+    """Keeps the turns of a thread apart, so that each finds more to do. After a lull the first begins at once."""
+
+    def __init__(self) -> None:
+        self._began_at = float("-inf")
+
+    def keep(self, apart: timedelta) -> None:
+        """Wait until it is so long since the last turn began; the next begins now."""
+        time.sleep(max(0.0, self._began_at + apart.total_seconds() - time.monotonic()))
+        self._began_at = time.monotonic()
+
+
 class Batcher(Generic[Item]):
     """Gathers what threads add and passes it on in batches, from a thread of its own.
 
@@ -388,15 +401,17 @@ class Batcher(Generic[Item]):
     makes up for it or nothing depends on it.
 
     Args:
-        linger: For how long items are gathered, from the first one on.
+        apart: Batches begin so far apart: what is added meanwhile goes together. After a lull the first item goes at
+            once.
     """
 
     def __init__(
-        self, name: str, pass_on: Callable[[list[Item]], object], linger: timedelta = timedelta(milliseconds=10)
+        self, name: str, pass_on: Callable[[list[Item]], object], apart: timedelta = timedelta(milliseconds=50)
     ) -> None:
         self._name = name
         self._pass_on = pass_on
-        self._linger = linger
+        self._apart = apart
+        self._pace = Pace()
         self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -422,8 +437,9 @@ class Batcher(Generic[Item]):
         open = True
         while open:
             gathered = [self._waiting.get()]
-            if gathered[0] is not None:
-                time.sleep(self._linger.total_seconds())
+            if gathered[0] is None:
+                return
+            self._pace.keep(self._apart)
             while len(gathered) < _BATCH and not self._waiting.empty():
                 gathered.append(self._waiting.get())
             open = None not in gathered

@@ -251,7 +251,7 @@ def wake(actor_name: str) -> None:
 
 
 def wake_soon(actor_name: str) -> None:
-    """Wake as `wake` does, a moment later and once for all who ask in that moment: for what happens per mail."""
+    """Wake as `wake` does, but from another thread, and once for all who ask at about the same time: for each mail."""
     _wake_ups_of_mails.add([actor_name])
 
 
@@ -265,9 +265,9 @@ def wake_mirror() -> None:
     wake("mirror_dead_letters")
 
 
-def batcher(name: str, pass_on: Callable[[list[Item]], object], linger: timedelta) -> Batcher[Item]:
+def batcher(name: str, pass_on: Callable[[list[Item]], object], apart: timedelta) -> Batcher[Item]:
     """Return a batcher that is emptied at the end of the process, before the publisher is."""
-    made = Batcher(name, pass_on, linger)
+    made = Batcher(name, pass_on, apart)
     _batchers.append(made)
     return made
 
@@ -388,7 +388,9 @@ dramatiq.set_broker(fleet_broker)
 
 publisher = Publisher(rabbitmq, declare)
 #: Long enough that the mails of a busy process share a statement and a confirmation, too short to be felt.
-_LINGER = timedelta(milliseconds=20)
-events: Batcher[Event] = batcher("events", publish_events, _LINGER)
+events: Batcher[Event] = batcher("events", publish_events, apart=timedelta(milliseconds=100))
 wake_ups = WakeUps(redis, lambda name: enqueue([fleet_broker.get_actor(name).message()]), crash_point)
-_wake_ups_of_mails: Batcher[str] = batcher("wake-ups", lambda names: [wake(name) for name in set(names)], _LINGER)
+#: As often as the scheduler looks for mail: a mailbox whose mail is in flight waits for the next one.
+_wake_ups_of_mails: Batcher[str] = batcher(
+    "wake-ups", lambda names: [wake(name) for name in set(names)], apart=timedelta(milliseconds=50)
+)

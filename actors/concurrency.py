@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import runtime
@@ -25,7 +26,12 @@ def configured() -> Concurrency:
     return Concurrency(*(getattr(runtime.configuration, name) for name in Concurrency._fields))
 
 
-def effective() -> Concurrency:
-    """Return what binds now. What a later version may have set besides is passed over."""
-    own = set_by_operators.of_fleet()
+def effective(own: Mapping[str, int] | None = None) -> Concurrency:
+    """Return what binds now. What a later version may have set besides is passed over.
+
+    Args:
+        own: What operators have set; None: it is asked for.
+    """
+    if own is None:
+        own = set_by_operators.of_fleet()
     return configured()._replace(**{name: value for name, value in own.items() if name in Concurrency._fields})

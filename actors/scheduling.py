@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -39,10 +38,10 @@ from actors.concurrency import Concurrency
 from contracts import Event
 from crash_points import CrashPoint
 from models import Route, scheduling, turns
-from models.scheduling import Dispatch, DueBackup, Pick
+from models.scheduling import Agenda, Dispatch, DueBackup, Lapsed, Pick
 from models.states import Status
 from models.turns import Busy, Candidate
-from outbox import PUBLISH_WITHIN, Batcher, Unconfirmed, Unpublishable
+from outbox import PUBLISH_WITHIN, Batcher, Pace, Unconfirmed, Unpublishable
 from telemetry import DISPATCHED, LEASES_EXPIRED, Step, mail_log
 from tracing import Span, ending, trace_id
 
@@ -60,6 +59,10 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
+#: After one that handed out so many emails the workers have something to do, and the next may gather more. Where it is
+#: fewer, a few mailboxes have as much in flight as they may, and each that ends makes room for one that waits.
+_MUCH = 4
+_SWEEPS_APART_AFTER_MUCH = timedelta(milliseconds=100)
 
 #: Backups of one mailbox that one message asks for: they are read one after the other, under one lease.
 _BACKUPS_TOGETHER = 8
@@ -82,7 +85,8 @@ def schedule_emails() -> None:
     try:
         while (swept := _sweep(hand_out=can_count)).more:
             pass
-        publish_leftover_events()
+        if swept.events:
+            publish_leftover_events()
         waits = [scheduling.next_due_in(swept.at), swept.everybody_waits]
         _alarm.ring_in(min((wait for wait in waits if wait is not None), default=None))
     except (models.DatabaseAway, Unconfirmed):
@@ -94,6 +98,8 @@ class _Sweep(NamedTuple):
     """What a sweep has found."""
 
     at: datetime
+    #: Events are left over.
+    events: bool
     #: There may be more to dispatch at once.
     more: bool
     #: When there may be, if everybody has to wait for the limiter.
@@ -105,7 +111,24 @@ def _sweep(*, hand_out: bool) -> _Sweep:
 
     While Redis is away nothing is handed out: no worker could count it, and all would put it back as fast as it came.
     """
-    with scheduling.sweep() as swept_at:
+    due = scheduling.due()
+    lapsed, more = _take_back() if due.to_take_back else ([], False)
+    if not hand_out:
+        return _Sweep(due.at, due.events, more, _AWAY_PAUSE)
+    try:
+        with turn():
+            refund_lapsed(lapsed)  # before a loss is made good, which does not count them
+            keep_counts()
+            handed_out, everybody_waits = _hand_out()
+    except limits.Unavailable:
+        limits_may_be_unknown()
+        return _Sweep(due.at, due.events, more, _AWAY_PAUSE)
+    return _Sweep(due.at, due.events, more or handed_out, everybody_waits)
+
+
+def _take_back() -> tuple[list[Lapsed], bool]:
+    """Take back what nobody works on and wake what is due; return whose lease ran out, and whether there is more."""
+    with scheduling.sweep():
         lapsed = scheduling.expire_leases()
         scheduling.expire_backup_leases()
         expired = scheduling.expire_overdue(PUBLISH_WITHIN)
@@ -121,34 +144,27 @@ def _sweep(*, hand_out: bool) -> _Sweep:
             status=each.status,
         )
     _announce_expired(expired)
-    more = max(len(lapsed), len(expired), woken) >= scheduling.BATCH
-    if not hand_out:
-        return _Sweep(swept_at, more, _AWAY_PAUSE)
-    try:
-        with turn():
-            refund_lapsed(lapsed)  # before a loss is made good, which does not count them
-            keep_counts()
-            handed_out, everybody_waits = _hand_out()
-    except limits.Unavailable:
-        limits_may_be_unknown()
-        return _Sweep(swept_at, more, _AWAY_PAUSE)
-    return _Sweep(swept_at, more or handed_out, everybody_waits)
+    return lapsed, max(len(lapsed), len(expired), woken) >= scheduling.BATCH
 
 
 def _hand_out() -> tuple[bool, timedelta | None]:
     """Dispatch one batch; return whether there may be more at once, and how long everybody waits for the limiter."""
+    agenda = scheduling.agenda()
+    waiting = [
+        route for route in Route if route in agenda.to_send | agenda.to_look_up and route not in agenda.closed.routes
+    ]
+    if not waiting and not agenda.backups:
+        return False, None
     routes, busy = scheduling.in_flight()
-    closed, most = turns.closed(), concurrency.effective()
-    # In any order: what a mailbox has room for goes to the first, and must not go to the same one each time.
-    in_turn = random.sample([*Route], len(Route))
-    open_routes = [route for route in in_turn if route not in closed.routes]
+    most = concurrency.effective(agenda.limits)
     chosen = {
-        route: _choose(route, most.of(route) - routes[route], busy, external_from=closed.external_from)
-        for route in open_routes
+        # In any order: what a mailbox has room for goes to the first, and must not go to the same one each time.
+        route: _choose(route, agenda, most.of(route) - routes[route], busy)
+        for route in random.sample(waiting, len(waiting))
     }
     reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
     picks = {pick.id: pick for pick in reserved.picks}
-    claims, backups, more_backups = _claim(chosen, picks, most)
+    claims, backups, more_backups = _claim(chosen, picks, most, backups_due=agenda.backups)
     claimed = {dispatch.incoming_email_id for dispatches in claims.values() for dispatch in dispatches}
     refund(
         [candidate for mails in chosen.values() for candidate in mails.to_send],
@@ -156,6 +172,7 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     )
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _dispatch(claims, backups)
+    _pace.handed_out += len(claimed)
     full_batch = any(len(dispatches) >= scheduling.BATCH for dispatches in claims.values())
     return reserved.passed_over or full_batch or more_backups, reserved.everybody_waits
 
@@ -169,23 +186,29 @@ def _share() -> int:
     return runtime.configuration.mailbox_concurrency or _UNLIMITED_SHARE
 
 
-def _choose(route: Route, capacity: int, busy: Busy, *, external_from: int | None) -> _Chosen:
+def _choose(route: Route, agenda: Agenda, capacity: int, busy: Busy) -> _Chosen:
     """Choose what is to go out, look-ups first, and note it as busy for the routes that follow."""
-    to_look_up = turns.look_ups(route, capacity=capacity, share=_share(), busy=busy)
-    _add(to_look_up, busy)
-    capacity -= len(to_look_up)
+    to_look_up: list[Candidate] = []
+    if route in agenda.to_look_up:
+        to_look_up = turns.look_ups(route, capacity=capacity, share=_share(), busy=busy)
+        _add(to_look_up, busy)
+        capacity -= len(to_look_up)
+    if route not in agenda.to_send:
+        return _Chosen(to_look_up, [])
     found = turns.candidates(
         route,
         capacity=capacity,
         share=_share(),
         busy=busy,
         after=_last_served[route],
-        external_from=external_from,
+        external_from=agenda.closed.external_from,
     )
-    to_send = turns.choose(found, min(capacity, scheduling.BATCH))
+    wanted = min(capacity, scheduling.BATCH)
+    to_send = turns.choose(found, wanted)
     _add(to_send, busy)
     if to_send:
-        _last_served[route] = to_send[-1].mailbox
+        # Where there was room for all who could go, all have had their turn.
+        _last_served[route] = to_send[-1].mailbox if len(to_send) == wanted else ""
     return _Chosen(to_look_up, to_send)
 
 
@@ -195,10 +218,12 @@ def _add(emails: Sequence[Candidate | Dispatch], busy: Busy) -> None:
 
 
 def _claim(
-    chosen: dict[Route, _Chosen], picks: dict[str, Pick], most: Concurrency
+    chosen: dict[Route, _Chosen], picks: dict[str, Pick], most: Concurrency, *, backups_due: bool
 ) -> tuple[dict[Route, list[Dispatch]], list[DueBackup], bool]:
     """Lease what was chosen and has its budget, as far as nobody else has; and backups that are due."""
     configuration = runtime.configuration
+    if not picks and not backups_due and not any(mails.to_look_up for mails in chosen.values()):
+        return {}, [], False
     with scheduling.sweep():
         routes, busy = scheduling.in_flight()
         claims = {}
@@ -209,9 +234,11 @@ def _claim(
             claims[route] = scheduling.claim(route, wanted, capacity=capacity, lease=configuration.lease)
             _add(claims[route], busy)
         turns.note_served([mail for mails in chosen.values() for mail in mails.to_send if mail.id in picks])
-        backups, more_backups = scheduling.claim_backups(
-            concurrency=most.backup_concurrency, share=_share(), busy=busy, lease=configuration.lease
-        )
+        backups, more_backups = [], False
+        if backups_due:
+            backups, more_backups = scheduling.claim_backups(
+                concurrency=most.backup_concurrency, share=_share(), busy=busy, lease=configuration.lease
+            )
     return claims, backups, more_backups
 
 
@@ -341,18 +368,19 @@ def _tell(receipts: list[tuple[str, int]]) -> None:
 
 #: What workers have in hand, on its way to the scheduler. The receipts themselves are rows, written by the claims.
 #: Nobody waits for them; what a process that dies has gathered stays unacknowledged.
-receipts: Batcher[tuple[str, int]] = runtime.batcher("receipts", _tell, linger=timedelta(milliseconds=50))
+receipts: Batcher[tuple[str, int]] = runtime.batcher("receipts", _tell, apart=timedelta(milliseconds=250))
 
 
 class _Pace:
     """Keeps the sweeps of a process apart. Wake-ups that come while one waits are one with it."""
 
     def __init__(self) -> None:
-        self._next_at = float("-inf")
+        self._pace = Pace()
+        self.handed_out = 0
 
     def keep(self) -> None:
-        time.sleep(max(0.0, self._next_at - time.monotonic()))
-        self._next_at = time.monotonic() + _SWEEPS_APART.total_seconds()
+        self._pace.keep(_SWEEPS_APART if self.handed_out < _MUCH else _SWEEPS_APART_AFTER_MUCH)
+        self.handed_out = 0
 
 
 _pace = _Pace()

@@ -72,13 +72,14 @@ Operation = Callable[[], object]
 
 def sweep() -> list[Dispatch]:
     """Do to the tables what one sweep of the scheduler does (`actors.scheduling`), with no budget to be reserved."""
-    with scheduling.sweep() as swept_at:
+    swept_at = scheduling.due().at
+    with scheduling.sweep():  # not all of it in every sweep: only if something is due
         scheduling.expire_leases()
         scheduling.expire_backup_leases()
         scheduling.expire_overdue(_LEASE)
         scheduling.wake_due()
     routes, busy = scheduling.in_flight()
-    turns.closed()
+    scheduling.agenda()
     picks: dict[Route, list[Pick]] = {}
     chosen: list[turns.Candidate] = []
     for route in Route:

@@ -7,6 +7,7 @@ send budget is reserved in between and no lock is held over a network call.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from contracts import Event, EventType, event_body, event_id
 from models.database import rows, transaction
 from models.events import append
 from models.states import Route
-from models.turns import BATCH, NO_REQUESTS, READY, Busy
+from models.turns import BATCH, NO_REQUESTS, READY, TO_SEND, Busy, Closed
 
 #: Any constant will do; it names the lock among the database's advisory locks.
 _LOCK = 0x6D61696C666C6565
@@ -94,6 +95,33 @@ def sweep() -> Iterator[datetime]:
         yield rows("SELECT now(), pg_advisory_xact_lock(%(lock)s)", {"lock": _LOCK}, prepared=True)[0][0]
 
 
+class Due(NamedTuple):
+    """Whether there is anything of the kinds that a sweep sees to before it hands out, and as of when."""
+
+    at: datetime
+    #: Leases that ran out, mail that is overdue, and mail whose time has come.
+    to_take_back: bool
+    #: Events that their writers did not publish.
+    events: bool
+
+
+def due() -> Due:
+    """Look whether there is anything to be taken back or woken: most sweeps find nothing, and need not ask for each."""
+    (found,) = rows(
+        """
+        SELECT now(), coalesce(least(
+            (SELECT min(lease_until) FROM incoming_emails WHERE lease_until IS NOT NULL),
+            (SELECT min(backup_lease_until) FROM sent_emails WHERE backup_lease_until IS NOT NULL),
+            (SELECT min(expires_at) FROM incoming_emails WHERE expires_at IS NOT NULL AND status = 'received'),
+            (SELECT min(next_attempt_at) FROM incoming_emails WHERE next_attempt_at IS NOT NULL)
+        ) <= now(), false),
+        EXISTS (SELECT FROM outbox_events WHERE published_at IS NULL AND claimed_until <= now())
+        """,
+        prepared=True,
+    )
+    return Due(*found)
+
+
 _EXPIRE_LEASES = f"""
     WITH lapsed AS MATERIALIZED (
         SELECT e.id, e.status, e.lease_token, s.status AS sending
@@ -149,23 +177,65 @@ def in_flight() -> tuple[dict[Route, int], Busy]:
     routes = dict.fromkeys(Route, 0)
     busy = Busy({}, {})
     for route, mailbox, count in rows(
-        "SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox",
+        """
+        SELECT route, mailbox, count(*) FROM incoming_emails WHERE lease_until IS NOT NULL GROUP BY route, mailbox
+        UNION ALL
+        SELECT NULL, mailbox, count(*) FROM (
+            SELECT (SELECT mailbox FROM incoming_emails WHERE id = incoming_email_id) FROM sent_emails
+            WHERE backup_lease_until IS NOT NULL
+        ) leased GROUP BY mailbox
+        """,
         prepared=True,
     ):
-        routes[Route(route)] += count
-        busy.sends[mailbox] = busy.sends.get(mailbox, 0) + count
-    busy.backups.update(
-        rows(
-            """
-            SELECT mailbox, count(*) FROM (
-                SELECT (SELECT mailbox FROM incoming_emails WHERE id = incoming_email_id) FROM sent_emails
-                WHERE backup_lease_until IS NOT NULL
-            ) leased GROUP BY mailbox
-            """,
-            prepared=True,
-        )
-    )
+        if route is None:
+            busy.backups[mailbox] = count
+        else:
+            routes[Route(route)] += count
+            busy.sends[mailbox] = busy.sends.get(mailbox, 0) + count
     return routes, busy
+
+
+class Agenda(NamedTuple):
+    """What there may be to hand out, and what an operator or Graph says to that."""
+
+    #: Routes that have mail to send, and those that have mail in doubt to look up.
+    to_send: set[Route]
+    to_look_up: set[Route]
+    backups: bool
+    closed: Closed
+    #: What operators have set of how much may be in flight in the whole fleet, by the settings' names.
+    limits: dict[str, int]
+
+
+_AGENDA = f"""
+    WITH each AS (SELECT unnest(%(routes)s::text[]) AS route)
+    SELECT 'to send', route, NULL::bigint FROM each
+    WHERE EXISTS (SELECT FROM incoming_emails e WHERE e.route = each.route AND {TO_SEND})
+    UNION ALL
+    SELECT 'to look up', route, NULL FROM each
+    WHERE EXISTS (SELECT FROM incoming_emails e WHERE e.route = each.route AND status = 'processing' AND {READY})
+    UNION ALL
+    SELECT 'backups', NULL, NULL
+    WHERE EXISTS (SELECT FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL)
+    UNION ALL SELECT 'closed', route, NULL FROM routes WHERE paused_until > now()
+    UNION ALL SELECT 'closed', each.route, NULL FROM each, mailboxes WHERE mailbox = '*' AND paused_until > now()
+    UNION ALL SELECT 'external from', NULL, full_from FROM mailboxes WHERE mailbox = '*' AND full_until > now()
+    UNION ALL SELECT 'limit', name, value FROM fleet_limits
+"""
+
+
+def agenda() -> Agenda:
+    """Return for what it is worth asking, and what may not be dispatched now."""
+    found: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for what, name, number in rows(_AGENDA, {"routes": [*Route]}, prepared=True):
+        found[what][name] = number
+    return Agenda(
+        to_send={*map(Route, found["to send"])},
+        to_look_up={*map(Route, found["to look up"])},
+        backups="backups" in found,
+        closed=Closed({*map(Route, found["closed"])}, *found["external from"].values() or [None]),
+        limits=found["limit"],
+    )
 
 
 _CLAIM = f"""

@@ -55,6 +55,8 @@ class Candidate(NamedTuple):
     priority: int
     recipients: int
     external_recipients: int
+    #: The tenant of the mailbox that was served last.
+    last_tenant: str | None = None
 
 
 class Closed(NamedTuple):
@@ -136,7 +138,7 @@ def _candidates(to_send: str) -> str:
               AND coalesce(m.full_until <= now() OR m.full_from > 1, true)
         )
         SELECT email.id::text, open.mailbox, open.room, lane.tenant, lane.priority, email.recipient_count,
-               email.external_recipients
+               email.external_recipients, open.last_tenant
         FROM (
             -- Of a mailbox that is full from a size on there may be nothing: it takes no other's place.
             SELECT *, count(*) FILTER (WHERE coalesce(full_from, %(external_from)s::int) IS NULL)
@@ -272,19 +274,15 @@ def look_ups(route: Route, *, capacity: int, share: int, busy: Busy) -> list[Can
 
 def note_served(chosen: Sequence[Candidate]) -> None:
     """Remember which tenant of each mailbox was served last, where there are tenants."""
-    last = {candidate.mailbox: candidate.tenant for candidate in chosen}
-    if named := sorted((mailbox, tenant) for mailbox, tenant in last.items() if tenant):
+    last = {candidate.mailbox: candidate for candidate in chosen}
+    if changed := [mail for mail in last.values() if mail.tenant != (mail.last_tenant or "")]:
         insert_many(
             """
             INSERT INTO mailboxes (mailbox, last_tenant) VALUES %s
             ON CONFLICT (mailbox) DO UPDATE SET last_tenant = excluded.last_tenant RETURNING 1
             """,
-            named,
-        )
-    if unnamed := [mailbox for mailbox, tenant in last.items() if not tenant]:
-        rows(
-            "UPDATE mailboxes SET last_tenant = NULL WHERE mailbox = ANY(%(unnamed)s) AND last_tenant IS NOT NULL",
-            {"unnamed": unnamed},
+            sorted((mail.mailbox, mail.tenant) for mail in changed),
+            row="(%s, nullif(%s, ''))",
         )
 
 
@@ -334,18 +332,3 @@ def waited(ids: Sequence[str]) -> dict[str, timedelta]:
         {"ids": list(ids)},
     )
     return dict(found)
-
-
-def closed() -> Closed:
-    """Return what an operator, a pause of everything, or the limit of external recipients lets nothing out of now."""
-    found = dict(
-        rows(
-            """
-            SELECT route, 0 FROM routes WHERE paused_until > now()
-            UNION ALL SELECT '*', 0 FROM mailboxes WHERE mailbox = '*' AND paused_until > now()
-            UNION ALL SELECT 'external', full_from FROM mailboxes WHERE mailbox = '*' AND full_until > now()
-            """,
-            prepared=True,
-        )
-    )
-    return Closed({route for route in Route if {route, EVERY} & found.keys()}, found.get("external"))

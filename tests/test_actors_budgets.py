@@ -23,7 +23,7 @@ from actors.outcomes import pause_fleet
 from graph_client import SMALL_ATTACHMENT_BYTES
 from graph_client.errors import Throttled
 from limiter import Emptied, Exhausted, Slowed, Wanted
-from models import ClaimedEmail, turns, uploads
+from models import ClaimedEmail, scheduling, turns, uploads
 from models import limits as set_by_operators
 from outbox import Unconfirmed
 
@@ -647,4 +647,4 @@ def test_many_throttled_mailboxes_pause_everything(fleet: Fleet) -> None:
         runtime.limiter.release(runtime.limiter.acquire(mailbox))
         pause_fleet(mailbox, timedelta(minutes=1), throttled(), budget="sends")
     assert runtime.limiter.tenant_paused_until()
-    assert turns.closed().routes == set(turns.Route)
+    assert scheduling.agenda().closed.routes == set(turns.Route)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ import actors
 import models
 import operations
 import runtime
+from actors import scheduling
 from models import mailboxes
 from outbox import Unconfirmed
 
@@ -286,6 +288,44 @@ def test_scheduling_twice_hands_out_nothing_twice(fleet: Fleet) -> None:
     fleet.schedule()
     assert everything() == before
     assert len(fleet.take("send_plain")) == 1
+
+
+def test_a_sweep_asks_only_for_what_there_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given
+    fleet.schedule()
+    statements: list[str] = []
+    execute = models.database.execute_sql
+
+    def count(sql: str, parameters: object = None) -> object:
+        if sql.startswith("EXECUTE"):
+            statements.append(sql)
+        return execute(sql, parameters)
+
+    monkeypatch.setattr(models.database, "execute_sql", count)
+    # When there is nothing
+    fleet.schedule()
+    # Then it asks what is due, for what it is worth asking, and what is due next
+    assert len(statements) == 3
+    # When there is mail of one route
+    store()
+    statements.clear()
+    fleet.schedule()
+    # Then
+    assert len(fleet.take("send_plain")) == 1
+    assert len(statements) == 8
+
+
+def test_sweeps_are_further_apart_after_one_that_handed_out_much(fleet: Fleet) -> None:
+    store_many(4)
+    began = time.monotonic()
+    fleet.schedule()  # hands out four
+    fleet.schedule()  # hands out nothing
+    assert time.monotonic() - began >= 0.1
+    assert len(fleet.take("send_plain")) == 4
+    began = time.monotonic()
+    for _ in range(2):
+        scheduling._pace.keep()
+    assert time.monotonic() - began < 0.1
 
 
 def test_acknowledging_a_receipt_twice_keeps_the_first_time(fleet: Fleet) -> None:

@@ -317,6 +317,8 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
     assert "Seq Scan on incoming_emails" not in "\n".join(plans)
     # When the rest of a sweep is done
     with explained(monkeypatch) as plans, scheduling.sweep():
+        scheduling.due()
+        scheduling.agenda()
         scheduling.expire_leases()
         scheduling.expire_overdue(WITHIN)
         scheduling.wake_due()
@@ -324,7 +326,7 @@ def test_a_sweep_among_100000_waiting_emails_reads_indexes_alone(
         scheduling.claim_backups(concurrency=8, share=4, busy=busy, lease=LEASE)
         scheduling.next_due_in(datetime.now(UTC))
     # Then
-    assert len(plans) >= 6
+    assert len(plans) >= 8
     assert "Seq Scan on incoming_emails" not in "\n".join(plans)
 
 
@@ -353,6 +355,63 @@ def test_mail_in_a_workers_hands_does_not_expire() -> None:
     with scheduling.sweep():
         assert scheduling.expire_overdue(WITHIN) == []
     assert email_row(id)["status"] == "processing"
+
+
+# What there is to do
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE incoming_emails SET next_attempt_at = {at}",
+        "UPDATE incoming_emails SET status = 'dispatched', lease_until = {at}",
+        "UPDATE incoming_emails SET status = 'received', expires_at = {at}",
+        "UPDATE sent_emails SET backup_due_at = NULL, backup_lease_until = {at}",
+    ],
+)
+def test_a_sweep_takes_back_whatever_is_over_and_nothing_before(statement: str) -> None:
+    # Given an email that is done
+    claim(store()).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    assert not scheduling.due().to_take_back
+    # When something of it is over in a minute, then now
+    rows(statement.format(at="now() + interval '1 minute'"))
+    assert not scheduling.due().to_take_back
+    rows(statement.format(at="now()"))
+    # Then
+    assert scheduling.due().to_take_back
+
+
+def test_events_are_left_over_when_their_writers_time_is_over() -> None:
+    store()
+    assert not scheduling.due().events
+    rows("UPDATE outbox_events SET claimed_until = now()")
+    assert scheduling.due().events
+    rows("UPDATE outbox_events SET published_at = now()")
+    assert not scheduling.due().events
+
+
+def test_the_agenda_says_for_what_it_is_worth_asking() -> None:
+    # Given nothing
+    assert scheduling.agenda() == ({*()}, {*()}, False, ({*()}, None), {})
+    # When mail of one route waits, mail of the other is in doubt, and a backup is due
+    claim(store(publisher_message_id="sent")).record_sent(backup_delay=NOW, publish_within=WITHIN)
+    store()
+    doubted = store(publisher_message_id="doubted", attachments=[FILE])
+    rows("UPDATE incoming_emails SET status = 'processing' WHERE id = %(id)s", {"id": doubted})
+    # Then
+    assert scheduling.agenda()[:3] == ({Route.PLAIN}, {Route.ATTACHED}, True)
+    # When none of it can be done now
+    rows("UPDATE incoming_emails SET lease_until = now() + interval '1 minute'")
+    rows("UPDATE sent_emails SET backup_due_at = now() + interval '1 minute'")
+    # Then
+    assert scheduling.agenda()[:3] == ({*()}, {*()}, False)
+
+
+def test_the_agenda_says_what_binds() -> None:
+    rows("INSERT INTO mailboxes (mailbox, full_until, full_from) VALUES ('*', now() + interval '1 minute', 3)")
+    rows("INSERT INTO routes (route, paused_until) VALUES ('attachment', now() + interval '1 minute')")
+    rows("INSERT INTO fleet_limits (name, value) VALUES ('backup_concurrency', 2)")
+    assert scheduling.agenda()[3:] == (({Route.ATTACHED}, 3), {"backup_concurrency": 2})
 
 
 # What is due next

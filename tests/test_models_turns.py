@@ -55,6 +55,23 @@ def test_tenants_of_a_mailbox_take_turns_whatever_waits_for_each() -> None:
     assert names(chosen(4)) == ["ann", "ben", "cyd", "ann"]
 
 
+def test_the_tenant_that_was_served_last_is_written_down_only_where_it_is_another() -> None:
+    # Given one mailbox with tenants and one without
+    fill(ann=2)
+    store(**{"publisher_message_id": "other", "from": "other@example.com"})
+    take(chosen(3)[:1])
+    before = rows("SELECT mailbox, last_tenant, xmin::text FROM mailboxes")
+    # When the same tenant is served again, and the mailbox that has none
+    take(chosen(3))
+    # Then
+    assert rows("SELECT mailbox, last_tenant, xmin::text FROM mailboxes") == before
+    # When the first is served without a tenant
+    store(**{"publisher_message_id": "none", "from": before[0][0]})
+    take(chosen(3))
+    # Then
+    assert rows("SELECT last_tenant FROM mailboxes") == [(None,)]
+
+
 def test_turns_go_on_behind_the_tenant_that_was_served_last() -> None:
     fill(ann=50, ben=50, cyd=50)
     served = []
@@ -278,4 +295,4 @@ def test_a_mailbox_that_refuses_us_is_probed_by_one_call_at_a_time_be_it_a_send_
 )
 def test_routes_and_everything_can_be_paused(paused: str, routes: set[Route]) -> None:
     rows(paused)
-    assert turns.closed().routes == routes
+    assert scheduling.agenda().closed.routes == routes

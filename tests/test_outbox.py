@@ -331,13 +331,18 @@ def test_a_batcher_passes_on_what_comes_after_its_close() -> None:
     assert passed == [1, 2]
 
 
-def test_a_batcher_gathers_for_a_while_from_the_first_item_on() -> None:
+def test_the_first_item_after_a_lull_is_passed_on_at_once_and_what_follows_goes_together() -> None:
     passed: SimpleQueue[list[int]] = SimpleQueue()
-    batcher = Batcher[int]("numbers", passed.put, linger=timedelta(seconds=0.3))
-    for number in range(3):
+    batcher = Batcher[int]("numbers", passed.put, apart=timedelta(seconds=2))
+    began = time.monotonic()
+    batcher.add([0])
+    assert passed.get(timeout=10) == [0]
+    assert time.monotonic() - began < 1
+    for number in (1, 2, 3):
         batcher.add([number])
         time.sleep(0.01)
-    assert passed.get(timeout=10) == [0, 1, 2]
+    assert passed.get(timeout=10) == [1, 2, 3]
+    assert time.monotonic() - began >= 2
 
 
 def test_every_batcher_is_emptied_at_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

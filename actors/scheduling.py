@@ -59,9 +59,9 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
-#: After one that handed out so many emails the workers have something to do, and the next may gather more. Where it is
-#: fewer, a few mailboxes have as much in flight as they may, and each that ends makes room for one that waits.
-_MUCH = 4
+#: After one that handed out so many emails and backups the workers have something to do, and the next may gather more.
+#: Where it is fewer, a few mailboxes have as much in flight as they may, and each end makes room for one that waits.
+_MUCH = 6
 _SWEEPS_APART_AFTER_MUCH = timedelta(milliseconds=100)
 
 #: Backups of one mailbox that one message asks for: they are read one after the other, under one lease.
@@ -172,7 +172,7 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     )
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _dispatch(claims, backups)
-    _pace.handed_out += len(claimed)
+    _pace.handed_out += len(claimed) + len(backups)
     full_batch = any(len(dispatches) >= scheduling.BATCH for dispatches in claims.values())
     return reserved.passed_over or full_batch or more_backups, reserved.everybody_waits
 

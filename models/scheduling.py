@@ -27,6 +27,9 @@ _LONGEST_PUT_OFF = timedelta(minutes=15)
 #: Due backups that a sweep looks at: several times as many as are made at once. If none of them can be made now, they
 #: are put off, and it looks again.
 _BACKUPS_MET = 64
+#: What has ended is followed by others when it is so large a part of what may be in flight, so that several of a mailbox
+#: go together: they share a look and a slot. Until then the workers have the rest.
+_REFILLED_PARTS = 4
 #: Backups of a mailbox that has its share in flight let those of others come first: for so long for each that was met
 #: before them (two short requests, several mailbox slots), or for a part of the time since their send, which says how
 #: long the mailbox's queue is.
@@ -362,7 +365,7 @@ def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta)
         lease: How long a worker has to take the backup up.
     """
     room = concurrency - sum(busy.backups.values())
-    if room <= 0:
+    if room < max(1, concurrency // _REFILLED_PARTS):
         return [], False
     mailboxes = [*{**busy.sends, **busy.backups}]
     parameters = {

@@ -525,6 +525,23 @@ def test_due_backups_are_leased_up_to_the_concurrency_of_the_fleet() -> None:
     assert len(claim_backups(concurrency=4)) == 1
 
 
+def test_backups_that_end_are_followed_by_several_together() -> None:
+    # Given as many in flight as may be, and others behind them
+    sent_many(12)
+    in_flight = claim_backups(concurrency=8)
+    assert len(in_flight) == 8
+    # When one of them ends, and then another
+    followed_by = []
+    for backup in in_flight[:2]:
+        rows(
+            "UPDATE sent_emails SET backup_lease_until = NULL, backup_due_at = NULL WHERE incoming_email_id = %(id)s",
+            {"id": backup.incoming_email_id},
+        )
+        followed_by.append(len(claim_backups(concurrency=8)))
+    # Then
+    assert followed_by == [0, 2]
+
+
 def test_backups_of_a_paused_mailbox_and_backups_not_yet_due_wait() -> None:
     sent_many(1)
     mailboxes.pause("ann@example.com", MINUTE, why="429")

@@ -27,8 +27,8 @@ _LONGEST_PUT_OFF = timedelta(minutes=15)
 #: Due backups that a sweep looks at: several times as many as are made at once. If none of them can be made now, they
 #: are put off, and it looks again.
 _BACKUPS_MET = 64
-#: What has ended is followed by others when it is so large a part of what may be in flight, so that several of a mailbox
-#: go together: they share a look and a slot. Until then the workers have the rest.
+#: What has ended is followed by others when it is so large a part of what may be in flight, so that several of one
+#: mailbox go together: they share a look and a slot. Until then the workers have the rest.
 _REFILLED_PARTS = 4
 #: Backups of a mailbox that has its share in flight let those of others come first: for so long for each that was met
 #: before them (two short requests, several mailbox slots), or for a part of the time since their send, which says how

@@ -232,7 +232,7 @@ class GraphClient:
 
     @contextmanager
     def fetch_mime(self, mailbox: str, message_id: str) -> Iterator[Iterator[bytes]]:
-        """Give the message as RFC 5322 text in chunks of at most ``PIECE_BYTES``, for the length of the block.
+        """Give the message as RFC 5322 text in chunks of at most ``exchange.PIECE_BYTES``, for the length of the block.
 
         Exchange writes it anew each time, so two fetches may differ. The iterator raises what a call would; a text that
         it ended without raising is whole.

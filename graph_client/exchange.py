@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from urllib.parse import quote
 
-from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpResponseParser
 from urllib3.util.wait import wait_for_read
 
 #: What is received at once, and so the longest piece of a body. A TLS record holds 16 KB at most.
@@ -54,9 +54,9 @@ class Answer:
             OSError: The body ended early; what was yielded is not the whole.
         """
         if self._connection is not None:
-            encoding = self.headers.get("content-encoding", "identity").lower()
+            encoding = self.headers.get("content-encoding", "").lower()
             arriving = self._connection.body()
-            yield from arriving if encoding == "identity" else _decompressed(arriving, encoding)
+            yield from arriving if encoding in ("", "identity") else _decompressed(arriving, encoding)
             self.close()
 
     def close(self) -> None:
@@ -88,14 +88,25 @@ class Connection:
         idle = time.monotonic() - self._idle_since
         return self._is_free and idle <= max_idle.total_seconds() and not wait_for_read(self._socket, timeout=0.0)
 
-    def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+    def head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
+        """Write the head of a request.
+
+        Raises:
+            ValueError: A header holds what cannot be sent.
+        """
+        if not _TARGET.fullmatch(target):
+            target = quote(target, safe=_TARGET_SAFE, errors="replace")
+        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if fields.count("\r") != len(headers) or fields.count("\n") != len(headers):
+            raise ValueError("a header holds a line break")
+        return f"{method} {target} HTTP/1.1\r\nHost: {self._host}\r\n{fields}\r\n".encode("latin-1")
+
+    def ask(self, head: bytes, body: bytes | None) -> Answer:
         """Send a request and return the answer as far as its headers.
 
         Raises:
             OSError: The exchange failed, the request perhaps after it was read; the connection is closed.
-            ValueError: A header cannot be sent; nothing was.
         """
-        head = self._head(method, target, headers)
         self._is_free, self._keeps_alive = False, True
         try:
             self._send(head, body or b"")
@@ -119,7 +130,7 @@ class Connection:
                 return
 
     def end(self) -> None:
-        """Leave the connection to the next exchange if it can have one, or close it."""
+        """Leave the connection to the next exchange, or close it if some of the answer is unread or it may not stay."""
         if self._keeps_alive and self._parsed.is_complete and not self._parsed.has_surplus:
             self._is_free, self._idle_since = True, time.monotonic()
         else:
@@ -134,14 +145,6 @@ class Connection:
     def close(self) -> None:
         self._is_free = False
         self._socket.close()
-
-    def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
-        if not _TARGET.fullmatch(target):
-            target = quote(target, safe=_TARGET_SAFE)
-        fields = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if fields.count("\r") != len(headers) or fields.count("\n") != len(headers):
-            raise ValueError("a header holds a line break")
-        return f"{method} {target} HTTP/1.1\r\nHost: {self._host}\r\n{fields}\r\n".encode("latin-1")
 
     def _send(self, head: bytes, body: bytes) -> None:
         try:
@@ -168,6 +171,8 @@ class Connection:
             # No further than the head: only now does the parser know its status.
             self._parsed.begin()
             self._feed(received[:end])
+            if not self._parsed.has_head:
+                raise Interrupted("what came is no answer: it begins with a blank line")
             received, budget = received[end:], budget - end
             status = self._parser.get_status_code()
             if status >= 200:
@@ -184,6 +189,9 @@ class Connection:
     def _feed(self, received: bytes) -> None:
         try:
             self._parser.feed_data(received)
+        except HttpParserCallbackError as error:
+            # What was thrown into the thread while it was in `_Parsed`, such as the end of an actor's time.
+            raise (error.__context__ or error) from None
         except (HttpParserError, HttpParserUpgrade) as error:
             if not self._parsed.is_complete:
                 raise Interrupted(f"what came is no answer: {type(error).__name__}") from error
@@ -195,13 +203,14 @@ class _Parsed:
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
+        self.has_head = False
         self.is_complete = True
         #: Whether something came after the answer that nobody had asked for.
         self.has_surplus = False
         self._pieces: list[bytes] = []
 
     def begin(self) -> None:
-        self.headers, self.is_complete, self._pieces = {}, False, []
+        self.headers, self.has_head, self.is_complete, self._pieces = {}, False, False, []
 
     @property
     def has_length(self) -> bool:
@@ -217,13 +226,17 @@ class _Parsed:
         self.has_surplus = self.is_complete
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.is_complete:
-            return  # of what nobody had asked for
+        if self.has_head:
+            return  # a trailer, or of what nobody had asked for
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
+    def on_headers_complete(self) -> None:
+        self.has_head = True
+
     def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
+        if not self.is_complete:
+            self._pieces.append(piece)
 
     def on_message_complete(self) -> None:
         self.is_complete = True
@@ -231,10 +244,10 @@ class _Parsed:
 
 def _decompressed(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
     """Yield what was compressed, which nobody had asked for: something on the way may do it all the same."""
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise Interrupted("an answer in an encoding that was not asked for")
     decompressor, is_empty = zlib.decompressobj(_GZIP_OR_ZLIB), True
     for compressed in pieces:
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise Interrupted("an answer in an encoding that was not asked for")
         left, is_empty = compressed, False
         while left:
             try:
@@ -244,5 +257,7 @@ def _decompressed(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
             if piece:
                 yield piece
             left = decompressor.unconsumed_tail
+        if decompressor.unused_data:
+            raise Interrupted("something follows what was compressed")
     if not (decompressor.eof or is_empty):
         raise Interrupted("the connection was closed within an answer")

@@ -39,8 +39,9 @@ MAX_IDLE = timedelta(seconds=50)
 #: A thread talks to Graph and to a few hosts that take uploads.
 _MOST_HOSTS = 16
 _PORTS = {"http": 80, "https": 443}
-#: Scheme and authority of a URL (RFC 3986, section 3): each call has another URL, so it is not read any further.
-_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://[!\"$-.0->@-~]*)", re.ASCII | re.IGNORECASE)
+#: Scheme, host and port of a URL (RFC 3986, section 3): each call has another URL, so it is not read any further. All who
+#: read it must take the same host from it, so there is no user in it and nothing that is read in two ways.
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://[a-z0-9._~:%\[\]-]*)(?=[/?#]|\Z)", re.ASCII | re.IGNORECASE)
 
 #: Everything that the libraries below raise for a network that misbehaves.
 FOREIGN = (
@@ -124,13 +125,11 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
 
 
 class _Departing:
-    """Notes that a request begins to be written; the connection is made before."""
+    """Notes that a request of requests' begins to be written; the connection is made before."""
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         if self.is_closed:  # type: ignore[attr-defined]
             self.connect()  # type: ignore[attr-defined]
-        if _wire.look:
-            _wire.look()
         _wire.departed = True
         super().request(*args, **kwargs)  # type: ignore[misc]
 
@@ -183,13 +182,9 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
-        """Ask for a token: it is not the request that is to be looked at first."""
+        """Ask for a token."""
         _wire.departed = False
-        look, _wire.look = _wire.look, None
-        try:
-            return super().send(*args, **kwargs)
-        finally:
-            _wire.look = look
+        return super().send(*args, **kwargs)
 
     def pool(self, origin: str) -> HTTPConnectionPool:
         """Return the connections to a host, by way of the proxy if there is one."""
@@ -361,12 +356,13 @@ class Transport:
             _wire.departed = True
 
     def _exchange(self, method: str, origin: str, url: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        target = url[len(origin) :].partition("#")[0]
         connection = self._host(origin).connection()
+        head = connection.head(method, target if target.startswith("/") else f"/{target}", headers)
         if _wire.look:
             _wire.look()
         _wire.departed = True
-        target = url[len(origin) :].partition("#")[0]
-        return connection.ask(method, target if target.startswith("/") else f"/{target}", headers, body)
+        return connection.ask(head, body)
 
     def _host(self, origin: str) -> _Host:
         hosts: dict[str, _Host] = self._threads.__dict__.setdefault("hosts", {})

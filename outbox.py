@@ -383,15 +383,24 @@ class Publisher:
 
 
 class Pace:
-    """Keeps the turns of a thread apart, so that each finds more to do. After a lull the first begins at once."""
+    """Keeps turns apart, so that each finds more to do; after a lull the first begins at once. Threads may share it."""
 
     def __init__(self) -> None:
         self._began_at = float("-inf")
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
 
     def keep(self, apart: timedelta) -> None:
-        """Wait until it is so long since the last turn began; the next begins now."""
-        time.sleep(max(0.0, self._began_at + apart.total_seconds() - time.monotonic()))
-        self._began_at = time.monotonic()
+        """Wait until it is so long since the last turn began; the next begins then."""
+        with self._lock:
+            self._began_at = max(time.monotonic(), self._began_at + apart.total_seconds())
+            begins_in = self._began_at - time.monotonic()
+        if begins_in > 0:
+            self._ended.wait(begins_in)
+
+    def end(self) -> None:
+        """Let every turn begin at once from now on."""
+        self._ended.set()
 
 
 class Batcher(Generic[Item]):
@@ -427,6 +436,7 @@ class Batcher(Generic[Item]):
 
     def close(self) -> None:
         """Pass on what was handed over. Whatever still comes afterwards is passed on as well."""
+        self._pace.end()
         with self._start:
             if self._thread:
                 self._waiting.put(None)
@@ -437,8 +447,6 @@ class Batcher(Generic[Item]):
         open = True
         while open:
             gathered = [self._waiting.get()]
-            if gathered[0] is None:
-                return
             self._pace.keep(self._apart)
             while len(gathered) < _BATCH and not self._waiting.empty():
                 gathered.append(self._waiting.get())

@@ -83,7 +83,7 @@ def mail_log(
     fields |= {"incoming_email_id": incoming_email_id, "publisher_message_id": publisher_message_id}
     told = {"event": step.value, "level": "info", "timestamp": datetime.now(UTC)}
     line = {**(_ids.get() or {}), **_known(fields), **told}
-    _mail_lines.msg(orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z))
+    _mail_lines.msg(orjson.dumps(line, option=orjson.OPT_UTC_Z))
 
 
 @contextmanager

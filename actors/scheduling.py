@@ -207,8 +207,10 @@ def _choose(route: Route, agenda: Agenda, capacity: int, busy: Busy) -> _Chosen:
     to_send = turns.choose(found, wanted)
     _add(to_send, busy)
     if to_send:
-        # Where there was room for all who could go, all have had their turn.
-        _last_served[route] = to_send[-1].mailbox if len(to_send) == wanted else ""
+        # Where there was room for all who could go, all have had their turn; unless some were not even looked at,
+        # behind mailboxes in which only mail that is passed over waits.
+        all_had_their_turn = len(to_send) < wanted and agenda.closed.external_from is None
+        _last_served[route] = "" if all_had_their_turn else to_send[-1].mailbox
     return _Chosen(to_look_up, to_send)
 
 

@@ -227,7 +227,8 @@ class _Parsed:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.has_head:
-            return  # a trailer, or of what nobody had asked for
+            self.has_surplus = True  # a trailer, which the parser may heed, or of what nobody had asked for
+            return
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
         self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 

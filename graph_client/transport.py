@@ -39,8 +39,8 @@ MAX_IDLE = timedelta(seconds=50)
 #: A thread talks to Graph and to a few hosts that take uploads.
 _MOST_HOSTS = 16
 _PORTS = {"http": 80, "https": 443}
-#: Scheme, host and port of a URL (RFC 3986, section 3): each call has another URL, so it is not read any further. All who
-#: read it must take the same host from it, so there is no user in it and nothing that is read in two ways.
+#: Scheme, host and port of a URL (RFC 3986, section 3): each call has another URL, so it is not read any further. All
+#: who read it must take the same host from it, so there is no user in it and nothing that is read in two ways.
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)(://[a-z0-9._~:%\[\]-]*)(?=[/?#]|\Z)", re.ASCII | re.IGNORECASE)
 
 #: Everything that the libraries below raise for a network that misbehaves.

@@ -210,13 +210,17 @@ class Agenda(NamedTuple):
     limits: dict[str, int]
 
 
+# A look into the index for each route: written as EXISTS it may be planned to read all that waits, and a plan that was
+# made while nothing waited would stay.
 _AGENDA = f"""
     WITH each AS (SELECT unnest(%(routes)s::text[]) AS route)
-    SELECT 'to send', route, NULL::bigint FROM each
-    WHERE EXISTS (SELECT FROM incoming_emails e WHERE e.route = each.route AND {TO_SEND})
+    SELECT 'to send', route, NULL::bigint FROM each CROSS JOIN LATERAL (
+        SELECT FROM incoming_emails e WHERE e.route = each.route AND {TO_SEND} LIMIT 1
+    ) waiting
     UNION ALL
-    SELECT 'to look up', route, NULL FROM each
-    WHERE EXISTS (SELECT FROM incoming_emails e WHERE e.route = each.route AND status = 'processing' AND {READY})
+    SELECT 'to look up', route, NULL FROM each CROSS JOIN LATERAL (
+        SELECT FROM incoming_emails e WHERE e.route = each.route AND status = 'processing' AND {READY} LIMIT 1
+    ) waiting
     UNION ALL
     SELECT 'backups', NULL, NULL
     WHERE EXISTS (SELECT FROM sent_emails WHERE backup_due_at <= now() AND backup_lease_until IS NULL)

@@ -192,7 +192,7 @@ def candidates(
         "route": route,
         "capacity": wanted,
         # Any mailbox may have nothing but what is passed over.
-        "turns": wanted + len(busy.sends) + (BATCH if external_from else 0),
+        "turns": wanted + len({**busy.sends, **busy.backups}) + (BATCH if external_from else 0),
         "share": share,
         "external_from": external_from,
         **_described(busy),

@@ -6,6 +6,7 @@ it is imported, which a test module may do at its top, so a whole environment is
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import tempfile
@@ -49,6 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Of these, modules that want a fleet of their own kind come after those that share one, which takes seconds to start.
     """
     items.sort(key=lambda item: ("fleet" in item.path.parts, "Worlds" in vars(item.module)))  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """Have each test begin with the level of the settings: a command of the command line sets its own."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -407,6 +407,35 @@ def test_the_agenda_says_for_what_it_is_worth_asking() -> None:
     assert scheduling.agenda()[:3] == ({*()}, {*()}, False)
 
 
+def test_the_agenda_costs_no_more_where_much_waits_than_where_it_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a plan that was made while nothing waited, and a backlog that has come since
+    rows("ANALYZE")
+    scheduling.agenda()
+    rows(
+        """
+        INSERT INTO incoming_emails (id, publisher_message_id, payload, content_hash, status, route, mailbox,
+                                     recipient_count)
+        SELECT gen_random_uuid(), n::text, '{}', '', 'received', 'no-attachment', 'ann@example.com', 1
+        FROM generate_series(1, 5000) AS n
+        """
+    )
+    # When
+    plans: list[str] = []
+    execute = database.execute_sql
+
+    def explain(sql: str, parameters: object = None) -> object:
+        plans.append("\n".join(line for (line,) in execute("EXPLAIN ANALYZE " + sql, parameters).fetchall()))
+        return execute(sql, parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "execute_sql", explain)
+        agenda = scheduling.agenda()
+    # Then
+    assert agenda.to_send == {Route.PLAIN}
+    (plan,) = plans
+    assert max(map(int, re.findall(r"actual time=\S+ rows=(\d+)", plan))) <= len(Route), plan
+
+
 def test_the_agenda_says_what_binds() -> None:
     rows("INSERT INTO mailboxes (mailbox, full_until, full_from) VALUES ('*', now() + interval '1 minute', 3)")
     rows("INSERT INTO routes (route, paused_until) VALUES ('attachment', now() + interval '1 minute')")

@@ -418,6 +418,13 @@ def test_the_backlog_is_counted_without_reading_what_is_settled() -> None:
     assert inspection.backlog().by_status == {"received": 1}
 
 
+def test_an_email_is_found_by_either_id_from_the_index_of_that() -> None:
+    plan = str(rows(f"EXPLAIN {inspection._FIND}", {"id": "order-1", "uuid": support.store()}))
+    for index in ("incoming_emails_pkey", "incoming_emails_publisher_message_id_key"):
+        assert index in plan
+    assert "Filter" not in plan
+
+
 def test_what_is_unfinished_is_counted_from_its_indexes() -> None:
     id = support.store()
     support.claim(id).record_sent(backup_delay=support.NOW, publish_within=support.WITHIN)

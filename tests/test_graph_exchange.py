@@ -221,16 +221,20 @@ class TimeIsUp(BaseException):
     """As Dramatiq throws it into a thread."""
 
 
-@pytest.mark.parametrize("within", ["on_header", "on_headers_complete", "on_body", "on_message_complete"])
-def test_what_interrupts_the_thread_is_neither_lost_nor_an_error_of_the_network(
-    peer: Peer, within: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def interrupted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a thread interrupted where the parser calls us."""
+
     def interrupt(*_arguments: object) -> None:
         raise TimeIsUp
 
-    monkeypatch.setattr(exchange._Parsed, within, interrupt)
-    peer = Peer()  # whose parser knows it
+    monkeypatch.setattr(exchange._Parsed, request.param, interrupt)
 
+
+@pytest.mark.parametrize(
+    "interrupted", ["on_header", "on_headers_complete", "on_body", "on_message_complete"], indirect=True
+)
+def test_what_interrupts_the_thread_is_neither_lost_nor_an_error_of_the_network(interrupted: None, peer: Peer) -> None:
     with pytest.raises(TimeIsUp):
         whole(peer.ask(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"))
 

@@ -381,7 +381,11 @@ fleet_broker = FleetBroker(
         EndWithParent(),
         PeriodiqMiddleware(skip_delay=30),
         telemetry.WorkerMetrics(in_files=configuration.prometheus_multiproc_dir is not None),
-        worker_metrics.ServeMetrics(configuration.prometheus_multiproc_dir if configuration.metrics_port else None),
+        worker_metrics.ServeMetrics(
+            configuration.prometheus_multiproc_dir if configuration.metrics_port else None,
+            configuration.metrics_port,
+            configuration.log_level,
+        ),
     ],
 )
 dramatiq.set_broker(fleet_broker)

@@ -1,7 +1,8 @@
 """The process that serves the metrics of all processes of a worker type, and who sees to it that there is one.
 
-It adds up the files that they write and knows nothing else: without broker, database and Graph it starts at once and
-stays small. One of the worker processes keeps it running: Dramatiq has `forks` for the like, and starts none again.
+It adds up the files that they write and knows nothing else: without broker, database, Graph and settings it starts at
+once and has half the memory. One of the worker processes keeps it running: Dramatiq has `forks` for the like, and
+starts none again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import dramatiq
 
-import settings
 import telemetry
 from orphans import end_with_parent
 
@@ -33,10 +33,14 @@ class ServeMetrics(dramatiq.Middleware):
 
     Args:
         directory: Where the processes of the type add up their metrics; None: nothing is served.
+        port: Where they are served.
+        log_level: Of the process that serves them.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, port: int, log_level: str) -> None:
         self._directory = directory
+        self._port = port
+        self._log_level = log_level
         self._ended = Event()
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -53,7 +57,7 @@ class ServeMetrics(dramatiq.Middleware):
         with (directory / "served").open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)  # by one process of the type, as long as it lives
             while not self._ended.is_set():
-                command = [sys.executable, "-m", "worker_metrics", str(os.getpid())]
+                command = [sys.executable, "-m", "worker_metrics", str(os.getpid()), str(self._port), self._log_level]
                 self._server = subprocess.Popen(command)  # noqa: S603  nothing in it is from outside
                 if self._ended.is_set():
                     self._server.terminate()
@@ -62,13 +66,12 @@ class ServeMetrics(dramatiq.Middleware):
                     log.warning("the process that serves the metrics has ended: it is started again")
 
 
-def serve(parent: int) -> None:
-    """Serve the metrics on ``METRICS_PORT`` until the process, or ``parent``, is ended."""
+def serve(parent: int, port: int, log_level: str) -> None:
+    """Serve the metrics until the process, or ``parent``, is ended."""
     end_with_parent(parent)
-    configuration = settings.load()
-    telemetry.configure_logging(configuration.log_level)
-    telemetry.serve_workers_metrics(configuration.metrics_port)
+    telemetry.configure_logging(log_level)
+    telemetry.serve_workers_metrics(port)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

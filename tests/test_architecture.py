@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "waking": {"crash_points"},
     "models": {"contracts"},
     "outbox": {"contracts"},
-    "worker_metrics": {"orphans", "settings", "telemetry"},
+    "worker_metrics": {"orphans", "telemetry"},
     "asyncapi": {"contracts", "notices"},
     "migrations": {"settings"},
     "runtime": {*LEAVES, "models", "outbox", "waking", "worker_metrics"},

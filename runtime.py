@@ -55,7 +55,7 @@ from outbox import Batcher, Item, Outgoing, Publisher, Unpublishable
 from payloads import Payloads, WrappedKey
 from tracing import Tracer, check_endpoint, header_pairs, trace_id
 from vault import Keyring, UnknownKey, Vault, VaultError, bind_to_attachment
-from waking import WakeUps
+from waking import NO_MARK, WakeUps
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +255,13 @@ def wake_soon(actor_name: str) -> None:
     _wake_ups_of_mails.add([actor_name])
 
 
+def woken(actor_name: str) -> bool:
+    """Note that an actor is about to look: it may be woken again from here on. Return whether Redis answered."""
+    message = CurrentMessage.get_current_message()
+    # The clock's message has no mark, and leaves that of a wake-up that is on its way.
+    return wake_ups.arrived(actor_name, message.options.get("mark", NO_MARK) if message else "")
+
+
 def is_own_queue(name: str | None) -> bool:
     """Say whether a queue is one that mailfleet itself works on or keeps things in."""
     return name is not None and q_name(name) in {SEND_QUEUE, REJECTED_QUEUE, MIRROR_QUEUE, *fleet_broker.queues}
@@ -393,7 +400,9 @@ dramatiq.set_broker(fleet_broker)
 publisher = Publisher(rabbitmq, declare)
 #: Long enough that the mails of a busy process share a statement and a confirmation, too short to be felt.
 events: Batcher[Event] = batcher("events", publish_events, apart=timedelta(milliseconds=100))
-wake_ups = WakeUps(redis, lambda name: enqueue([fleet_broker.get_actor(name).message()]), crash_point)
+wake_ups = WakeUps(
+    redis, lambda name, mark: enqueue([fleet_broker.get_actor(name).message_with_options(mark=mark)]), crash_point
+)
 #: As often as the scheduler looks for mail: a mailbox whose mail is in flight waits for the next one.
 _wake_ups_of_mails: Batcher[str] = batcher(
     "wake-ups", lambda names: [wake(name) for name in set(names)], apart=timedelta(milliseconds=50)

@@ -49,7 +49,7 @@ _MAX_ID_BYTES = 255
 @dramatiq.actor(queue_name="maintenance", periodic=cron("* * * * *"))
 def mirror_dead_letters() -> None:
     """Read RabbitMQ's copies of dead letters into the ``dlq`` table."""
-    runtime.wake_ups.arrived("mirror_dead_letters")
+    runtime.woken("mirror_dead_letters")
     try:
         connection = connect(runtime.rabbitmq)
         try:

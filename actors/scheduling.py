@@ -80,7 +80,7 @@ for _status in (Status.DISPATCHED, Status.PROCESSING):
 def schedule_emails() -> None:
     """Dispatch what may go out, and see to it that the next due time is not slept through. Safe to repeat."""
     _pace.keep()
-    can_count = runtime.wake_ups.arrived("schedule_emails")
+    can_count = runtime.woken("schedule_emails")
     runtime.crash_point(CrashPoint.SCHEDULER_WOKEN)
     try:
         while (swept := _sweep(hand_out=can_count)).more:

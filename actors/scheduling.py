@@ -59,10 +59,9 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
-#: After one that handed out so many emails and backups the workers have something to do, and the next may gather more.
-#: Where it is fewer, a few mailboxes have as much in flight as they may, and each end makes room for one that waits.
-_MUCH = 6
-_SWEEPS_APART_AFTER_MUCH = timedelta(milliseconds=100)
+#: After one that has filled what a route may have in flight the workers have more than they can do at once, and the next may
+#: gather more. Else a few mailboxes have as much in flight as they may, and each end makes room for one that waits.
+_SWEEPS_APART_WHEN_FULL = timedelta(milliseconds=100)
 
 #: Backups of one mailbox that one message asks for: they are read one after the other, under one lease.
 _BACKUPS_TOGETHER = 8
@@ -172,7 +171,7 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     )
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _dispatch(claims, backups)
-    _pace.handed_out += len(claimed) + len(backups)
+    _pace.full = any(most.of(route) <= routes[route] + len(claims.get(route, [])) for route in Route)
     full_batch = any(len(dispatches) >= scheduling.BATCH for dispatches in claims.values())
     return reserved.passed_over or full_batch or more_backups, reserved.everybody_waits
 
@@ -378,11 +377,12 @@ class _Pace:
 
     def __init__(self) -> None:
         self._pace = Pace()
-        self.handed_out = 0
+        #: Whether the last sweep has filled what a route may have in flight.
+        self.full = False
 
     def keep(self) -> None:
-        self._pace.keep(_SWEEPS_APART if self.handed_out < _MUCH else _SWEEPS_APART_AFTER_MUCH)
-        self.handed_out = 0
+        self._pace.keep(_SWEEPS_APART_WHEN_FULL if self.full else _SWEEPS_APART)
+        self.full = False
 
 
 _pace = _Pace()

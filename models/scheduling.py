@@ -27,9 +27,9 @@ _LONGEST_PUT_OFF = timedelta(minutes=15)
 #: Due backups that a sweep looks at: several times as many as are made at once. If none of them can be made now, they
 #: are put off, and it looks again.
 _BACKUPS_MET = 64
-#: What has ended is followed by others when it is so large a part of what may be in flight, so that several of one
-#: mailbox go together: they share a look and a slot. Until then the workers have the rest.
-_REFILLED_PARTS = 4
+#: What has ended is followed by others when it is so large a part of what may be in flight (this divides it), so that
+#: several of one mailbox go together: they share a look and a slot.
+_REFILLED_PARTS = 8
 #: Backups of a mailbox that has its share in flight let those of others come first: for so long for each that was met
 #: before them (two short requests, several mailbox slots), or for a part of the time since their send, which says how
 #: long the mailbox's queue is.
@@ -360,7 +360,7 @@ _CLAIM_BACKUPS = f"""
 
 
 def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta) -> tuple[list[DueBackup], bool]:
-    """Lease due backups; return them, and whether there may be more to lease at once.
+    """Lease due backups, several at a time; return them, and whether there may be more to lease at once.
 
     Args:
         concurrency: At most so many are in flight in the whole fleet,

@@ -556,9 +556,9 @@ def test_due_backups_are_leased_up_to_the_concurrency_of_the_fleet() -> None:
 
 def test_backups_that_end_are_followed_by_several_together() -> None:
     # Given as many in flight as may be, and others behind them
-    sent_many(12)
-    in_flight = claim_backups(concurrency=8)
-    assert len(in_flight) == 8
+    sent_many(20)
+    in_flight = claim_backups(concurrency=16)
+    assert len(in_flight) == 16
     # When one of them ends, and then another
     followed_by = []
     for backup in in_flight[:2]:
@@ -566,7 +566,7 @@ def test_backups_that_end_are_followed_by_several_together() -> None:
             "UPDATE sent_emails SET backup_lease_until = NULL, backup_due_at = NULL WHERE incoming_email_id = %(id)s",
             {"id": backup.incoming_email_id},
         )
-        followed_by.append(len(claim_backups(concurrency=8)))
+        followed_by.append(len(claim_backups(concurrency=16)))
     # Then
     assert followed_by == [0, 2]
 

@@ -59,8 +59,8 @@ _AWAY_PAUSE = timedelta(seconds=2)
 #: Sweeps begin at least so far apart: what becomes ready meanwhile is claimed together. After a lull the first begins
 #: at once. Without it a busy fleet sweeps for every other email, and the sweeps wait for each other.
 _SWEEPS_APART = timedelta(milliseconds=50)
-#: After one that has filled what a route may have in flight the workers have more than they can do at once, and the next
-#: may gather more. Else a few mailboxes have as much in flight as they may, and each end makes room for one that waits.
+#: After one that has filled what a route may have in flight the workers have more than they can do at once, and the
+#: next may gather more. Else a few mailboxes have as much in flight as they may, and each end makes room for one more.
 _SWEEPS_APART_WHEN_FULL = timedelta(milliseconds=100)
 
 #: Backups of one mailbox that one message asks for: they are read one after the other, under one lease.

@@ -163,7 +163,8 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     }
     reserved = reserve([candidate for mails in chosen.values() for candidate in mails.to_send])
     picks = {pick.id: pick for pick in reserved.picks}
-    claims, backups, more_backups = _claim(chosen, picks, most, backups_due=agenda.backups)
+    backups_due = agenda.backups and scheduling.room_for_backups(most.backup_concurrency, busy) > 0
+    claims, backups, more_backups = _claim(chosen, picks, most, backups_due=backups_due)
     claimed = {dispatch.incoming_email_id for dispatches in claims.values() for dispatch in dispatches}
     refund(
         [candidate for mails in chosen.values() for candidate in mails.to_send],
@@ -171,7 +172,7 @@ def _hand_out() -> tuple[bool, timedelta | None]:
     )
     runtime.crash_point(CrashPoint.SCHEDULER_CLAIMED)
     _dispatch(claims, backups)
-    _pace.full = any(most.of(route) <= routes[route] + len(claims.get(route, [])) for route in Route)
+    _pace.full = any(most.of(route) <= routes[route] + len(claims.get(route, [])) for route in chosen)
     full_batch = any(len(dispatches) >= scheduling.BATCH for dispatches in claims.values())
     return reserved.passed_over or full_batch or more_backups, reserved.everybody_waits
 

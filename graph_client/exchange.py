@@ -190,7 +190,9 @@ class Connection:
         try:
             self._parser.feed_data(received)
         except HttpParserCallbackError as error:
-            # What was thrown into the thread while it was in `_Parsed`, such as the end of an actor's time.
+            # What was thrown into the thread while it was in `_Parsed`, such as the end of an actor's time. The parser
+            # goes no further, however far the answer had come.
+            self._keeps_alive = False
             raise (error.__context__ or error) from None
         except (HttpParserError, HttpParserUpgrade) as error:
             if not self._parsed.is_complete:

@@ -1,8 +1,8 @@
 """Carries a request to Graph and tells two failures apart: the request never left, and the request left and was lost.
 
 The difference decides whether a mail may be sent again, and neither requests nor urllib3 tells it reliably: a
-timeout in the TLS handshake is reported as a read timeout, and a broken record while reading as a TLS error. So the
-connections note the moment at which a request begins to be written.
+timeout in the TLS handshake is reported as a read timeout, and a broken record while reading as a TLS error. So it is
+noted when a request begins to be written.
 
 Connections are made by urllib3, by requests' rules: ``REQUESTS_CA_BUNDLE``, ``HTTPS_PROXY`` and ``NO_PROXY`` count as
 they are when a host is first talked to. What goes over them is `graph_client.exchange`'s. (msal wants a session of

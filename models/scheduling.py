@@ -359,6 +359,12 @@ _CLAIM_BACKUPS = f"""
 """
 
 
+def room_for_backups(concurrency: int, busy: Busy) -> int:
+    """Return how many more backups may be leased: none until there is room for several."""
+    room = concurrency - sum(busy.backups.values())
+    return room if room >= max(1, concurrency // _REFILLED_PARTS) else 0
+
+
 def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta) -> tuple[list[DueBackup], bool]:
     """Lease due backups, several at a time; return them, and whether there may be more to lease at once.
 
@@ -368,8 +374,8 @@ def claim_backups(*, concurrency: int, share: int, busy: Busy, lease: timedelta)
         busy: What is in flight.
         lease: How long a worker has to take the backup up.
     """
-    room = concurrency - sum(busy.backups.values())
-    if room < max(1, concurrency // _REFILLED_PARTS):
+    room = room_for_backups(concurrency, busy)
+    if not room:
         return [], False
     mailboxes = [*{**busy.sends, **busy.backups}]
     parameters = {

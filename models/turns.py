@@ -55,7 +55,7 @@ class Candidate(NamedTuple):
     priority: int
     recipients: int
     external_recipients: int
-    #: The tenant of the mailbox that was served last.
+    #: Whose mail of this mailbox was served last.
     last_tenant: str | None = None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -316,15 +315,24 @@ def test_a_sweep_asks_only_for_what_there_is(fleet: Fleet, monkeypatch: pytest.M
 
 
 def test_sweeps_are_further_apart_after_one_that_filled_what_may_be_in_flight(
-    fleet: Fleet, configure: Configure
+    fleet: Fleet, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Given
+    apart: list[timedelta] = []
+    monkeypatch.setattr(scheduling._pace, "full", False)
+    monkeypatch.setattr(scheduling._pace._pace, "keep", apart.append)
     configure(send_plain_concurrency=2)
-    store_many(3)
-    began = time.monotonic()
+    store()
+    # When one is handed out, then as many as may be in flight, then there is nothing to hand out
+    fleet.schedule()
+    store_many(1)
     fleet.schedule()
     fleet.schedule()
-    assert time.monotonic() - began >= scheduling._SWEEPS_APART_WHEN_FULL.total_seconds()
-    assert len(fleet.take("send_plain")) == 2
+    fleet.schedule()
+    # Then
+    near, far = scheduling._SWEEPS_APART, scheduling._SWEEPS_APART_WHEN_FULL
+    assert near < far
+    assert apart == [near, near, far, near]
 
 
 def test_acknowledging_a_receipt_twice_keeps_the_first_time(fleet: Fleet) -> None:

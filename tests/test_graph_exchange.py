@@ -223,9 +223,11 @@ class TimeIsUp(BaseException):
 
 @pytest.fixture
 def interrupted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a thread interrupted where the parser calls us."""
+    """Have a thread interrupted at the end of what the parser calls."""
+    called = getattr(exchange._Parsed, request.param)
 
-    def interrupt(*_arguments: object) -> None:
+    def interrupt(*arguments: object) -> None:
+        called(*arguments)
         raise TimeIsUp
 
     monkeypatch.setattr(exchange._Parsed, request.param, interrupt)
@@ -238,6 +240,18 @@ def test_what_interrupts_the_thread_is_neither_lost_nor_an_error_of_the_network(
     with pytest.raises(TimeIsUp):
         whole(peer.ask(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"))
 
+    assert not peer.is_usable()
+
+
+@pytest.mark.parametrize("interrupted", ["on_body", "on_message_complete"], indirect=True)
+def test_a_body_within_which_the_thread_is_interrupted_ends_the_connection(interrupted: None, peer: Peer) -> None:
+    answer = peer.ask(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
+    peer.socket.sendall(b"a")
+
+    with pytest.raises(TimeIsUp):
+        whole(answer)
+
+    answer.close()
     assert not peer.is_usable()
 
 

@@ -21,7 +21,7 @@ import requests
 from celery import Celery
 
 TABLE = """
-    CREATE TABLE naive_emails (
+    CREATE TABLE IF NOT EXISTS naive_emails (
         id bigserial PRIMARY KEY, payload json NOT NULL, status text NOT NULL, sent_at timestamptz
     )
 """

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 import dramatiq
+import orjson
 import pika.exceptions
 from dramatiq import Middleware
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker, _RabbitmqConsumer, _RabbitmqMessage
@@ -42,7 +43,21 @@ RENEWAL_AFTER = timedelta(minutes=1)
 #: How long an acknowledgement may wait for others. More than a part of the prefetched messages never wait: the workers
 #: would run out of work that RabbitMQ holds back until it hears of them.
 _SETTLE_EVERY = timedelta(milliseconds=100)
-_PART_OF_PREFETCH = 4
+_PART_OF_PREFETCH = 2
+
+
+class MessageEncoder(dramatiq.Encoder):
+    """Writes and reads messages as Dramatiq's own encoder of JSON does, in a fraction of its time."""
+
+    def encode(self, data: dict[str, Any]) -> bytes:
+        return orjson.dumps(data)
+
+    def decode(self, data: bytes) -> dict[str, Any]:
+        try:
+            message: dict[str, Any] = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise DecodeError("the message is no JSON", data, error) from None
+        return message
 
 
 class FleetConsumer(_RabbitmqConsumer):

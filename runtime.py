@@ -42,7 +42,7 @@ from attachments import (
     StoredAttachment,
     check_store_url,
 )
-from broker import MIRROR_QUEUE, DeadLettering, FleetBroker, declare_if_missing
+from broker import MIRROR_QUEUE, DeadLettering, FleetBroker, MessageEncoder, declare_if_missing
 from console_tokens import parse_tokens
 from contracts import Event, EventType, __version__
 from crash_points import CrashPoint, CrashPoints
@@ -396,6 +396,7 @@ fleet_broker = FleetBroker(
     ],
 )
 dramatiq.set_broker(fleet_broker)
+dramatiq.set_encoder(MessageEncoder())
 
 publisher = Publisher(rabbitmq, declare)
 #: Long enough that the mails of a busy process share a statement and a confirmation, too short to be felt.

@@ -123,7 +123,7 @@ class Calls:
             headers["Authorization"] = f"Bearer {token}"
         if request.body is not None:
             headers["Content-Length"] = str(len(request.body))
-        began, response = time.perf_counter(), None
+        began = time.perf_counter()
         try:
             response = self._transport.open(
                 request.method,
@@ -133,9 +133,11 @@ class Calls:
                 client_request_id=client_request_id,
                 repeatable=request.operation.repeatable,
             )
-            return response
-        finally:
-            self._report(request, client_request_id, time.perf_counter() - began, response)
+        except errors.GraphError:  # not what a look has raised: then nobody was asked
+            self._report(request, client_request_id, time.perf_counter() - began, None)
+            raise
+        self._report(request, client_request_id, time.perf_counter() - began, response)
+        return response
 
     def _report(self, request: Request, client_request_id: str, seconds: float, response: Response | None) -> None:
         if self._on_call is None:

@@ -95,8 +95,10 @@ def test_several_sent_mails_are_found_by_their_tags_each_by_its_own(
 
 
 def test_what_is_looked_at_last_keeps_a_request_from_leaving(
-    graph: GraphClient, simulator: Simulator, mailbox: str
+    tokens: TokenSource, simulator: Simulator, mailbox: str
 ) -> None:
+    calls: list[Call] = []
+    graph = GraphClient(simulator.graph_base_url, tokens, timedelta(seconds=5), TAG_ID, on_call=calls.append)
     # Given a token that is refused, so that a send takes two
     simulator.expire_token(mailbox, operation="send_mail")
 
@@ -110,6 +112,7 @@ def test_what_is_looked_at_last_keeps_a_request_from_leaving(
 
     # Then the send that would have come with the second token was never made
     assert [request["status"] for request in simulator.requests(mailbox)] == ["401"]
+    assert [call.status for call in calls] == [401]
     graph.send_mail(mailbox, mail())
     assert len(simulator.deliveries(mailbox)) == 1
 
